@@ -1,0 +1,8 @@
+"""sfw_dist: train a network once with stochastic Frank-Wolfe, then prune it to any sparsity without retraining."""
+
+from sfw_dist.binding import constrain
+from sfw_dist.constraints import KSparsePolytope, KSupportBall, LpBall, Unconstrained
+from sfw_dist.optim import SFW
+from sfw_dist.prune import prune
+
+__all__ = ["SFW", "KSparsePolytope", "KSupportBall", "LpBall", "Unconstrained", "constrain", "prune"]

@@ -1,0 +1,83 @@
+"""``python -m sfw_dist.data``: prepare and verify data sets."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from sfw_dist.data.manifest import read_manifest
+from sfw_dist.data.prepare import prepare, verify
+from sfw_dist.data.registry import DATASETS
+from sfw_dist.errors import reports_user_errors
+
+EXAMPLES = """\
+examples:
+  python -m sfw_dist.data prepare digits --root data
+  python -m sfw_dist.data prepare fashion_mnist --root /scratch/data --json
+  python -m sfw_dist.data verify fashion_mnist --root /scratch/data
+"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("name", metavar="NAME", help=f"data set: {', '.join(sorted(DATASETS))}")
+    common.add_argument(
+        "--root", type=Path, default=Path("data"), help="folder of all data sets (default: %(default)s)"
+    )
+    common.add_argument("--json", action="store_true", help="print one JSON object")
+
+    parser = argparse.ArgumentParser(
+        prog="python -m sfw_dist.data",
+        description="Prepare data sets for training, and verify them.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for command, text in (
+        ("prepare", "get and convert a data set into ROOT/NAME; does nothing when it is there"),
+        ("verify", "hash every file of ROOT/NAME; exit status 1 and a line for each problem"),
+    ):
+        commands.add_parser(
+            command,
+            parents=[common],
+            help=text,
+            description=text,
+            epilog=EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+    return parser
+
+
+@reports_user_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(argv)
+    command = _prepare if options.command == "prepare" else _verify
+    return command(options.name, options.root, options.json)
+
+
+def _prepare(name: str, root: Path, as_json: bool) -> int:
+    folder = prepare(name, root)
+    manifest = read_manifest(folder)
+    if as_json:
+        print(json.dumps({"folder": str(folder)} | asdict(manifest)))
+    else:
+        counts = ", ".join(f"{count} {part}" for part, count in manifest.counts.items())
+        print(f"{folder}: {counts} samples{'' if manifest.has_betons else ', without FFCV'}")
+    return 0
+
+
+def _verify(name: str, root: Path, as_json: bool) -> int:
+    problems = verify(name, root)
+    if as_json:
+        print(json.dumps({"folder": str(root / name), "problems": problems}))
+    else:
+        print("\n".join(problems) or f"{root / name}: every file is as prepared")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

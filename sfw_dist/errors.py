@@ -1,0 +1,30 @@
+"""Errors that a user can mend, and how the commands report them."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+
+
+class UserError(ValueError):
+    """Bad input. The message is one line: the offending value, then the remedy."""
+
+
+def reports_user_errors(main: Callable[..., int | None]) -> Callable[..., int]:
+    """Wrap a command's ``main`` so that a :class:`UserError` ends in one line on stderr and exit status 2.
+
+    Every rank of a distributed run meets the same bad input; only rank 0 prints it.
+    """
+
+    @functools.wraps(main)
+    def wrapped(*args: object, **kwargs: object) -> int:
+        try:
+            return main(*args, **kwargs) or 0
+        except UserError as error:
+            if os.environ.get("RANK", "0") == "0":
+                print(f"error: {error}", file=sys.stderr)
+            return 2
+
+    return wrapped

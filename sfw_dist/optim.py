@@ -1,0 +1,424 @@
+"""Stochastic Frank-Wolfe for 1..N ranks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal, NamedTuple, overload
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from sfw_dist.constraints import Constraint, LpBall, Unconstrained, Vertex, constraint_from_spec
+from sfw_dist.errors import UserError
+from sfw_dist.plan import Item, Plan, make_plan
+from sfw_dist.reduction import frank_wolfe_products
+from sfw_dist.wire import HEADER, VertexFormat
+
+logger = logging.getLogger(__name__)
+
+Rescale = Literal["gradient", "fast_gradient", "diameter", "none"]
+_RESCALES = ("gradient", "fast_gradient", "diameter", "none")
+
+# How long state_dict() waits for ranks that do not call it before it says who is missing.
+_STATE_DICT_TIMEOUT = timedelta(minutes=5)
+
+
+class StepStatistics(NamedTuple):
+    """What the last step did to one constrained tensor."""
+
+    gap: float
+    """Frank-Wolfe gap ``⟨m, θ − v⟩ ≥ 0`` of the momentum: 0 exactly at a stationary point of the constrained problem."""
+    gamma: float
+    """Step size γ in [0, 1]: the fraction of the way from θ to the vertex."""
+    effective_lr: float
+    """``γ·‖θ − v‖₂ / ‖m‖₂``: the learning rate with which SGD would have moved the tensor as far."""
+
+
+@dataclass
+class _Slot:
+    """A tensor in the order of the plan."""
+
+    name: str
+    parameter: Tensor
+    group: dict[str, Any]
+    dtype: torch.dtype
+    """In which momentum is kept and the step computed: float32, or float64 for float64 parameters."""
+    format: VertexFormat
+
+    @property
+    def constraint(self) -> Constraint:
+        return self.group["constraint"]
+
+
+class SFW(Optimizer):
+    """Stochastic Frank-Wolfe with momentum (Lu et al., ICLR 2022, Algorithm 1; Pokutta et al., arXiv 2010.07243).
+
+    A tensor's first step takes ``m ← g``, later ones ``m ← ρ·m + (1−ρ)·g``; then::
+
+        v ← argmin_{v∈C} ⟨v, m⟩        γ ← clamp(lr·f, 0, 1)        θ ← (1 − γ)·θ + γ·v
+
+        rescale     gradient             fast_gradient    diameter    none
+        f           ‖m‖₂ / ‖θ − v‖₂      2·‖m‖₂ / D       1 / D       1
+
+    so θ stays in the convex set C. A parameter group without ``constraint``, or with ``Unconstrained()``, takes
+    momentum-SGD steps as ``torch.optim.SGD`` does (``g ← g + weight_decay·θ; m ← ρ·m + g; θ ← θ − lr·m``).
+
+    Several ranks share the work; nothing else in a training script changes. With n the entries of all tensors::
+
+        phase                                    each rank                                   bytes sent
+        0  gradients all-reduced (by DDP)        all tensors                                 ~ 8·n
+        1  momentum, LMO, step size              the tensors it owns, n / world_size         -
+        2  all-gather of the vertices            writes its own segment, reads all           ~ 0.13·n at k_frac 5 %
+        3  θ ← (1 − γ)·θ + γ·v                   all tensors, from the same bytes            -
+
+    A tensor's owner follows from names, sizes and costs alone (:mod:`sfw_dist.plan`) and is checked by hash. Momentum
+    lives only with the owner. One rank and N ranks give bitwise equal parameters from equal gradients, and all replicas
+    stay bitwise equal. An owner without a gradient for a tensor leaves it as it is, on every rank.
+
+    Args:
+        params: parameters or param groups, as a rule from :func:`~sfw_dist.constrain`. Tensors outside their set are
+            scaled into it by their gauge.
+        lr: learning rate η > 0.
+        momentum: ρ in [0, 1).
+        rescale: how the learning rate becomes a step size, see above.
+        weight_decay: L2 penalty ≥ 0 of the unconstrained tensors.
+        process_group: ranks that share the work; ``None`` is the default group if there is one, else this process alone.
+
+    Raises:
+        ValueError: an option outside its domain, a set that is not bound, or ranks whose parameters differ.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1.0,
+        momentum: float = 0.9,
+        rescale: Rescale = "gradient",
+        weight_decay: float = 0.0,
+        *,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        distributed = dist.is_available() and dist.is_initialized()
+        self._process_group = process_group
+        self._rank = dist.get_rank(process_group) if distributed else 0
+        self._world_size = dist.get_world_size(process_group) if distributed else 1
+        self._slots: list[_Slot] = []
+        self._plan: Plan | None = None
+        self._headers: Tensor | None = None
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "rescale": rescale,
+            "weight_decay": weight_decay,
+            "constraint": Unconstrained(),
+        }
+        super().__init__(params, defaults)
+        self._make_plan()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch; with several ranks all of them add the same group. Owners of earlier tensors stay."""
+        super().add_param_group(param_group)
+        _check_group(self.param_groups[-1])
+        _into_the_set(self.param_groups[-1])
+        if self._plan is not None:  # else __init__ is still adding groups, and plans once at its end
+            self._make_plan()
+
+    def _make_plan(self) -> None:
+        owned_already = self._plan.owners if self._plan else ()
+        self._slots = [
+            _slot(group, i, j) for i, group in enumerate(self.param_groups) for j in range(len(group["params"]))
+        ]
+        items = [
+            Item(s.name, _cost(s.constraint, s.format.n), s.format.nbytes, f"{tuple(s.parameter.shape)} {s.format}")
+            for s in self._slots
+        ]
+        self._plan = make_plan(items, self._world_size, owned_already)
+        self._headers = torch.zeros(len(self._slots), HEADER, dtype=torch.float64)
+        self._check_agreement()
+        for index in range(len(owned_already), len(self._slots)):
+            if self._plan.owners[index] == self._rank:
+                self._create_state(self._slots[index])
+
+    def _create_state(self, slot: _Slot) -> None:
+        """State is there from the start, so that a checkpoint before the first step has the same shape as later ones."""
+        self.state[slot.parameter] = {"step": torch.zeros(())}
+        if slot.group["momentum"] > 0:
+            self.state[slot.parameter]["momentum_buffer"] = torch.zeros(
+                slot.parameter.shape, dtype=slot.dtype, device=slot.parameter.device
+            )
+
+    def _check_agreement(self) -> None:
+        if self._world_size == 1 or not self._slots:
+            return
+        assert self._plan is not None
+        mine = torch.tensor(list(bytes.fromhex(self._plan.fingerprint)), dtype=torch.uint8, device=self._device())
+        everyone = mine.new_empty(self._world_size, mine.numel())
+        dist.all_gather_into_tensor(everyone, mine, group=self._process_group)
+        differing = everyone.ne(everyone[0]).any(1).nonzero().view(-1).tolist()
+        if differing:
+            raise ValueError(
+                f"ranks {differing} have other parameters or constraints than rank 0: "
+                "build the same model and param groups, in the same order, on every rank"
+            )
+
+    def _device(self) -> torch.device:
+        devices = {slot.parameter.device for slot in self._slots}
+        if len(devices) > 1:
+            raise ValueError(f"the parameters lie on {sorted(map(str, devices))}: with several ranks use one device each")
+        return devices.pop()
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step on every tensor with a gradient; a ``closure`` is evaluated first, with gradients, and returned.
+
+        Raises:
+            UserError: a momentum that is not finite, on every rank, with the tensor's name and before any parameter
+                has changed (on a GPU: on the next call of :meth:`statistics`, for the step does not wait for the host).
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._slots:
+            self._step()
+        return loss
+
+    def _step(self) -> None:
+        answers = self._exchange([self._direction(i, slot) for i, slot in enumerate(self._slots)])
+        self._headers = torch.stack([header for header, _ in answers])
+        if self._headers.device.type == "cpu":
+            self._check_finite()
+        for slot, (header, vertex) in zip(self._slots, answers, strict=True):
+            _move(slot, header[0], vertex)
+
+    def _direction(self, index: int, slot: _Slot) -> tuple[Tensor, Vertex] | None:
+        """Phase 1 for one tensor: its header and vertex; ``None`` on ranks that do not own it."""
+        assert self._plan is not None
+        if self._plan.owners[index] != self._rank:
+            return None
+        m = self._momentum(slot)
+        if m is None:  # A step of length 0, to a vertex that any rank can decode.
+            header = torch.zeros(HEADER, dtype=torch.float64, device=slot.parameter.device)
+            return header, Vertex(None, torch.zeros(slot.format.n, dtype=slot.dtype, device=slot.parameter.device))
+        if isinstance(slot.constraint, Unconstrained):
+            lr = torch.as_tensor(slot.group["lr"], dtype=torch.float64, device=m.device)
+            poison = m.sum(dtype=torch.float64) * 0  # NaN or infinity anywhere in m makes NaN here
+            return torch.stack([lr + poison, poison, lr]), Vertex(None, m.view(-1))
+        vertex = slot.constraint.lmo_vertex(m)
+        return self._step_size(slot, m, vertex), vertex
+
+    def _momentum(self, slot: _Slot) -> Tensor | None:
+        """The tensor's momentum after this step's gradient, in the step's type; ``None`` without a gradient."""
+        gradient = slot.parameter.grad
+        if gradient is None:
+            return None
+        if gradient.is_sparse:
+            raise UserError(f"{slot.name} has a sparse gradient: SFW needs dense ones (nn.Embedding(sparse=False))")
+        g = gradient.to(slot.dtype)
+        rho, state = slot.group["momentum"], self.state[slot.parameter]
+        unconstrained = isinstance(slot.constraint, Unconstrained)
+        if unconstrained and slot.group["weight_decay"] != 0:
+            g = g.add(slot.parameter, alpha=slot.group["weight_decay"])
+        first = state["step"] == 0
+        state["step"] += 1
+        if rho == 0:
+            return g.contiguous()
+        m = state["momentum_buffer"]
+        if first:
+            return m.copy_(g)
+        return m.mul_(rho).add_(g, alpha=1.0 if unconstrained else 1 - rho)
+
+    def _step_size(self, slot: _Slot, m: Tensor, vertex: Vertex) -> Tensor:
+        """The header of a constrained tensor: γ, gap and effective learning rate, float64 ``(3,)`` on its device."""
+        theta = slot.parameter.detach().to(slot.dtype).reshape(-1)
+        products = frank_wolfe_products(m.view(-1), theta, *vertex)
+        norm, distance = products.direction_squared.sqrt(), products.distance_squared.sqrt()
+        match slot.group["rescale"]:
+            case "gradient":
+                factor = norm / distance  # θ = v makes it infinite, and γ = 1 then keeps θ
+            case "fast_gradient":
+                factor = 2 * norm / slot.constraint.diameter(slot.format.n)
+            case "diameter":
+                factor = torch.full_like(norm, 1 / slot.constraint.diameter(slot.format.n))
+            case _:
+                factor = torch.ones_like(norm)
+        gamma = torch.where(norm == 0, norm, (slot.group["lr"] * factor).clamp(0, 1))
+        gamma = torch.where(norm.isfinite(), gamma, torch.nan)
+        effective = torch.where(norm == 0, norm, gamma * distance / norm)
+        return torch.stack([gamma, products.gap, effective])
+
+    def _exchange(self, own: list[tuple[Tensor, Vertex] | None]) -> list[tuple[Tensor, Vertex]]:
+        """Phase 2: every tensor's header and vertex, on every rank."""
+        if self._world_size == 1:  # what decoding would bring, so that one rank is bitwise as many
+            answers = zip(self._slots, own, strict=True)
+            return [(a[0], slot.format.canonical(a[1])) for slot, a in answers if a is not None]
+        assert self._plan is not None
+        plan = self._plan
+        gathered = torch.zeros(plan.world_size * plan.segment, dtype=torch.uint8, device=self._device())
+        slices = [gathered[plan.start(i) :][: slot.format.nbytes] for i, slot in enumerate(self._slots)]
+        for slot, answer, target in zip(self._slots, own, slices, strict=True):
+            if answer is not None:
+                slot.format.encode(*answer, target)
+        mine = gathered[self._rank * plan.segment :][: plan.segment].clone()
+        dist.all_gather_into_tensor(gathered, mine, group=self._process_group)
+        return [slot.format.decode(source) for slot, source in zip(self._slots, slices, strict=True)]
+
+    def _check_finite(self) -> None:
+        assert self._headers is not None
+        bad = self._headers[:, 0].isfinite().logical_not().nonzero().view(-1).tolist()
+        if bad:
+            names = ", ".join(self._slots[i].name for i in bad[:3]) + (" …" if len(bad) > 3 else "")
+            raise UserError(
+                f"the gradient of {names} is not finite: lower optimizer.lr, or skip such steps with torch.amp.GradScaler"
+            )
+
+    def statistics(self) -> dict[str, StepStatistics]:
+        """The last step's gap, γ and effective learning rate of each constrained tensor, by name, on every rank.
+
+        They travelled with the vertices. On a GPU this waits for the step. Before the first step all are 0.
+        """
+        assert self._headers is not None
+        self._headers = self._headers.cpu()
+        self._check_finite()
+        rows = self._headers.tolist()
+        return {
+            slot.name: StepStatistics(gap=gap, gamma=gamma, effective_lr=effective)
+            for slot, (gamma, gap, effective) in zip(self._slots, rows, strict=True)
+            if not isinstance(slot.constraint, Unconstrained)
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The whole state, every tensor's momentum included: loads at any number of ranks.
+
+        With several ranks it is collective: **every** rank calls it and gets the same. Constraints are plain values,
+        so ``torch.load(weights_only=True)`` reads what ``torch.save`` writes.
+
+        Raises:
+            RuntimeError: (gloo) not every rank called within five minutes; it names the missing ones.
+        """
+        local = super().state_dict()
+        for group in local["param_groups"]:
+            group["constraint"] = group["constraint"].spec()
+        if self._world_size > 1 and self._slots:
+            local["state"] = self._gather_state()
+        return local
+
+    def _gather_state(self) -> dict[int, dict[str, Tensor]]:
+        assert self._plan is not None
+        device = self._device()
+        if dist.get_backend(self._process_group) == "gloo":
+            dist.monitored_barrier(self._process_group, timeout=_STATE_DICT_TIMEOUT, wait_all_ranks=True)
+        steps = torch.zeros(len(self._slots), dtype=torch.float64, device=device)
+        for i, slot in enumerate(self._slots):
+            if self._plan.owners[i] == self._rank:
+                steps[i] = self.state[slot.parameter]["step"]
+        dist.all_reduce(steps, group=self._process_group)
+        state: dict[int, dict[str, Tensor]] = {}
+        for i, (slot, steps_taken) in enumerate(zip(self._slots, steps.tolist(), strict=True)):
+            state[i] = {"step": torch.tensor(steps_taken, dtype=torch.float32)}
+            if slot.group["momentum"] > 0:
+                owner = self._plan.owners[i]
+                mine = self.state[slot.parameter]["momentum_buffer"] if owner == self._rank else None
+                shape = slot.parameter.shape
+                whole = torch.empty(shape, dtype=slot.dtype, device=device) if mine is None else mine.clone()
+                dist.broadcast(whole, group=self._process_group, group_src=owner)
+                state[i]["momentum_buffer"] = whole
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned, at this or another number of ranks; each keeps what it owns.
+
+        The groups' options, constraints too, become those that were saved, as in torch.
+
+        Raises:
+            ValueError: other groups or shapes than those saved.
+        """
+        groups = [dict(group) for group in state_dict["param_groups"]]
+        for group in groups:
+            group["constraint"] = constraint_from_spec(group["constraint"])
+        # torch would cast momentum to the parameter's type, and keep what others own: the tensors go in below.
+        super().load_state_dict({"state": {}, "param_groups": groups})
+        self._make_plan()
+        assert self._plan is not None
+        for i, slot in enumerate(self._slots):
+            if self._plan.owners[i] != self._rank:
+                continue
+            self._create_state(slot)
+            for key, value in state_dict["state"].get(i, {}).items():
+                target = self.state[slot.parameter].get(key)
+                if target is None or target.shape != value.shape:
+                    raise ValueError(f"the state of {slot.name} has {key} of shape {tuple(value.shape)}: another model's?")
+                target.copy_(value)
+
+
+def _slot(group: dict[str, Any], group_index: int, index: int) -> _Slot:
+    parameter = group["params"][index]
+    name = group["param_names"][index] if "param_names" in group else f"group{group_index}.param{index}"
+    dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+    constraint, n = group["constraint"], parameter.numel()
+    radius = constraint.radius(n) if constraint.signs_only else None
+    return _Slot(name, parameter, group, dtype, VertexFormat(n, constraint.support(n), dtype, radius))
+
+
+def _cost(constraint: Constraint, n: int) -> float:
+    """Memory passes of phase 1 times entries: 3 for the momentum (m in and out, g), then
+
+    2 more for the step size (m, θ) of a constrained tensor, and about 4 for a selection (magnitudes out, partition in
+    and out, scan) where vertices are sparse.
+    """
+    if isinstance(constraint, Unconstrained):
+        return 3.0 * n
+    dense = isinstance(constraint, LpBall) and constraint.p != 1
+    return (5.0 if dense else 9.0) * n
+
+
+def _move(slot: _Slot, step_size: Tensor, vertex: Vertex) -> None:
+    """Phase 3 for one tensor. The same operations on one rank as on many, and where v is 0 the same as where it is not."""
+    parameter = slot.parameter
+    theta = parameter.detach().to(slot.dtype).contiguous().view(-1)
+    if isinstance(slot.constraint, Unconstrained):
+        theta = theta.sub_(vertex.values * step_size.to(slot.dtype))
+    else:
+        theta.mul_((1 - step_size).to(slot.dtype))
+        shift = vertex.values * step_size.to(slot.dtype)
+        theta = theta.add_(shift) if vertex.indices is None else theta.index_add_(0, vertex.indices, shift)
+    if theta.data_ptr() != parameter.data_ptr():  # another type or memory format: the step was made on a copy
+        parameter.copy_(theta.view(parameter.shape))
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    if not group["lr"] > 0:
+        raise ValueError(f"lr must be > 0, got {group['lr']}: write lr=1.0, and lr=0.05 for unconstrained groups")
+    if not 0 <= group["momentum"] < 1:
+        raise ValueError(f"momentum must be in [0, 1), got {group['momentum']}: write momentum=0.9")
+    if not group["weight_decay"] >= 0:
+        raise ValueError(f"weight_decay must be at least 0, got {group['weight_decay']}: write weight_decay=0.0005")
+    if group["rescale"] not in _RESCALES:
+        raise ValueError(f"rescale must be one of {', '.join(_RESCALES)}, got {group['rescale']!r}")
+    if not isinstance(group["constraint"], Constraint):
+        raise ValueError(f"a group's constraint must be a set such as KSparsePolytope, got {group['constraint']!r}")
+    for parameter in group["params"]:
+        if not parameter.is_floating_point():
+            raise ValueError(f"SFW optimizes real floating-point parameters, got {parameter.dtype}")
+
+
+@torch.no_grad()
+def _into_the_set(group: dict[str, Any]) -> None:
+    """A feasible start: scale by the gauge the tensors that are outside their set."""
+    for parameter in group["params"]:
+        if parameter.numel() == 0:
+            raise ValueError(f"a parameter of shape {tuple(parameter.shape)} has no entries: leave it out")
+        gauge = group["constraint"].gauge(parameter)
+        if gauge > 1:
+            parameter.div_(gauge.to(parameter.dtype))
+            logger.info("a tensor of shape %s was %.3g times outside its set: scaled", tuple(parameter.shape), gauge)

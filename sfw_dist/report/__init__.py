@@ -1,0 +1,10 @@
+"""The report of one or more runs: figures, their data, and one self-contained page.
+
+It reads only the files of run folders; it knows nothing of the code that wrote them.
+"""
+
+from __future__ import annotations
+
+from sfw_dist.report.command import main, write_report
+
+__all__ = ["main", "write_report"]

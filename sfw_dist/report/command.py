@@ -1,0 +1,94 @@
+"""Reads the runs, draws the report in memory, and only then writes it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from sfw_dist.errors import UserError, reports_user_errors
+from sfw_dist.report import figures, page, table
+from sfw_dist.report.runs import Run, read_runs
+
+EXAMPLE = """example:
+  python -m sfw_dist.report runs/digits_sfw runs/digits_sgd --out reports/digits
+"""
+
+
+def write_report(runs: list[Path], out: Path | None = None) -> Path:
+    """Write the report of ``runs`` into ``out`` and return the path of its ``index.html``.
+
+    Args:
+        runs: run folders, each with ``prune/s*.json``; one line a folder in every figure.
+        out: the report's folder; default: ``report`` in the first run's folder.
+
+    Raises:
+        UserError: a folder is no run, has no pruning results, or holds a file that cannot be read. Nothing has been
+            written then.
+    """
+    return _write(read_runs(runs), out)
+
+
+@reports_user_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command: see ``--help``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m sfw_dist.report",
+        description="Draw accuracy against sparsity, the weights, the training and the layers of runs, on one page.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="a run's folder; each is one line in a figure"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: report/ in the first run)")
+    parser.add_argument("--json", action="store_true", help="print the page's path and the curve's rows as JSON")
+    arguments = parser.parse_args(argv)
+
+    runs = read_runs(arguments.runs)
+    index = _write(runs, arguments.out)
+    if arguments.json:
+        print(json.dumps({"index": str(index), "curve": [_strict_json(row) for row in table.curve_rows(runs)]}))
+    else:
+        print(index)
+    return 0
+
+
+def _write(runs: list[Run], out: Path | None) -> Path:
+    drawn = figures.draw_all(runs)
+    files = {
+        **drawn,
+        "curve.csv": table.curve_csv(runs).encode(),
+        "index.html": page.render(runs, drawn).encode(),  # last: who finds the page finds what it speaks of
+    }
+    folder = runs[0].folder / "report" if out is None else out
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            _write_atomically(folder / name, content)
+        for name in figures.DRAWINGS:
+            if name not in drawn:  # an earlier report's figure would contradict this one
+                (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write the report to {folder} ({error.strerror}): choose another with --out") from error
+    return folder / "index.html"
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _strict_json(row: dict[str, object]) -> dict[str, object]:
+    """NaN and infinity, which JSON does not have, become null."""
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}

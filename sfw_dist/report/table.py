@@ -1,0 +1,109 @@
+"""The numbers of a report: the rows behind the curve, and what the page says about them."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from itertools import takewhile
+
+from sfw_dist.report.runs import Run
+
+
+def curve_rows(runs: Sequence[Run]) -> list[dict[str, object]]:
+    """One row for each run and sparsity. Accuracies and sparsities are fractions."""
+    return [
+        {
+            "run": run.label,
+            "optimizer": run.optimizer,
+            "seed": result.seed,
+            "split": result.split,
+            "scope": result.scope,
+            "kind": result.kind,
+            "bn_recalibrated": result.bn_recalibrated,
+            "sparsity": result.sparsity,
+            "achieved_sparsity_all": result.sparsity_all,
+            "achieved_sparsity_prunable": result.sparsity_prunable,
+            "top1": result.top1,
+            "top5": result.top5,
+            "loss": result.loss,
+            "samples": result.samples,
+            "parameters_total": result.parameters_total,
+            "parameters_kept": result.parameters_kept,
+            "compression_ratio": result.compression_ratio,
+            "flops_dense": result.flops_dense,
+            "flops": result.flops,
+            "theoretical_speedup": result.theoretical_speedup,
+            "dead_layers": len(result.dead_layers),
+        }
+        for run in runs
+        for result in run.results
+    ]
+
+
+def curve_csv(runs: Sequence[Run]) -> str:
+    """The rows of :func:`curve_rows` as CSV with a header."""
+    rows = curve_rows(runs)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def chosen_sparsities(runs: Sequence[Run], wanted: Sequence[float]) -> list[float]:
+    """Those of the ``wanted`` sparsities that some run has; if there are none, as many of its own, spread evenly."""
+    present = [sparsity for sparsity in wanted if any(run.at(sparsity) for run in runs)]
+    if present:
+        return present
+    available = sorted({result.sparsity for run in runs for result in run.results if result.sparsity > 0})
+    count = min(len(wanted), len(available))
+    return [available[round(place * (len(available) - 1) / max(count - 1, 1))] for place in range(count)]
+
+
+def sparsity_within(run: Run, budget: float) -> float | None:
+    """The sparsity up to which no result is more than ``budget`` (a fraction) below the dense accuracy.
+
+    None when the dense accuracy is unknown or the first result is below it already.
+    """
+    dense = run.dense_top1
+    if dense is None:
+        return None
+    tolerance = 1e-9  # 0.99 - 0.98 is a little more than 0.01
+    good = takewhile(lambda result: dense - result.top1 <= budget + tolerance, run.results)
+    return max((result.sparsity for result in good), default=None)
+
+
+def notes(runs: Sequence[Run]) -> list[str]:
+    """What a reader must know before comparing: what is missing, what differs, what died."""
+    splits = {result.split for run in runs for result in run.results}
+    across = [f"The accuracies come from different splits ({', '.join(sorted(splits))})."] if len(splits) > 1 else []
+    return across + [note for run in runs for note in _notes(run)]
+
+
+def _notes(run: Run) -> list[str]:
+    found = []
+    if run.dense_top1 is None:
+        found.append(f"{run.label}: no result at sparsity 0, so its dense accuracy is not drawn.")
+    if run.metrics is None:
+        found.append(f"{run.label}: no metrics.jsonl, so it is not in the figure of the training.")
+    elif not run.epochs():
+        found.append(f"{run.label}: no finished epoch in metrics.jsonl, so it is not in the figure of the training.")
+    if run.weights is None:
+        found.append(f"{run.label}: no weights in model.safetensors, so it is not in the figure of the weights.")
+    methods = sorted({result.method for result in run.results if result.sparsity > 0})
+    if len(methods) > 1:
+        found.append(f"{run.label}: its points were not all pruned in the same way ({'; '.join(methods)}).")
+    if run.environment.get("git_dirty"):
+        found.append(f"{run.label}: trained from a checkout with changes that were not committed.")
+    dead = next((result for result in run.results if result.dead_layers), None)
+    if dead:
+        found.append(
+            f"{run.label}: no weight is left in {', '.join(dead.dead_layers)} from {percent(dead.sparsity)} on."
+        )
+    return found
+
+
+def percent(fraction: float) -> str:
+    """A sparsity for people: 0.9 is "90 %", 0.995 is "99.5 %"."""
+    return f"{100 * fraction:.6g} %"

@@ -1,0 +1,152 @@
+"""A run's folder: where everything lies, and how it is written (never half).
+
+    runs/<name>/config.yaml  environment.json  metrics.jsonl  heartbeat.json  tensorboard/
+                checkpoints/  model.safetensors  prune/  report/
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sfw_dist.config import Config, first_difference, load_config, save_config
+from sfw_dist.errors import UserError
+
+_PACKAGES = ("sfw-dist", "torch", "torchvision", "numpy", "ffcv", "deepspeed", "submitit")
+_PRIVATE = 0o755  # readable by all, writable by the owner alone, whatever the umask
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` to write to; it takes ``path``'s place on success, and is removed on error."""
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file or nothing."""
+    with replacing(path) as temporary:
+        temporary.write_text(text)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a whole JSON file or nothing; numbers that are not finite are an error, for JSON has none."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+class RunFolder:
+    """The files of one run. Only rank 0 writes, but for the shards of a checkpoint."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.checkpoints = path / "checkpoints"
+        self.prune = path / "prune"
+        self.weights = path / "model.safetensors"
+        self.metrics = path / "metrics.jsonl"
+        self.tensorboard = path / "tensorboard"
+
+    @classmethod
+    def existing(cls, path: Path) -> RunFolder:
+        """An existing run. Raises :class:`UserError` if ``path`` is none."""
+        folder = cls(path)
+        if not folder.config.is_file():
+            raise UserError(f"{path} is not a run's folder (no config.yaml): train one with python -m sfw_dist.train")
+        return folder
+
+    def check_free_for(self, config: Config, resume: bool) -> None:
+        """Raise :class:`UserError` unless the folder is new, or holds this very configuration and may be resumed."""
+        if not self.path.exists():
+            return
+        if not self.path.is_dir() or (any(self.path.iterdir()) and not self.config.is_file()):
+            raise UserError(f"{self.path} exists and is not a run's folder: choose another --name or --runs_dir")
+        if not self.config.is_file():
+            return
+        difference = first_difference(config, load_config(self.config))
+        if difference:
+            raise UserError(f"{self.path} holds another configuration ({difference}): choose another --name")
+        if not resume:
+            raise UserError(f"{self.path} exists: go on with --resume auto, or choose another --name")
+
+    def create(self, config: Config) -> None:
+        """Make the folder and write what is known at the start."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        for folder in (self.path, self.checkpoints, self.prune):
+            folder.mkdir(mode=_PRIVATE, exist_ok=True)
+        write_text(self.config, save_config(config))
+        write_json(self.path / "environment.json", environment())
+
+    def log(self, event: str, **values: Any) -> None:
+        """Append one line to metrics.jsonl."""
+        line = json.dumps({"event": event, "time": round(time.time(), 3), **values}, allow_nan=False)
+        with open(self.metrics, "a") as file:
+            file.write(line + "\n")
+
+    def beat(self, **values: Any) -> None:
+        """Rewrite heartbeat.json, so that others can tell a slow run from a dead one."""
+        write_json(self.path / "heartbeat.json", {"time": round(time.time(), 3), **values})
+
+    def save_weights(self, state: dict[str, Tensor]) -> None:
+        """Write model.safetensors: parameters and buffers by name."""
+        with replacing(self.weights) as temporary:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, temporary)
+
+    def load_weights(self) -> dict[str, Tensor]:
+        """Read model.safetensors. Raises :class:`UserError` if training has not ended."""
+        if not self.weights.is_file():
+            raise UserError(f"{self.path} has no model.safetensors: finish the training with --resume auto")
+        return load_file(self.weights)
+
+
+def environment() -> dict[str, Any]:
+    """What a result depends on beside the configuration; no host names, no environment variables."""
+    return {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor_cores": os.cpu_count(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        **{package: _version(package) for package in _PACKAGES},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        answer = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        return None
+    return answer.stdout.strip() if answer.returncode == 0 else None
