@@ -1,7 +1,7 @@
 """Binds a constraint to every parameter of a model, by name.
 
 The published code finds a parameter's radius by its shape, so that BatchNorm's scale and shift share one, and by
-re-initialising the model 100 times. Here each parameter has its own, and the model and the random state stay as they are.
+re-initialising the model 100 times. Here each parameter has its own, and model and random state stay as they are.
 """
 
 from __future__ import annotations

@@ -104,7 +104,9 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         dcp.load(tensors, storage_reader=reader, no_dist=True)
     except (OSError, ValueError, pickle.UnpicklingError, dcp.api.CheckpointException, EOFError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"the checkpoint {path} cannot be read ({reason}): remove it to resume from an older one") from None
+        raise UserError(
+            f"the checkpoint {path} cannot be read ({reason}): remove it to resume from an older one"
+        ) from None
     return tensors, state
 
 

@@ -23,6 +23,8 @@ from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Na
 
 from sfw_dist.constraints import Constraint, KSparsePolytope, KSupportBall, LpBall, Unconstrained
 from sfw_dist.errors import UserError
+from sfw_dist.optim import Rescale
+from sfw_dist.prune import PAPER_SPARSITIES, Kind, Scope
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -132,7 +134,7 @@ class OptimizerConfig:
     """Initial learning rate η; the paper's SFW takes 1.0, SGD about 0.05."""
     momentum: float = 0.9
     """Momentum ρ in [0, 1)."""
-    rescale: Literal["gradient", "fast_gradient", "diameter", "none"] = "gradient"
+    rescale: Rescale = "gradient"
     """How the learning rate becomes a step size γ (sfw; ALGORITHM: Algorithm 1)."""
     weight_decay: float = 0.0
     """L2 penalty: of all tensors for sgd, of the unconstrained ones for sfw."""
@@ -197,13 +199,11 @@ class TrainConfig:
 class PruneConfig:
     """The one-shot pruning of the trained network."""
 
-    sparsities: list[float] = field(
-        default_factory=lambda: [round(0.1 * i, 2) for i in range(10)] + [round(0.9 + 0.01 * i, 2) for i in range(1, 10)]
-    )
+    sparsities: list[float] = field(default_factory=lambda: [0.0, *PAPER_SPARSITIES])
     """Fractions removed; 0 is the dense network. The default is the paper's 18, and dense."""
-    scope: Literal["weights", "all"] = "weights"
+    scope: Scope = "weights"
     """weights: of convolutions and linear layers; all: every parameter, as published."""
-    kind: Literal["global", "layerwise", "2:4"] = "global"
+    kind: Kind = "global"
     """Where magnitudes compete: over the network, within a tensor, or 2 of 4 along the input channels."""
 
     def __post_init__(self) -> None:
@@ -282,7 +282,7 @@ def _check_keys(tree: dict[str, Any], schema: type, where: str, prefix: str = ""
         if is_dataclass(types[key]):
             if not isinstance(value, dict):
                 raise UserError(f"{where}: {dotted} is a section, got {value!r}: write 'key: value' lines below it")
-            _check_keys(value, types[key], where, f"{dotted}.")  # type: ignore[arg-type]
+            _check_keys(value, types[key], where, f"{dotted}.")
 
 
 def _one_line(error: Exception) -> str:
@@ -313,9 +313,9 @@ def parse_run(
     parser.add_argument("--name", type=str, help="The run's name; the file's name when neither gives one.")
 
     # `--config` is taken first, so that what stands on the command line lies over the file whatever the order.
-    first = ArgumentParser(exit_on_error=False, add_help=False)
-    first.add_argument("--config", type=str)
-    config_file = first.parse_known_args(argv)[0].config
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    config_file: str | None = first.parse_known_args(argv)[0].config
     try:
         below = None
         if config_file is not None:

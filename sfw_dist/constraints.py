@@ -229,11 +229,11 @@ class LpBall(_Sized):
 
     kind = "lp"
 
-    def __init__(self, p: float, **size: float | None) -> None:
+    def __init__(self, p: float | str, **size: float | None) -> None:
         super().__init__(**size)
-        if not p >= 1:
-            raise ValueError(f"p must be at least 1, got {p}: below 1 the set is not convex")
         self.p = float(p)
+        if not self.p >= 1:
+            raise ValueError(f"p must be at least 1, got {p}: below 1 the set is not convex")
         self.signs_only = self.p in (1.0, math.inf)
 
     def support(self, n: int) -> int:
@@ -289,7 +289,7 @@ class LpBall(_Sized):
         return LpBall(self.p, radius=radius)
 
     def _shape(self) -> dict[str, Any]:
-        return {"p": self.p}
+        return {"p": self.p if self.p < math.inf else "inf"}  # JSON has no infinity
 
 
 class Unconstrained(Constraint):

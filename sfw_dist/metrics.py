@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -40,3 +41,11 @@ class Tally:
         """The means over all ranks' samples; collective."""
         top1, top5, loss, samples = sum_over_ranks(self._sums.clone(), world).tolist()
         return Metrics(top1 / samples, top5 / samples, loss / samples, int(samples))
+
+
+def measure(forward: Callable[[Tensor], Tensor], loader: Iterable[tuple[Tensor, Tensor]], world: World) -> Metrics:
+    """Metrics of ``forward`` (uint8 images → logits) over a loader; collective at its end."""
+    tally = Tally(world.device)
+    for images, labels in loader:
+        tally.add(forward(images.to(world.device, non_blocking=True)), labels.to(world.device, non_blocking=True))
+    return tally.total(world)

@@ -157,8 +157,9 @@ class SFW(Optimizer):
             return
         assert self._plan is not None
         mine = torch.tensor(list(bytes.fromhex(self._plan.fingerprint)), dtype=torch.uint8, device=self._device())
-        everyone = mine.new_empty(self._world_size, mine.numel())
-        dist.all_gather_into_tensor(everyone, mine, group=self._process_group)
+        gathered = mine.new_empty(self._world_size * mine.numel())
+        dist.all_gather_into_tensor(gathered, mine, group=self._process_group)
+        everyone = gathered.view(self._world_size, -1)
         differing = everyone.ne(everyone[0]).any(1).nonzero().view(-1).tolist()
         if differing:
             raise ValueError(
@@ -169,7 +170,9 @@ class SFW(Optimizer):
     def _device(self) -> torch.device:
         devices = {slot.parameter.device for slot in self._slots}
         if len(devices) > 1:
-            raise ValueError(f"the parameters lie on {sorted(map(str, devices))}: with several ranks use one device each")
+            raise ValueError(
+                f"the parameters lie on {sorted(map(str, devices))}: with several ranks use one device each"
+            )
         return devices.pop()
 
     @overload
@@ -357,7 +360,9 @@ class SFW(Optimizer):
             for key, value in state_dict["state"].get(i, {}).items():
                 target = self.state[slot.parameter].get(key)
                 if target is None or target.shape != value.shape:
-                    raise ValueError(f"the state of {slot.name} has {key} of shape {tuple(value.shape)}: another model's?")
+                    raise ValueError(
+                        f"the state of {slot.name} has {key} of shape {tuple(value.shape)}: another model's?"
+                    )
                 target.copy_(value)
 
 

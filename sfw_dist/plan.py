@@ -1,9 +1,9 @@
 """Who owns which tensor, and where its vertex lies on the wire. Pure Python: the same answer on every rank.
 
-    rank 0's segment            rank 1's segment                 one buffer of world_size equal segments,
-    ┌────────┬────────┬─────┐   ┌──────────────┬───────────┐     filled by one all-gather; a segment holds the
-    │ conv1  │ layer3 │ pad │   │ layer1       │ fc        │     slots of the tensors that its rank owns
-    └────────┴────────┴─────┘   └──────────────┴───────────┘
+rank 0's segment            rank 1's segment                 one buffer of world_size equal segments,
+┌────────┬────────┬─────┐   ┌──────────────┬───────────┐     filled by one all-gather; a segment holds the
+│ conv1  │ layer3 │ pad │   │ layer1       │ fc        │     slots of the tensors that its rank owns
+└────────┴────────┴─────┘   └──────────────┴───────────┘
 """
 
 from __future__ import annotations

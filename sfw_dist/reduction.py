@@ -73,9 +73,7 @@ def frank_wolfe_products(m: Tensor, theta: Tensor, indices: Tensor | None, value
         else:
             difference[indices[inside] - block.start] -= values[inside]
         direction = m[block]
-        total += torch.stack(
-            [squared_norm(direction), squared_norm(difference), inner_product(direction, difference)]
-        )
+        total += torch.stack([squared_norm(direction), squared_norm(difference), inner_product(direction, difference)])
     return Products(*total)
 
 

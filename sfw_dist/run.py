@@ -1,12 +1,13 @@
 """A run's folder: where everything lies, and how it is written (never half).
 
-    runs/<name>/config.yaml  environment.json  metrics.jsonl  heartbeat.json  tensorboard/
-                checkpoints/  model.safetensors  prune/  report/
+runs/<name>/config.yaml  environment.json  metrics.jsonl  heartbeat.json  tensorboard/
+            checkpoints/  model.safetensors  prune/  report/
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -96,12 +97,14 @@ class RunFolder:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         for folder in (self.path, self.checkpoints, self.prune):
             folder.mkdir(mode=_PRIVATE, exist_ok=True)
+        _drop_unfinished_line(self.metrics)
         write_text(self.config, save_config(config))
         write_json(self.path / "environment.json", environment())
 
     def log(self, event: str, **values: Any) -> None:
-        """Append one line to metrics.jsonl."""
-        line = json.dumps({"event": event, "time": round(time.time(), 3), **values}, allow_nan=False)
+        """Append one line to metrics.jsonl; numbers that are not finite become null."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        line = json.dumps({"event": event, "time": round(time.time(), 3), **finite}, allow_nan=False)
         with open(self.metrics, "a") as file:
             file.write(line + "\n")
 
@@ -119,6 +122,13 @@ class RunFolder:
         if not self.weights.is_file():
             raise UserError(f"{self.path} has no model.safetensors: finish the training with --resume auto")
         return load_file(self.weights)
+
+
+def _drop_unfinished_line(path: Path) -> None:
+    """Cut off what a killed process left of its last line, before more is appended."""
+    if path.is_file():
+        whole = path.read_bytes().rpartition(b"\n")
+        os.truncate(path, len(whole[0]) + len(whole[1]))
 
 
 def environment() -> dict[str, Any]:

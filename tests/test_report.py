@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import re
@@ -13,12 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.patches import StepPatch
 from safetensors.numpy import save_file
 
 from sfw_dist.errors import UserError
-from sfw_dist.report import figures, main, write_report
+from sfw_dist.report import figures, main, page, table, write_report
 from sfw_dist.report.runs import read_runs
-from sfw_dist.report.table import sparsity_within
 
 FIGURES = {"curve.png", "weights.png", "training.png", "layers.png"}
 ACCURACY = {0.0: 0.98, 0.5: 0.98, 0.9: 0.971, 0.95: 0.95, 0.99: 0.4}
@@ -96,7 +97,9 @@ def make_run(tmp_path: Path) -> MakeRun:
         (run / "prune").mkdir(parents=True)
         settings = {"name": name, "seed": 0, "data": {"name": "digits"}, "optimizer": {"name": "sfw", "lr": 1.0}}
         (run / "config.yaml").write_text(json.dumps(settings, indent=2))
-        (run / "environment.json").write_text(json.dumps({"python": "3.11.9", "git_dirty": False}))
+        (run / "environment.json").write_text(
+            json.dumps({"command": ["train.py", "--config", "a b.yaml"], "git_dirty": False})
+        )
         write_lines(run / "metrics.jsonl", [{"event": "start"}, *epoch(1, 0.5), *epoch(2, 0.75), *epoch(3, 0.97)])
         generator = np.random.default_rng(0)
         weights = {name: generator.standard_normal((size // 2, 2), np.float32) for name, size in LAYERS.items()}
@@ -109,20 +112,31 @@ def make_run(tmp_path: Path) -> MakeRun:
     return make
 
 
-def rows_of(report: Path) -> list[dict[str, str]]:
-    with (report / "curve.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
+@pytest.fixture
+def quick_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stands in for the drawing, which takes seconds, where a test is about what is done with the figures."""
+    monkeypatch.setattr(figures, "draw_all", lambda _: {"curve.png": b"new"})
 
 
-class Page(HTMLParser):
+def rows_of(*runs: Path) -> list[dict[str, str]]:
+    """The rows of curve.csv."""
+    return list(csv.DictReader(io.StringIO(table.curve_csv(read_runs(runs)))))
+
+
+def page_of(*runs: Path) -> str:
+    """The page, without its figures."""
+    return page.render(read_runs(runs), {})
+
+
+class Parsed(HTMLParser):
     """Text, tags and addresses of a page, as a browser would see them."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, html: str) -> None:
         super().__init__()
         self.tags: list[str] = []
         self.addresses: list[str] = []
         self.cells: list[list[str]] = []
-        self.feed(path.read_text(encoding="utf-8"))
+        self.feed(html)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
@@ -137,28 +151,21 @@ class Page(HTMLParser):
             self.cells[-1][-1] += data.strip()
 
 
-def test_report_has_all_files_and_default_place(make_run: MakeRun) -> None:
-    """A figure or the page is missing, is no PNG, or lands outside the run; a temporary file stays behind."""
+def test_report_has_all_files_and_is_repeatable(make_run: MakeRun, tmp_path: Path) -> None:
+    """A figure is missing or no PNG, a temporary file stays, or a time stamp changes the report with each writing."""
     run = make_run()
-    index = write_report([run])
+    index, again = write_report([run]), write_report([run], tmp_path / "again")
     assert index == run / "report" / "index.html"
     assert {path.name for path in index.parent.iterdir()} == FIGURES | {"curve.csv", "index.html"}
     for name in FIGURES:
         assert (index.parent / name).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    for path in index.parent.iterdir():
+        assert path.read_bytes() == (again.parent / path.name).read_bytes(), path.name
 
 
-def test_same_runs_give_the_same_bytes(make_run: MakeRun, tmp_path: Path) -> None:
-    """A time stamp or an unstable order makes a committed report change each time it is written."""
-    run = make_run()
-    first, second = (write_report([run], tmp_path / name).parent for name in ("first", "second"))
-    for path in first.iterdir():
-        assert path.read_bytes() == (second / path.name).read_bytes(), path.name
-
-
-def test_csv_holds_the_numbers_of_the_files(make_run: MakeRun, tmp_path: Path) -> None:
+def test_csv_holds_the_numbers_of_the_files(make_run: MakeRun) -> None:
     """A ratio is inverted, a sparsity is mixed up with another, or a row is lost: checked against hand-made numbers."""
-    report = write_report([make_run()], tmp_path / "report").parent
-    rows = rows_of(report)
+    rows = rows_of(make_run())
     assert [float(row["sparsity"]) for row in rows] == sorted(ACCURACY)
     assert [float(row["top1"]) for row in rows] == list(ACCURACY.values())
     at_90 = rows[2]
@@ -171,10 +178,10 @@ def test_csv_holds_the_numbers_of_the_files(make_run: MakeRun, tmp_path: Path) -
     assert (at_90["run"], at_90["optimizer"], at_90["samples"], at_90["split"]) == ("digits_sfw", "sfw", "450", "test")
 
 
-def test_two_runs_share_the_csv_and_the_curve(make_run: MakeRun, tmp_path: Path) -> None:
+def test_two_runs_share_the_csv_and_the_curve(make_run: MakeRun) -> None:
     """The second run overwrites the first, or draws in its colour, or has no dense line."""
     runs = [make_run("digits_sfw"), make_run("digits_sgd", accuracy={0.0: 0.99, 0.9: 0.3})]
-    rows = rows_of(write_report(runs, tmp_path / "report").parent)
+    rows = rows_of(*runs)
     assert [row["run"] for row in rows] == ["digits_sfw"] * 5 + ["digits_sgd"] * 2
 
     axes = figures.draw_curve(read_runs(runs)).axes[0]
@@ -186,11 +193,12 @@ def test_two_runs_share_the_csv_and_the_curve(make_run: MakeRun, tmp_path: Path)
     assert sfw.get_color() == sfw_dense.get_color() != sgd.get_color() == sgd_dense.get_color()
 
 
-def test_table_shows_percent_with_one_decimal(make_run: MakeRun, tmp_path: Path) -> None:
+def test_table_shows_percent_with_one_decimal(make_run: MakeRun) -> None:
     """Fractions instead of percent, cells under the wrong sparsity, or a missing sparsity that shifts the row."""
     runs = [make_run("a"), make_run("b", accuracy={0.0: 0.99, 0.9: 0.3})]
-    cells = Page(write_report(runs, tmp_path / "report")).cells
+    cells = Parsed(page_of(*runs)).cells
     assert cells[0][3:] == ["Dense", "50 %", "90 %", "95 %", "99 %"]
+    assert ["command", "train.py --config 'a b.yaml'"] in cells
     assert cells[1] == ["a", "sfw", "global, weights", "98.0", "98.0", "97.1", "95.0", "40.0"]
     assert cells[2] == ["b", "sfw", "global, weights", "99.0", "–", "30.0", "–", "–"]
 
@@ -198,9 +206,9 @@ def test_table_shows_percent_with_one_decimal(make_run: MakeRun, tmp_path: Path)
 def test_sparsity_that_a_budget_buys(make_run: MakeRun) -> None:
     """A network that recovers beyond a failure is credited with the later sparsity, or rounding decides 0.98 - 0.97."""
     (run,) = read_runs([make_run(accuracy={0.0: 0.98, 0.5: 0.97, 0.9: 0.5, 0.95: 0.98})])
-    assert sparsity_within(run, 0.005) == 0.0
-    assert sparsity_within(run, 0.01) == 0.5
-    assert sparsity_within(run, 0.5) == 0.95
+    assert table.sparsity_within(run, 0.005) == 0.0
+    assert table.sparsity_within(run, 0.01) == 0.5
+    assert table.sparsity_within(run, 0.5) == 0.95
 
 
 def test_dense_accuracy_falls_back_to_the_evaluation_after_training(make_run: MakeRun) -> None:
@@ -208,8 +216,9 @@ def test_dense_accuracy_falls_back_to_the_evaluation_after_training(make_run: Ma
     run = make_run(accuracy={0.9: 0.9})
     assert read_runs([run])[0].dense_top1 is None
     with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"event": "eval", "split": "validation", "sparsity": 0.0, "top1": 0.5}\n')
-        file.write('{"event": "eval", "split": "test", "sparsity": 0.0, "top1": 0.96}\n')
+        for split, sparsity, top1 in (("test", 0.0, 0.96), ("validation", 0.0, 0.5), ("test", 0.7, 0.4)):
+            line = {"event": "eval", "split": split, "sparsity": sparsity, "top1": top1}
+            file.write(json.dumps(line) + "\n")
     assert read_runs([run])[0].dense_top1 == 0.96
 
 
@@ -228,6 +237,15 @@ def test_superseded_lines_are_dropped(make_run: MakeRun) -> None:
     ]
     steps = [record["step"] for record in read.metrics or () if record["event"] == "train"]
     assert steps == [10, 20, 30, 40]
+
+
+def test_second_start_supersedes_everything(make_run: MakeRun) -> None:
+    """A run killed before its first checkpoint starts anew in the same folder, and its first attempt is drawn too."""
+    run = make_run()
+    start = {"event": "start"}
+    write_lines(run / "metrics.jsonl", [start, epoch(1, 0.1)[0], start, *epoch(1, 0.5)])
+    (read,) = read_runs([run])
+    assert read.metrics == (start, *epoch(1, 0.5))
 
 
 @pytest.mark.parametrize("tail", [b'{"event": "epoch", "ep', b'{"event": "start", "name": "\xc3'])
@@ -281,6 +299,19 @@ def test_weights_are_those_of_conv_and_linear_layers(make_run: MakeRun) -> None:
     assert np.abs(weights).max() < 10
 
 
+def test_histogram_counts_every_weight(make_run: MakeRun) -> None:
+    """Zeros, whose logarithm is minus infinity, vanish from the magnitudes, or a NaN ends the report."""
+    run = make_run()
+    weights = np.array([[0.0, 0.0, 1e-20, 0.3], [0.1, -0.1, -0.3, np.nan]], np.float32)
+    save_file({"fc.weight": weights}, run / "model.safetensors")
+    figure = figures.draw_weights(read_runs([run]))
+    assert figure is not None
+    for axes in figure.axes:
+        shares = [patch.get_data()[0] for patch in axes.patches if isinstance(patch, StepPatch)]
+        assert [share.sum() for share in shares] == pytest.approx([100, 100])
+    assert shares[0][0] == pytest.approx(100 * 3 / 7)
+
+
 def test_dead_layer_is_drawn_and_noted(make_run: MakeRun) -> None:
     """A layer without weights vanishes from the logarithmic axis, and nobody learns why the network fails."""
     run = make_run()
@@ -293,56 +324,45 @@ def test_dead_layer_is_drawn_and_noted(make_run: MakeRun) -> None:
     assert figure is not None
     crosses = [line for line in figure.axes[-1].get_lines() if line.get_marker() == "x"]
     assert [list(np.asarray(line.get_xdata())) for line in crosses] == [[0]]
-    page = write_report([run]).read_text(encoding="utf-8")
-    assert "no weight is left in conv1.weight from 99 % on" in page
+    assert "no weight is left in conv1.weight from 99 % on" in page_of(run)
 
 
-@pytest.mark.parametrize(
-    ("missing", "figure"), [("metrics.jsonl", "training.png"), ("model.safetensors", "weights.png")]
-)
-def test_missing_file_costs_only_its_figure(make_run: MakeRun, missing: str, figure: str) -> None:
-    """A run without one file gets no report, or an earlier report's figure stays beside a page that denies it."""
+def test_missing_files_cost_only_their_figures(make_run: MakeRun) -> None:
+    """A run without metrics or weights gets no report, or an old figure stays beside a page that denies it."""
     run = make_run()
-    write_report([run])
-    (run / missing).unlink()
+    missing = {"metrics.jsonl": "training.png", "model.safetensors": "weights.png"}
+    (run / "report").mkdir()
+    for name, figure in missing.items():
+        (run / name).unlink()
+        (run / "report" / figure).write_bytes(b"of an earlier report")
     index = write_report([run])
-    assert {path.name for path in index.parent.glob("*.png")} == FIGURES - {figure}
-    page = index.read_text(encoding="utf-8")
-    assert f"{figure} is not drawn" in page
-    assert missing in page
+    assert {path.name for path in index.parent.glob("*.png")} == FIGURES - set(missing.values())
+    text = index.read_text(encoding="utf-8")
+    for name, figure in missing.items():
+        assert f"{figure} is not drawn" in text
+        assert name in text
 
 
-def test_page_escapes_what_comes_from_files(make_run: MakeRun, tmp_path: Path) -> None:
-    """A run's name, configuration or environment becomes markup: a page from elsewhere could run a script."""
-    evil = """<script src="https://evil.example/x.js"></script><img src=x onerror='a()'> $\\frac & _x"""
+def test_page_is_safe_to_open_and_to_mail(make_run: MakeRun, tmp_path: Path) -> None:
+    """A name, configuration or environment from elsewhere becomes markup, or the page loads what is not in it."""
+    evil = """<script src="//evil.example/x.js"></script><img src=x onerror='a()'> $\\frac & _x"""
     run = make_run(evil, folder="evil")
     (run / "environment.json").write_text(json.dumps({evil: evil}))
-    index = write_report([run], tmp_path / "report")
-    text, page = index.read_text(encoding="utf-8"), Page(index)
-    assert "&lt;script" in text
-    assert "script" not in page.tags
-    assert page.tags.count("img") == len(FIGURES)
-    assert rows_of(index.parent)[0]["run"] == evil
+    text = write_report([run], tmp_path / "report").read_text(encoding="utf-8")
+    assert text.count("&lt;script src=") >= 5  # title, table, configuration, environment's key and value
+
+    parsed = Parsed(text)
+    assert not {"script", "link", "iframe", "object"} & set(parsed.tags)
+    assert len(parsed.addresses) == len(FIGURES)
+    assert all(address.startswith("data:image/png;base64,") for address in parsed.addresses)
+    for loads in ("http:", "https:", "url(", "@import"):
+        assert loads not in text
 
 
-def test_page_loads_nothing(make_run: MakeRun) -> None:
-    """The page needs the network or a file beside it: mailed, it shows broken images."""
-    index = write_report([make_run()])
-    page = Page(index)
-    assert len(page.addresses) == len(FIGURES)
-    assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
-    assert not {"script", "link", "iframe", "object"} & set(page.tags)
-    text = index.read_text(encoding="utf-8")
-    assert "http:" not in text
-    assert "https:" not in text
-    assert "url(" not in text
-    assert "@import" not in text
-
-
-def test_runs_of_one_name_stay_apart(make_run: MakeRun, tmp_path: Path) -> None:
+def test_runs_of_one_name_stay_apart(make_run: MakeRun) -> None:
     """Two seeds of one configuration become one zigzag line in a spreadsheet."""
     runs = [make_run("digits", folder="x/seed0"), make_run("digits", folder="x/seed1"), make_run("other")]
-    rows = rows_of(write_report(runs, tmp_path / "report").parent)
+    rows = rows_of(*runs)
     assert list(dict.fromkeys(row["run"] for row in rows)) == ["digits (seed0)", "digits (seed1)", "other"]
     twins = [make_run("digits", folder=f"{place}/seed0") for place in "yz"]
     assert [run.label for run in read_runs(twins)] == [f"digits ({folder})" for folder in twins]
@@ -353,7 +373,7 @@ def test_mixed_pruning_is_noted(make_run: MakeRun) -> None:
     run = make_run()
     path = run / "prune" / "s0.5000.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "kind": "2:4"}))
-    assert "not all pruned in the same way (2:4, weights; global, weights)" in write_report([run]).read_text()
+    assert "not all pruned in the same way (2:4, weights; global, weights)" in page_of(run)
 
 
 def remove_prune(run: Path) -> None:
@@ -407,11 +427,15 @@ def test_missing_and_repeated_folders_are_refused(make_run: MakeRun, tmp_path: P
         write_report([])
 
 
+@pytest.mark.usefixtures("quick_figures")
 def test_failed_write_keeps_the_old_report(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     """A full disk leaves a truncated page or a temporary file in place of yesterday's report."""
     run = make_run()
-    report = write_report([run]).parent
-    before = {path.name: path.read_bytes() for path in report.iterdir()}
+    report = run / "report"
+    report.mkdir()
+    before = {name: name.encode() for name in ("index.html", "curve.png")}
+    for name, content in before.items():
+        (report / name).write_bytes(content)
 
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
@@ -422,6 +446,7 @@ def test_failed_write_keeps_the_old_report(make_run: MakeRun, monkeypatch: pytes
     assert {path.name: path.read_bytes() for path in report.iterdir()} == before
 
 
+@pytest.mark.usefixtures("quick_figures")
 def test_json_is_strict_and_complete(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
     """A program cannot read the output: NaN (here of top-5, which ten-class files may lack) is not JSON."""
     run = make_run()

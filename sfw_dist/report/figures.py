@@ -32,6 +32,7 @@ DASHES = (0, (5, 4))
 MOST_DECADES = 8  # of magnitudes below the largest weight
 MOST_LAYER_NAMES = 60
 LONGEST_LABEL = 48
+LEGEND_WIDTH = 130  # characters
 
 INK, SOFT, GRID = "#22252b", "#5d6470", "#e7e8ea"
 STYLE: dict[Any, Any] = {
@@ -80,14 +81,16 @@ def draw_curve(runs: Sequence[Run]) -> Figure:
     by_sparsity, by_speedup = figure.subplots(1, 2, sharey=True, width_ratios=(1.9, 1))
     for index, run in enumerate(runs):
         style = {"color": colour(index), "marker": _marker(index), "markersize": 4.5}
-        top1 = [100 * result.top1 for result in run.results]
-        by_sparsity.plot([_density(result) for result in run.results], top1, **style)
-        by_speedup.plot([result.theoretical_speedup for result in run.results], top1, **style)
+        results = [result for result in run.results if _density(result) > 0]  # an empty network has no place there
+        top1 = [100 * result.top1 for result in results]
+        by_sparsity.plot([_density(result) for result in results], top1, **style)
+        by_speedup.plot([result.theoretical_speedup for result in results], top1, **style)
         if run.dense_top1 is not None:
             for axes in (by_sparsity, by_speedup):
                 axes.axhline(100 * run.dense_top1, color=colour(index), linestyle=DASHES, linewidth=1, zorder=1)
 
-    _scale_sparsity(by_sparsity, "x", min(_density(result) for run in runs for result in run.results), distance=0.05)
+    densities = [_density(result) for run in runs for result in run.results if _density(result) > 0]
+    _scale_sparsity(by_sparsity, "x", min(densities, default=1.0), distance=0.05)
     by_sparsity.set(xlabel="sparsity: prunable weights removed", ylabel="top-1 accuracy (%)")
     kept = by_sparsity.secondary_xaxis("top")
     kept.spines["top"].set_visible(False)
@@ -137,7 +140,7 @@ def draw_training(runs: Sequence[Run]) -> Figure | None:
             style = {"color": colour(index), "marker": _marker(index), "markersize": 4, "linewidth": 1.4}
             axes.plot(epochs, values, markevery=every, **style)
         axes.set(title=panel.title, yscale=panel.scale, xlabel="epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     _legend(figure, runs, trained)
     return figure
 
@@ -154,7 +157,7 @@ def draw_layers(runs: Sequence[Run]) -> Figure | None:
         results = {index: result for index, run in enumerate(runs) if (result := run.at(sparsity))}
         _draw_layers_at(axes, results, {name: position for position, name in enumerate(names)})
         axes.axhline(1 - sparsity, color=SOFT, linestyle=DASHES, linewidth=1, zorder=1)
-        axes.set_title(f"Network at {percent(sparsity)}")
+        axes.set_title(f"Network {percent(sparsity)} sparse")
     step = -(-len(names) // MOST_LAYER_NAMES)
     shown = [_shortened(name.removesuffix(".weight")) for name in names[::step]]
     panels[-1].set_xticks(range(0, len(names), step), shown, fontsize=8, parse_math=False)
@@ -173,7 +176,9 @@ def _draw_layers_at(axes: Axes, results: dict[int, PruningResult], place: dict[s
         y = [layer.density or np.nan for layer in result.layers]
         axes.plot(x, y, color=colour(index), marker=_marker(index), markersize=4.5, linewidth=1)
         dead = [place[layer.name] for layer in result.layers if layer.density == 0]
-        axes.plot(dead, [edge] * len(dead), "x", color=colour(index), markersize=9, markeredgewidth=2.2)
+        if dead:
+            (crosses,) = axes.plot(dead, [edge] * len(dead), "x", color=colour(index), clip_on=False)
+            crosses.set(markersize=9, markeredgewidth=2.2)
     _scale_sparsity(axes, "y", edge, distance=0.12)
 
 
@@ -206,7 +211,8 @@ def _show_ratios(axis: Axis, places: Sequence[float], sign: str) -> None:
 
 
 def _histogram(axes: Axes, values: npt.NDArray[np.float32], edges: FloatArray, color: str) -> None:
-    counts, _ = np.histogram(values, edges)
+    # The edges are float64, and so is what is clipped to them: rounding cannot push the outermost values out.
+    counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
     shares = 100 * counts / values.size
     axes.stairs(shares, edges, color=color, linewidth=1.4)
     axes.stairs(shares, edges, color=color, alpha=0.12, fill=True)
@@ -220,9 +226,16 @@ def _legend(figure: Figure, runs: Sequence[Run], indices: Sequence[int] | None =
     if dashed:
         handles.append(Line2D([], [], color=SOFT, linestyle=DASHES, linewidth=1))
         labels.append(dashed)
-    legend = figure.legend(handles, labels, loc="outside lower center", ncols=min(len(handles), 4))
+    fitting = LEGEND_WIDTH // (max(map(len, labels)) + 8)  # 8: the line, the marker and the gap
+    legend = figure.legend(handles, labels, loc="outside lower center", ncols=min(len(handles), fitting))
     for text in legend.get_texts():
         text.set_parse_math(False)  # a run's name may hold a dollar sign
+
+
+def _png(figure: Figure) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", metadata={"Software": None})
+    return file.getvalue()
 
 
 def _shortened(label: str) -> str:
@@ -281,9 +294,3 @@ DRAWINGS: dict[str, Callable[[Sequence[Run]], Figure | None]] = {
     "training.png": draw_training,
     "layers.png": draw_layers,
 }
-
-
-def _png(figure: Figure) -> bytes:
-    file = io.BytesIO()
-    figure.savefig(file, format="png", metadata={"Software": None})
-    return file.getvalue()

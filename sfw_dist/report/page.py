@@ -47,7 +47,7 @@ $budget
 $savings
 </section>
 <section>
-<h2>Why it prunes</h2>
+<h2>Weights and layers</h2>
 $weights
 $layers
 </section>
@@ -135,7 +135,9 @@ def _budget_table(runs: Sequence[Run]) -> str:
         [_run_cell(run, index), *(_percent_or_missing(sparsity_within(run, budget)) for budget in BUDGETS)]
         for index, run in enumerate(runs)
     ]
-    return _table("What an accuracy budget buys: the sparsity up to which top-1 loses no more", head, body)
+    return _table(
+        "What an accuracy budget buys: the sparsity up to which top-1 stays this close to the dense network", head, body
+    )
 
 
 def _savings_table(runs: Sequence[Run], sparsities: Sequence[float]) -> str:
@@ -209,16 +211,21 @@ def _definitions(meanings: Mapping[str, str]) -> str:
     return f"<dl>{pairs}</dl>"
 
 
+def _shown(value: object) -> str:
+    """A list is a command line."""
+    return shlex.join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def _details(run: Run, index: int) -> str:
-    """The commands that make the run's results again, its configuration and its environment."""
+    """The commands that repeat the run (elsewhere: its folder is taken), its configuration and its environment."""
     folder = shlex.quote(str(run.folder))
     sparsities = ",".join(f"{result.sparsity:g}" for result in run.results)
     commands = (
-        f"python -m sfw_dist.train --config {folder}/config.yaml\n"
+        f"python -m sfw_dist.train --config {folder}/config.yaml --runs_dir repeated\n"
         f"python -m sfw_dist.evaluate {folder} --sparsities {sparsities}"
     )
     environment = "".join(
-        f'<tr><th scope="row">{escape(str(key))}</th><td>{escape(str(value))}</td></tr>'
+        f'<tr><th scope="row">{escape(str(key))}</th><td>{escape(_shown(value))}</td></tr>'
         for key, value in run.environment.items()
     )
     parts = [

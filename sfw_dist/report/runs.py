@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import yaml  # type: ignore[import-untyped]
+import yaml
 from safetensors import SafetensorError, safe_open
 
 from sfw_dist.errors import UserError
@@ -79,7 +79,7 @@ class Run:
     environment: Record
     metrics: tuple[Record, ...] | None  # None: the run has no metrics.jsonl
     results: tuple[PruningResult, ...]  # by rising sparsity, at least one
-    weights: FloatArray | None  # all conv and linear weights, flat; None: the run has no model.safetensors
+    weights: FloatArray | None  # all finite conv and linear weights, flat; None: there are none
 
     @property
     def optimizer(self) -> str:
@@ -94,11 +94,11 @@ class Run:
         if first.sparsity == 0:
             return first.top1
         evaluations = [
-            record["top1"]
+            number(record, "top1")
             for record in self.metrics or ()
             if record["event"] == "eval" and record.get("sparsity") == 0 and record.get("split") == first.split
         ]
-        return float(evaluations[-1]) if evaluations else None
+        return evaluations[-1] if evaluations else None
 
     def at(self, sparsity: float) -> PruningResult | None:
         """The result at this requested sparsity."""
@@ -173,7 +173,7 @@ def _read_config(folder: Path) -> tuple[Record, str]:
 
 
 def _read_metrics(path: Path) -> tuple[Record, ...] | None:
-    """The records that count: a run that resumed at a step wrote everything beyond that step again."""
+    """The records that count: a run that resumed at a step, or started anew, wrote what follows that point again."""
     if not path.is_file():
         return None
     lines = [(count, line) for count, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()]
@@ -187,8 +187,10 @@ def _read_metrics(path: Path) -> tuple[Record, ...] | None:
             raise UserError(f"{path}, line {count}, is not JSON: remove or mend that line") from error
         if not isinstance(record, dict) or "event" not in record:
             raise UserError(f'{path}, line {count}, is no object with an "event": remove or mend that line')
-        if record["event"] == "resume":
-            step = record.get("step", 0)
+        if record["event"] == "start":
+            records = []
+        elif record["event"] == "resume":
+            step = record.get("step", math.inf)
             records = [earlier for earlier in records if earlier.get("step", 0) <= step]
         records.append(record)
     return tuple(records)
@@ -259,4 +261,6 @@ def _read_weights(path: Path) -> FloatArray | None:
     except (SafetensorError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} cannot be read ({reason}): export the final weights as float32 again") from error
-    return np.concatenate(tensors) if tensors else None
+    weights = np.concatenate([np.empty(0, np.float32), *tensors])
+    finite = weights[np.isfinite(weights)]  # a diverged run has others
+    return finite if finite.size else None

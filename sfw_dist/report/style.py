@@ -19,7 +19,7 @@ header, main { max-width: 64rem; margin: 0 auto; padding: 0 1.25rem; }
 header { padding-top: 3rem; }
 main { padding-bottom: 4rem; }
 h1, h2, h3 { line-height: 1.2; text-wrap: balance; overflow-wrap: anywhere; }
-h1 { margin: 0; font-size: clamp(1.7rem, 5vw, 2.5rem); letter-spacing: -0.02em; }
+h1 { margin: 0; font-size: 2rem; font-size: clamp(1.7rem, 5vw, 2.5rem); letter-spacing: -0.02em; }
 h2 { margin: 3.2rem 0 1rem; padding-top: 1.1rem; border-top: 1px solid var(--line); font-size: 1.3rem; }
 h3 { margin: 0 0 .6rem; font-size: 1.02rem; }
 .kicker {
@@ -35,7 +35,7 @@ th, td { padding: .5rem .7rem; border-bottom: 1px solid var(--line); text-align:
 th { color: var(--soft); font-weight: 600; }
 thead th { border-bottom: 2px solid var(--line); white-space: nowrap; }
 .number { text-align: right; white-space: nowrap; }
-td:first-child { font-weight: 600; }
+td:first-child { font-weight: 600; white-space: nowrap; }
 td strong { color: var(--accent); }
 .swatch { display: inline-block; width: .7em; height: .7em; margin-right: .55em; border-radius: 50%; }
 .notes { margin: 0; padding: .8rem 1rem .8rem 2rem; border-left: 3px solid #e69f00; background: var(--card); }
@@ -49,9 +49,10 @@ dd { margin: .1rem 0 .9rem; color: var(--soft); max-width: 46rem; }
 article { margin: 0 0 1rem; padding: 1.1rem 1.2rem; background: var(--card); }
 article { border: 1px solid var(--line); border-radius: .6rem; }
 pre {
-  margin: 0 0 .6rem; padding: .8rem 1rem; overflow-x: auto; border-radius: .4rem; background: var(--paper);
+  margin: 0 0 .6rem; padding: .8rem 1rem; border-radius: .4rem; background: var(--paper);
+  white-space: pre-wrap; overflow-wrap: anywhere;
   font: .85rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;
 }
 summary { padding: .25rem 0; color: var(--accent); cursor: pointer; }
-@media print { body { background: #fff; } figure, article, tr { break-inside: avoid; } }
+@media print { figure, article, tr { break-inside: avoid; } }
 """

@@ -90,7 +90,7 @@ def _notes(run: Run) -> list[str]:
     elif not run.epochs():
         found.append(f"{run.label}: no finished epoch in metrics.jsonl, so it is not in the figure of the training.")
     if run.weights is None:
-        found.append(f"{run.label}: no weights in model.safetensors, so it is not in the figure of the weights.")
+        found.append(f"{run.label}: no finite weights in model.safetensors, so it is not in the figure of the weights.")
     methods = sorted({result.method for result in run.results if result.sparsity > 0})
     if len(methods) > 1:
         found.append(f"{run.label}: its points were not all pruned in the same way ({'; '.join(methods)}).")

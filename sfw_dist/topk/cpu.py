@@ -11,7 +11,12 @@ from torch import Tensor
 
 # Magnitudes are compared as integers: the bit patterns of |x| are ordered as |x| is, numpy partitions integers faster
 # than floats (2.1 against 3.3 ms for 2.36 M), and bf16 has no numpy type at all.
-_BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+_BITS = {
+    torch.float64: torch.int64,
+    torch.float32: torch.int32,
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+}
 
 
 def select(x: Tensor, k: int) -> Tensor:
