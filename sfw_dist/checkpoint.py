@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 
 from sfw_dist.distributed import World, barrier
 from sfw_dist.errors import UserError
-from sfw_dist.run import write_json, write_text
+from sfw_dist.files import write_json, write_text
 
 _NAME = re.compile(r"epoch_\d{4,}\.step_\d{6,}")
 _STATE = "state.json"
@@ -104,9 +104,8 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         dcp.load(tensors, storage_reader=reader, no_dist=True)
     except (OSError, ValueError, pickle.UnpicklingError, dcp.api.CheckpointException, EOFError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"the checkpoint {path} cannot be read ({reason}): remove it to resume from an older one"
-        ) from None
+        remedy = "remove it to resume from an older one"
+        raise UserError(f"the checkpoint {path} cannot be read ({reason}): {remedy}") from None
     return tensors, state
 
 

@@ -239,7 +239,7 @@ class Config:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in ``path`` laid over that of its ``base:``, and so on; files that inherit in a circle are an error."""
+    """The mapping in ``path`` laid over that of its ``base:``, and so on; to inherit in a circle is an error."""
     return _read_yaml(path, seen=())
 
 

@@ -272,14 +272,19 @@ class LpBall(_Sized):
             case math.inf:
                 return x.clamp(-radius, radius)
             case 2.0:
-                return x / self.gauge(x).clamp(min=1).to(x.dtype)
+                return (x.double() / self.gauge(x).clamp(min=1)).to(x.dtype)
             case 1.0:
-                z = x.double().abs().reshape(-1).sort(descending=True).values
+                magnitude = x.double().abs()
+                z = magnitude.reshape(-1).sort(descending=True).values
                 excess = (z.cumsum(0) - radius) / torch.arange(1, z.numel() + 1, device=x.device)
-                threshold = excess[(z > excess).sum() - 1].clamp(min=0).to(x.dtype)
-                return x.sign() * (x.abs() - threshold).clamp(min=0)
+                # At least one entry stays, also where the radius is lost beside it: 1e30 − 1 = 1e30.
+                threshold = excess[(z > excess).sum().clamp(min=1) - 1].clamp(min=0)
+                return x.sign() * (magnitude - threshold).clamp(min=0).to(x.dtype)
             case _:
                 return super().project(x)
+
+    def diameter(self, n: int) -> float:
+        return 2 * self.radius(n) * n ** max(0.0, 0.5 - 1 / self.p)
 
     def radius_for(self, diameter: float, n: int) -> float:
         inverse = {1.0: 0.5, math.inf: 0.0}.get(self.p, 1 / self.p)
@@ -327,15 +332,15 @@ def constraint_from_spec(spec: dict[str, Any]) -> Constraint:
 
 
 def _signed(x: Tensor, radius: float) -> Tensor:
-    """``−radius·sign(x)``; adding 0 turns −0 into 0, which is what the wire format brings back."""
-    return x.sign().mul_(-radius).add_(0.0)
+    """``−radius·sign(x)``, NaN where ``x`` is; adding 0 turns −0 into 0, which is what the wire format brings back."""
+    return torch.where(x.isnan(), x, x.sign()).mul_(-radius).add_(0.0)
 
 
 def _scaled(x: Tensor, radius: float, order: float = 2.0) -> Tensor:
-    """``−radius·x/‖x‖_order``, and 0 for ``x = 0``."""
+    """``−radius·x/‖x‖_order``, and 0 for ``x = 0``; in float64, for radius/‖x‖ overflows where x is tiny."""
     if order == 2:
         norm = squared_norm(x).sqrt()
     else:
         power = x.abs().double().pow(order)
         norm = inner_product(power, torch.ones_like(power)) ** (1 / order)
-    return torch.where(norm == 0, torch.zeros_like(x), x * (-radius / norm).to(x.dtype))
+    return torch.where(norm == 0, torch.zeros_like(x), (x.double() * (-radius / norm)).to(x.dtype))

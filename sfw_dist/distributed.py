@@ -29,7 +29,7 @@ class World:
 
 @contextmanager
 def joined_world() -> Iterator[World]:
-    """Join the process group that torchrun's environment describes (NCCL on GPUs, else gloo), and leave it at the end."""
+    """Join the process group of torchrun's environment (NCCL on GPUs, else gloo), and leave it at the end."""
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     cuda = torch.cuda.is_available()

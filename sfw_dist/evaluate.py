@@ -18,7 +18,6 @@ from typing import Any, get_args
 import torch
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -27,6 +26,7 @@ from sfw_dist.data import Loader, Normalize, dataset_info, open_loader
 from sfw_dist.distributed import World, barrier, joined_world
 from sfw_dist.engine.ddp import autocast
 from sfw_dist.errors import UserError, reports_user_errors
+from sfw_dist.files import write_json
 from sfw_dist.metrics import Metrics, Tally
 from sfw_dist.models import build_model
 from sfw_dist.prune import (
@@ -40,7 +40,7 @@ from sfw_dist.prune import (
     magnitude_masks,
     parse_sparsities,
 )
-from sfw_dist.run import RunFolder, replacing, write_json
+from sfw_dist.run import RunFolder, write_tensors
 
 _EXAMPLES = "\n".join((__doc__ or "").split("\n\n")[1].splitlines())
 
@@ -147,8 +147,7 @@ def _export(model: nn.Module, masks: Masks, path: Path) -> None:
         name: torch.where(masks[name], tensor, 0) if name in masks else tensor
         for name, tensor in model.state_dict().items()
     }
-    with replacing(path) as temporary:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, temporary)
+    write_tensors(path, state)
 
 
 def _finite(value: float) -> float | None:

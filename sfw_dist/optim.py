@@ -32,7 +32,7 @@ class StepStatistics(NamedTuple):
     """What the last step did to one constrained tensor."""
 
     gap: float
-    """Frank-Wolfe gap ``⟨m, θ − v⟩ ≥ 0`` of the momentum: 0 exactly at a stationary point of the constrained problem."""
+    """Frank-Wolfe gap ``⟨m, θ − v⟩ ≥ 0`` of the momentum; of a full gradient it is 0 just at stationary points."""
     gamma: float
     """Step size γ in [0, 1]: the fraction of the way from θ to the vertex."""
     effective_lr: float
@@ -87,7 +87,7 @@ class SFW(Optimizer):
         momentum: ρ in [0, 1).
         rescale: how the learning rate becomes a step size, see above.
         weight_decay: L2 penalty ≥ 0 of the unconstrained tensors.
-        process_group: ranks that share the work; ``None`` is the default group if there is one, else this process alone.
+        process_group: ranks that share the work; ``None``: the default group if there is one, else this process.
 
     Raises:
         ValueError: an option outside its domain, a set that is not bound, or ranks whose parameters differ.
@@ -128,6 +128,11 @@ class SFW(Optimizer):
         if self._plan is not None:  # else __init__ is still adding groups, and plans once at its end
             self._make_plan()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """torch keeps its own attributes only; with ours, copies and pickles of an optimizer step on."""
+        ours = ("_process_group", "_rank", "_world_size", "_slots", "_plan", "_headers")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in ours}}
+
     def _make_plan(self) -> None:
         owned_already = self._plan.owners if self._plan else ()
         self._slots = [
@@ -145,7 +150,7 @@ class SFW(Optimizer):
                 self._create_state(self._slots[index])
 
     def _create_state(self, slot: _Slot) -> None:
-        """State is there from the start, so that a checkpoint before the first step has the same shape as later ones."""
+        """State is there from the start, so that a checkpoint before the first step has the form of later ones."""
         self.state[slot.parameter] = {"step": torch.zeros(())}
         if slot.group["momentum"] > 0:
             self.state[slot.parameter]["momentum_buffer"] = torch.zeros(
@@ -170,9 +175,7 @@ class SFW(Optimizer):
     def _device(self) -> torch.device:
         devices = {slot.parameter.device for slot in self._slots}
         if len(devices) > 1:
-            raise ValueError(
-                f"the parameters lie on {sorted(map(str, devices))}: with several ranks use one device each"
-            )
+            raise ValueError(f"the parameters lie on {sorted(map(str, devices))}: with several ranks use one each")
         return devices.pop()
 
     @overload
@@ -196,6 +199,9 @@ class SFW(Optimizer):
         return loss
 
     def _step(self) -> None:
+        for slot in self._slots:  # by every rank and before any work: an owner that raised alone would hang the others
+            if slot.parameter.grad is not None and slot.parameter.grad.is_sparse:
+                raise UserError(f"{slot.name} has a sparse gradient: SFW needs dense ones (nn.Embedding(sparse=False))")
         answers = self._exchange([self._direction(i, slot) for i, slot in enumerate(self._slots)])
         self._headers = torch.stack([header for header, _ in answers])
         if self._headers.device.type == "cpu":
@@ -224,8 +230,6 @@ class SFW(Optimizer):
         gradient = slot.parameter.grad
         if gradient is None:
             return None
-        if gradient.is_sparse:
-            raise UserError(f"{slot.name} has a sparse gradient: SFW needs dense ones (nn.Embedding(sparse=False))")
         g = gradient.to(slot.dtype)
         rho, state = slot.group["momentum"], self.state[slot.parameter]
         unconstrained = isinstance(slot.constraint, Unconstrained)
@@ -281,7 +285,7 @@ class SFW(Optimizer):
         if bad:
             names = ", ".join(self._slots[i].name for i in bad[:3]) + (" …" if len(bad) > 3 else "")
             raise UserError(
-                f"the gradient of {names} is not finite: lower optimizer.lr, or skip such steps with torch.amp.GradScaler"
+                f"the gradient of {names} is not finite: lower the learning rate, or skip such steps with GradScaler"
             )
 
     def statistics(self) -> dict[str, StepStatistics]:
@@ -346,6 +350,11 @@ class SFW(Optimizer):
         Raises:
             ValueError: other groups or shapes than those saved.
         """
+        for i, slot in enumerate(self._slots):  # by every rank and before anything changes
+            saved = state_dict["state"].get(i, {}).get("momentum_buffer")
+            if saved is not None and saved.shape != slot.parameter.shape:
+                shape = f"momentum_buffer of shape {tuple(saved.shape)}"
+                raise ValueError(f"the state of {slot.name} has {shape}: load the state of the same model")
         groups = [dict(group) for group in state_dict["param_groups"]]
         for group in groups:
             group["constraint"] = constraint_from_spec(group["constraint"])
@@ -358,12 +367,7 @@ class SFW(Optimizer):
                 continue
             self._create_state(slot)
             for key, value in state_dict["state"].get(i, {}).items():
-                target = self.state[slot.parameter].get(key)
-                if target is None or target.shape != value.shape:
-                    raise ValueError(
-                        f"the state of {slot.name} has {key} of shape {tuple(value.shape)}: another model's?"
-                    )
-                target.copy_(value)
+                self.state[slot.parameter][key].copy_(value)
 
 
 def _slot(group: dict[str, Any], group_index: int, index: int) -> _Slot:
@@ -388,7 +392,7 @@ def _cost(constraint: Constraint, n: int) -> float:
 
 
 def _move(slot: _Slot, step_size: Tensor, vertex: Vertex) -> None:
-    """Phase 3 for one tensor. The same operations on one rank as on many, and where v is 0 the same as where it is not."""
+    """Phase 3 for one tensor: the same operations on one rank as on many."""
     parameter = slot.parameter
     theta = parameter.detach().to(slot.dtype).contiguous().view(-1)
     if isinstance(slot.constraint, Unconstrained):
@@ -425,5 +429,5 @@ def _into_the_set(group: dict[str, Any]) -> None:
             raise ValueError(f"a parameter of shape {tuple(parameter.shape)} has no entries: leave it out")
         gauge = group["constraint"].gauge(parameter)
         if gauge > 1:
-            parameter.div_(gauge.to(parameter.dtype))
+            parameter.copy_(parameter.double() / gauge)
             logger.info("a tensor of shape %s was %.3g times outside its set: scaled", tuple(parameter.shape), gauge)

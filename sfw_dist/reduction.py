@@ -19,8 +19,8 @@ _ROW = 16_384
 _BLOCK = 16 * _ROW
 
 
-def _by_rows(reduce: Callable[[Tensor], Tensor], *flat: Tensor) -> Tensor:
-    """Sum of ``reduce`` over rows of all ``flat`` tensors; ``reduce`` maps ``(rows, length)`` to float64 ``(rows,)``."""
+def _by_rows(reduce: Callable[..., Tensor], *flat: Tensor) -> Tensor:
+    """Sum of ``reduce`` over rows of the ``flat`` tensors; it maps ``(rows, length)`` to float64 ``(rows,)``."""
     n = flat[0].numel()
     whole = n - n % _ROW
     rows = reduce(*(x[:whole].view(-1, _ROW) for x in flat)) if whole else flat[0].new_zeros(0, dtype=torch.float64)

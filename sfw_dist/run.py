@@ -12,50 +12,21 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from sfw_dist.config import Config, first_difference, load_config, save_config
 from sfw_dist.errors import UserError
+from sfw_dist.files import replacing, write_json, write_text
 
 _PACKAGES = ("sfw-dist", "torch", "torchvision", "numpy", "ffcv", "deepspeed", "submitit")
-_PRIVATE = 0o755  # readable by all, writable by the owner alone, whatever the umask
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` to write to; it takes ``path``'s place on success, and is removed on error."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(descriptor)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a whole file or nothing."""
-    with replacing(path) as temporary:
-        temporary.write_text(text)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a whole JSON file or nothing; numbers that are not finite are an error, for JSON has none."""
-    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+_FOLDER_MODE = 0o755  # writable by the owner alone, whatever the umask
 
 
 class RunFolder:
@@ -96,7 +67,7 @@ class RunFolder:
         """Make the folder and write what is known at the start."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         for folder in (self.path, self.checkpoints, self.prune):
-            folder.mkdir(mode=_PRIVATE, exist_ok=True)
+            folder.mkdir(mode=_FOLDER_MODE, exist_ok=True)
         _drop_unfinished_line(self.metrics)
         write_text(self.config, save_config(config))
         write_json(self.path / "environment.json", environment())
@@ -114,14 +85,19 @@ class RunFolder:
 
     def save_weights(self, state: dict[str, Tensor]) -> None:
         """Write model.safetensors: parameters and buffers by name."""
-        with replacing(self.weights) as temporary:
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, temporary)
+        write_tensors(self.weights, state)
 
     def load_weights(self) -> dict[str, Tensor]:
         """Read model.safetensors. Raises :class:`UserError` if training has not ended."""
         if not self.weights.is_file():
             raise UserError(f"{self.path} has no model.safetensors: finish the training with --resume auto")
         return load_file(self.weights)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file."""
+    with replacing(path) as file:
+        file.write(save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
 
 
 def _drop_unfinished_line(path: Path) -> None:

@@ -22,6 +22,8 @@ from torch import Tensor
 from sfw_dist import checkpoint
 from sfw_dist.config import Config, parse_run
 from sfw_dist.data import Loader, Normalize, dataset_info, open_loader
+from sfw_dist.data.prepare import prepare
+from sfw_dist.data.registry import find_dataset
 from sfw_dist.distributed import World, any_rank, barrier, gather_floats, joined_world
 from sfw_dist.engine import DDPEngine
 from sfw_dist.errors import UserError, reports_user_errors
@@ -58,13 +60,14 @@ class Position:
 @reports_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
     config, options = parse_run(
-        argv, description="Train a network with SFW, or SGD.", examples=_EXAMPLES, add_options=_add_options
+        argv, description="Train a network with SFW, or SGD.", examples=_EXAMPLES, add_options=add_options
     )
     with joined_world() as world:
         return train(config, world, resume=options.resume == "auto")
 
 
-def _add_options(parser: ArgumentParser) -> None:
+def add_options(parser: ArgumentParser) -> None:
+    """The options of the command beside the configuration."""
     resume_help = "auto: go on from the run's newest checkpoint, if it has one; never: the run must be new."
     parser.add_argument("--resume", choices=["auto", "never"], default="never", help=resume_help)
 
@@ -78,6 +81,8 @@ def train(config: Config, world: World, *, resume: bool = False) -> int:
     # Everything that can be wrong with the input shows here, before the run's folder is made.
     run = RunFolder(config.run_dir)
     run.check_free_for(config, resume)
+    if find_dataset(config.data.name).embedded:
+        prepare(config.data.name, config.data.root)
     info = dataset_info(config.data)
     loaders = {
         split: open_loader(config.data, split, seed=config.seed, rank=world.rank, world_size=world.size)
@@ -162,10 +167,10 @@ def _train_epoch(
             progress.step_done(position.step, loss.item(), engine.optimizer.param_groups[0]["lr"], statistics)
         else:
             progress.advance()
-        if position.batch % votes_every == 0 and position.batch < len(loader):
-            if any_rank(interrupt.requested, world):
-                finished = False
-                break
+        votes = position.batch % votes_every == 0 and position.batch < len(loader)
+        if votes and any_rank(interrupt.requested, world):
+            finished = False
+            break
     position.loss_sums = gather_floats(loss_sum.item(), world)
     return finished
 

@@ -112,7 +112,7 @@ class VertexFormat:
     def canonical(self, vertex: Vertex) -> Vertex:
         """The vertex as :meth:`decode` returns it: without zeros, which a support of signs or values cannot show."""
         if self._parts[0] == "all":
-            return vertex
+            return Vertex(None, vertex.values)
         kept = vertex.values.nonzero().view(-1)
         return Vertex(kept if vertex.indices is None else vertex.indices[kept], vertex.values[kept])
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal
 
 from sfw_dist.errors import UserError
+from sfw_dist.files import write_text
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -64,8 +62,7 @@ class Manifest:
 
     def save(self, folder: Path) -> None:
         text = json.dumps({"format": FORMAT} | asdict(self), indent=2) + "\n"
-        with written_atomically(folder / MANIFEST) as file:
-            file.write(text.encode())
+        write_text(folder / MANIFEST, text)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -118,17 +115,3 @@ def prepare_again(folder: Path) -> str:
 def file_record(path: Path) -> FileRecord:
     with path.open("rb") as file:
         return FileRecord(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
-
-
-@contextmanager
-def written_atomically(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that appears at ``path`` complete, when the block ends, or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -25,10 +25,10 @@ from sfw_dist.data.manifest import (
     images_file,
     labels_file,
     read_manifest,
-    written_atomically,
 )
 from sfw_dist.data.registry import Dataset, find_dataset
 from sfw_dist.errors import UserError
+from sfw_dist.files import replacing
 
 BetonWriter = Callable[[BinaryIO, NDArray[np.uint8], NDArray[np.int64]], None]
 """Writes images and labels into a file in FFCV's format."""
@@ -116,7 +116,7 @@ def _fill_folder(folder: Path, dataset: Dataset) -> None:
         assert images.dtype == np.uint8 and images.shape == (len(labels), height, width, channels)
         assert labels.dtype == np.int64 and 0 <= labels.min() <= labels.max() < len(dataset.classes)
         for name, array in ((images_file(part), images), (labels_file(part), labels)):
-            with written_atomically(folder / name) as file:
+            with replacing(folder / name) as file:
                 np.save(file, array)
             files[name] = file_record(folder / name)
     mean, std = channel_statistics(raw.train_images)
@@ -143,7 +143,7 @@ def _add_betons(folder: Path, manifest: Manifest) -> None:
     for part in PARTS:
         images = np.load(folder / images_file(part), mmap_mode="r", allow_pickle=False)
         labels = np.load(folder / labels_file(part), allow_pickle=False)
-        with written_atomically(folder / beton_file(part)) as file:
+        with replacing(folder / beton_file(part)) as file:
             write_beton(file, images, labels)
         files[beton_file(part)] = file_record(folder / beton_file(part))
     replace(manifest, files=files).save(folder)

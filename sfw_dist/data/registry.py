@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sfw_dist.data.idx import read_idx
-from sfw_dist.data.manifest import written_atomically
 from sfw_dist.data.order import split_validation
 from sfw_dist.errors import UserError
+from sfw_dist.files import replacing
 
 
 class RawArrays(NamedTuple):
@@ -45,6 +45,8 @@ class Dataset:
     """Where it comes from, for people."""
     read: Callable[[Path], RawArrays]
     """From the root folder to the raw arrays; raises :class:`UserError` when they cannot be had."""
+    embedded: bool = False
+    """Whether it comes with a dependency of ours, so that it can be prepared at any time, anywhere."""
 
 
 def find_dataset(name: str) -> Dataset:
@@ -121,7 +123,7 @@ def _download_fashion_mnist(stem: str, folder: Path) -> Path:
         ) from None
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{stem}.gz"
-    with written_atomically(target) as file:
+    with replacing(target) as file:
         file.write(archive)
     return target
 
@@ -135,6 +137,7 @@ DATASETS = {
             image_shape=(1, 8, 8),
             source="scikit-learn's load_digits: 1,797 handwritten digits (UCI Optical Recognition, test part)",
             read=read_digits,
+            embedded=True,
         ),
         Dataset(
             name="fashion_mnist",

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from sfw_dist.errors import UserError, reports_user_errors
+from sfw_dist.files import replacing
 from sfw_dist.report import figures, page, table
 from sfw_dist.report.runs import Run, read_runs
 
@@ -68,25 +68,14 @@ def _write(runs: list[Run], out: Path | None) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
-            _write_atomically(folder / name, content)
+            with replacing(folder / name) as file:
+                file.write(content)
         for name in figures.DRAWINGS:
             if name not in drawn:  # an earlier report's figure would contradict this one
                 (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot write the report to {folder} ({error.strerror}): choose another with --out") from error
     return folder / "index.html"
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _strict_json(row: dict[str, object]) -> dict[str, object]:

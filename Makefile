@@ -1,0 +1,66 @@
+# make demo   train with SFW and with SGD on two ranks, prune, and draw one report
+# make test   the whole test suite
+# Both set up first. PYTHON picks the interpreter, VENV the virtual environment.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUNS ?= runs
+DATA ?= data
+
+# What FFCV compiles against and with, and what a virtual environment needs.
+SYSTEM_PACKAGES := build-essential pkg-config libopencv-dev libturbojpeg0-dev python3-dev python3-venv
+READY := $(VENV)/.sfw-dist-ready
+
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+
+.PHONY: setup system-packages demo test test-dist lint format bench clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@$(MAKE) --no-print-directory system-packages
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than 3.11: make PYTHON=python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	python -m pip install --quiet --upgrade pip
+	python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+system-packages:
+	@if pkg-config --exists opencv4 libturbojpeg 2>/dev/null && command -v c++ >/dev/null; then exit 0; fi; \
+	if ! command -v apt-get >/dev/null; then \
+	  echo "error: install a C++ compiler, pkg-config and the development files of OpenCV 4 and libturbojpeg" >&2; exit 1; fi; \
+	if [ "$$(id -u)" = 0 ]; then as_root=; elif sudo -n true 2>/dev/null; then as_root=sudo; else \
+	  echo "error: run once: sudo apt-get install $(SYSTEM_PACKAGES)" >&2; exit 1; fi; \
+	export DEBIAN_FRONTEND=noninteractive; \
+	$$as_root apt-get update -qq && $$as_root apt-get install -qq --no-install-recommends $(SYSTEM_PACKAGES) >/dev/null
+
+demo: setup
+	python -m sfw_dist.data prepare digits --root $(DATA)
+	for name in digits_cnn digits_cnn_sgd; do \
+	  python -m launch.local --config configs/$$name.yaml --nproc 2 --resume auto --runs_dir $(RUNS) --data.root $(DATA) || exit $$?; \
+	  python -m sfw_dist.evaluate $(RUNS)/$$name || exit $$?; \
+	done
+	@python -m sfw_dist.report $(RUNS)/digits_cnn $(RUNS)/digits_cnn_sgd
+
+test: setup
+	python -m pytest
+
+test-dist: setup
+	python -m pytest tests/dist
+
+lint: setup
+	ruff check .
+	ruff format --check .
+	mypy
+
+format: setup
+	ruff check --fix .
+	ruff format .
+
+bench: setup
+	for script in benchmarks/*.py; do python $$script || exit $$?; done
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

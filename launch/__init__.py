@@ -1,0 +1,1 @@
+"""How runs start. Nothing in sfw_dist knows of this package."""

@@ -1,0 +1,39 @@
+"""``sfw-dist VERB …``: every command under one name.
+
+sfw-dist local --config configs/digits_cnn.yaml --nproc 2
+sfw-dist evaluate runs/digits_cnn
+sfw-dist report runs/digits_cnn runs/digits_cnn_sgd
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+_VERBS = {
+    "train": ("sfw_dist.train", "train a network, as one process or as a rank under torchrun"),
+    "local": ("launch.local", "train on several ranks of this machine"),
+    "evaluate": ("sfw_dist.evaluate", "prune a trained network and measure it"),
+    "report": ("sfw_dist.report", "draw one or several runs on one page"),
+    "data": ("sfw_dist.data.__main__", "prepare or verify a data set"),
+}
+
+
+def main() -> int:
+    verbs = "\n".join(f"  {verb:10}{about}" for verb, (_, about) in _VERBS.items())
+    parser = argparse.ArgumentParser(
+        prog="sfw-dist",
+        usage="sfw-dist VERB [options]",
+        description=f"Train once with stochastic Frank-Wolfe, prune to any sparsity.\n\nverbs:\n{verbs}",
+        epilog="sfw-dist VERB --help tells more.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("verb", choices=_VERBS, metavar="VERB", help="what to do")
+    verb = parser.parse_args(sys.argv[1:2]).verb
+    module = importlib.import_module(_VERBS[verb][0])
+    return module.main(sys.argv[2:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
