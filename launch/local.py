@@ -1,32 +1,84 @@
-"""Train on several ranks of this machine: torchrun, but a mistake in the configuration shows before any rank starts.
+"""Train on several ranks of this machine.
 
-python -m launch.local --config configs/digits_cnn.yaml --nproc 2
-python -m launch.local --config configs/digits_cnn.yaml --nproc 2 --optimizer.lr 0.5 --name digits_lr05
+    python -m launch.local --config configs/digits_cnn.yaml --nproc 2
+    python -m launch.local --config configs/digits_cnn.yaml --nproc 2 --optimizer.lr 0.5 --name digits_lr05
+
+The ranks are those of ``torchrun --standalone``, with its environment variables. What differs is how it ends: bad input
+stays one line with exit status 2, and after ctrl-C the last line is how to go on.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
+
+from torch.distributed import TCPStore
 
 from sfw_dist.config import parse_run
 from sfw_dist.errors import UserError, reports_user_errors
-from sfw_dist.train import add_options
+from sfw_dist.train import add_options, check_input
 
 _EXAMPLES = "\n".join((__doc__ or "").split("\n\n")[1].splitlines())
+# How long the other ranks may take to end by themselves once one has failed: they wait for it in a collective.
+_GRACE_SECONDS = 10.0
 
 
-def command(nproc: int, arguments: Sequence[str]) -> list[str]:
-    """The torchrun command for ``nproc`` ranks; a free port is found by the rendezvous."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
-    return [*launcher, "-m", "sfw_dist.train", *arguments]
+def run_ranks(nproc: int, command: Sequence[str]) -> int:
+    """Run ``command`` as ``nproc`` ranks and wait; 0, or the exit status of the first rank that failed.
+
+    SIGINT (which a terminal sends to the ranks too) and SIGTERM (which is passed on) are left to the ranks.
+    """
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    threads = max(1, len(os.sched_getaffinity(0)) // nproc)
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is here, rank 0 need not open one
+        "WORLD_SIZE": str(nproc),
+        "LOCAL_WORLD_SIZE": str(nproc),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+    }
+    ranks = [
+        subprocess.Popen(command, env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(nproc)
+    ]
+    before = {
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),
+        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, frame: _send(ranks, signal.SIGTERM)),
+    }
+    try:
+        return _wait(ranks)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
+    failed_at, status = None, 0
+    while True:
+        codes = [rank.poll() for rank in ranks]
+        if failed_at is None and any(codes):
+            failed_at, status = time.monotonic(), next(code for code in codes if code)
+        if None not in codes:
+            return status if status >= 0 else 128 - status
+        if failed_at is not None and time.monotonic() - failed_at > _GRACE_SECONDS:
+            _send(ranks, signal.SIGKILL)
+        time.sleep(0.1)
+
+
+def _send(ranks: list[subprocess.Popen[bytes]], number: signal.Signals) -> None:
+    for rank in ranks:
+        if rank.poll() is None:
+            rank.send_signal(number)
 
 
 @reports_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
-    """Raises nothing; the exit status is 0, 2 for bad input, or that of the training."""
     parser = argparse.ArgumentParser(
         prog="python -m launch.local",
         description="Train on several ranks of this machine. All options of sfw_dist.train may follow.",
@@ -38,15 +90,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, arguments = parser.parse_known_args(argv)
     if options.nproc < 1:
         raise UserError(f"--nproc must be at least 1, got {options.nproc}: write 2 for two ranks")
-    config, _ = parse_run(arguments, description="", examples="", add_options=add_options)
-    if config.data.batch_size % options.nproc:
-        raise UserError(
-            f"data.batch_size {config.data.batch_size} cannot be split evenly over --nproc {options.nproc}: "
-            "choose a batch that is a multiple of it"
-        )
-    if options.nproc == 1:
-        return subprocess.run([sys.executable, "-m", "sfw_dist.train", *arguments]).returncode
-    return subprocess.run(command(options.nproc, arguments)).returncode
+    config, training = parse_run(arguments, description="", examples="", add_options=add_options)
+    check_input(config, options.nproc - 1, options.nproc, resume=training.resume == "auto")  # the emptiest share
+    return run_ranks(options.nproc, [sys.executable, "-m", "sfw_dist.train", *arguments])
 
 
 if __name__ == "__main__":

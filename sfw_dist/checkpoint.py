@@ -15,6 +15,8 @@ import pickle
 import re
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 
 from sfw_dist.distributed import World, barrier
 from sfw_dist.errors import UserError
-from sfw_dist.files import write_json, write_text
+from sfw_dist.files import make_folder, write_json, write_text
 
 _NAME = re.compile(r"epoch_\d{4,}\.step_\d{6,}")
 _STATE = "state.json"
@@ -46,9 +48,9 @@ def save(
     if world.main:
         for leftover in (*folder.glob(".epoch_*"), path):
             shutil.rmtree(leftover, ignore_errors=True)
+        make_folder(writing)
     barrier(world)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process without a group: as intended
+    with _one_process_is_fine():
         dcp.save({name: t.detach() for name, t in tensors.items()}, storage_writer=dcp.FileSystemWriter(writing))
     if world.main:
         write_json(writing / _STATE, state)
@@ -101,12 +103,21 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             for name, entry in stored.items()
             if isinstance(entry, TensorStorageMetadata)
         }
-        dcp.load(tensors, storage_reader=reader, no_dist=True)
-    except (OSError, ValueError, pickle.UnpicklingError, dcp.api.CheckpointException, EOFError) as error:
+        with _one_process_is_fine():
+            dcp.load(tensors, storage_reader=reader, no_dist=True)
+    except (Exception, dcp.api.CheckpointException) as error:  # a damaged pickle raises almost anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         remedy = "remove it to resume from an older one"
         raise UserError(f"the checkpoint {path} cannot be read ({reason}): {remedy}") from None
     return tensors, state
+
+
+@contextmanager
+def _one_process_is_fine() -> Iterator[None]:
+    """Without a process group torch warns that it takes this process for the only one, which it is."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield
 
 
 class _Reader(dcp.FileSystemReader):

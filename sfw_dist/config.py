@@ -16,7 +16,7 @@ import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
@@ -270,7 +270,7 @@ def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_keys(tree: dict[str, Any], schema: type, where: str, prefix: str = "") -> None:
-    """Name the first key of ``tree`` that ``schema`` does not have, with its nearest neighbour."""
+    """Name the first key of ``tree`` that is empty, or that ``schema`` does not have, with its nearest neighbour."""
     types = get_type_hints(schema)
     known = [f.name for f in fields(schema)]
     for key, value in tree.items():
@@ -283,6 +283,8 @@ def _check_keys(tree: dict[str, Any], schema: type, where: str, prefix: str = ""
             if not isinstance(value, dict):
                 raise UserError(f"{where}: {dotted} is a section, got {value!r}: write 'key: value' lines below it")
             _check_keys(value, types[key], where, f"{dotted}.")
+        elif value is None and type(None) not in get_args(types[key]):
+            raise UserError(f"{where}: {dotted} is empty (null): write a value, or remove the line for the default")
 
 
 def _one_line(error: Exception) -> str:
@@ -305,7 +307,11 @@ def parse_run(
     ``add_options`` adds the options of one command. Returns the configuration and the namespace with those options.
     """
     parser = ArgumentParser(
-        exit_on_error=False, description=description, epilog=f"examples:\n{examples}", formatter_class=_Formatter
+        exit_on_error=False,
+        allow_abbrev=False,
+        description=description,
+        epilog=f"examples:\n{examples}",
+        formatter_class=_Formatter,
     )
     parser.add_argument("--config", type=str, help="YAML file of the run; see configs/.")
     add_options(parser)
@@ -313,10 +319,11 @@ def parse_run(
     parser.add_argument("--name", type=str, help="The run's name; the file's name when neither gives one.")
 
     # `--config` is taken first, so that what stands on the command line lies over the file whatever the order.
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--config")
-    config_file: str | None = first.parse_known_args(argv)[0].config
+    config_file: str | None = None
     try:
+        config_file = first.parse_known_args(argv)[0].config
         below = None
         if config_file is not None:
             path = Path(config_file)

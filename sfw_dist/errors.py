@@ -26,5 +26,7 @@ def reports_user_errors(main: Callable[..., int | None]) -> Callable[..., int]:
             if os.environ.get("RANK", "0") == "0":
                 print(f"error: {error}", file=sys.stderr)
             return 2
+        except KeyboardInterrupt:  # before or after the part that saves on ctrl-C
+            return 130
 
     return wrapped

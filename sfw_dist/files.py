@@ -10,6 +10,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it that are missing, writable by the owner alone whatever the umask."""
+    for folder in (*reversed(path.parents), path):
+        folder.mkdir(mode=0o755, exist_ok=True)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write that takes ``path``'s place, complete, when the block ends; or not at all."""

@@ -74,7 +74,7 @@ def lmo(m: Tensor, constraint: Constraint) -> tuple[Tensor, float]:
 
 
 def top_k(x: Tensor, k: int) -> Tensor:
-    """``x`` with all but its K entries of largest magnitude set to 0; of equal ones the first in row-major order stay."""
+    """``x`` with all but its K entries of largest magnitude set to 0; of equal ones the first stay."""
     flat = x.flatten()
     largest = flat.abs().argsort(descending=True, stable=True)[:k]
     kept = flat.new_zeros(flat.shape)

@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from sfw_dist.config import Config, first_difference, load_config, save_config
 from sfw_dist.errors import UserError
-from sfw_dist.files import replacing, write_json, write_text
+from sfw_dist.files import make_folder, replacing, write_json, write_text
 
 _PACKAGES = ("sfw-dist", "torch", "torchvision", "numpy", "ffcv", "deepspeed", "submitit")
-_FOLDER_MODE = 0o755  # writable by the owner alone, whatever the umask
 
 
 class RunFolder:
@@ -65,9 +65,8 @@ class RunFolder:
 
     def create(self, config: Config) -> None:
         """Make the folder and write what is known at the start."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        for folder in (self.path, self.checkpoints, self.prune):
-            folder.mkdir(mode=_FOLDER_MODE, exist_ok=True)
+        for folder in (self.path, self.checkpoints, self.prune, self.tensorboard):
+            make_folder(folder)
         _drop_unfinished_line(self.metrics)
         write_text(self.config, save_config(config))
         write_json(self.path / "environment.json", environment())
@@ -88,10 +87,13 @@ class RunFolder:
         write_tensors(self.weights, state)
 
     def load_weights(self) -> dict[str, Tensor]:
-        """Read model.safetensors. Raises :class:`UserError` if training has not ended."""
+        """Read model.safetensors. Raises :class:`UserError` if training has not ended, or it is damaged."""
         if not self.weights.is_file():
             raise UserError(f"{self.path} has no model.safetensors: finish the training with --resume auto")
-        return load_file(self.weights)
+        try:
+            return load_file(self.weights)
+        except SafetensorError as error:
+            raise UserError(f"{self.weights} cannot be read ({error}): remove it, train with --resume auto") from None
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

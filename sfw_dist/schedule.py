@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch.optim import Optimizer
@@ -29,8 +30,9 @@ class DynamicRate:
         self._losses = [*self._losses, loss][-_LONG:]
         if len(self._losses) < _LONG:
             return
-        short, long = sum(self._losses[-_SHORT:]) / _SHORT, sum(self._losses) / _LONG
-        factor = _DECREASE if short > long else _INCREASE if short < long else 1.0
+        # The last 5 exceed the last 10 on average just when they exceed the 5 before; so equal losses compare equal.
+        before, last = math.fsum(self._losses[:-_SHORT]), math.fsum(self._losses[-_SHORT:])
+        factor = _DECREASE if last > before else _INCREASE if last < before else 1.0
         for group in self._optimizer.param_groups:
             group["lr"] *= factor
 
@@ -69,7 +71,8 @@ class Schedule:
 def _base(optimizer: Optimizer, config: ScheduleConfig, epochs: int) -> LRScheduler:
     match config.kind:
         case "steps":
-            return MultiStepLR(optimizer, [round(m * epochs) for m in config.milestones], config.gamma)
+            # At least one epoch in, for torch would apply a milestone at 0 before the first.
+            return MultiStepLR(optimizer, [max(1, round(m * epochs)) for m in config.milestones], config.gamma)
         case "cosine":
             return CosineAnnealingLR(optimizer, T_max=epochs)
         case "constant":

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sfw_dist import checkpoint
 from sfw_dist.config import Config, parse_run
-from sfw_dist.data import Loader, Normalize, dataset_info, open_loader
+from sfw_dist.data import Loader, Normalize, Split, dataset_info, open_loader
 from sfw_dist.data.prepare import prepare
 from sfw_dist.data.registry import find_dataset
 from sfw_dist.distributed import World, any_rank, barrier, gather_floats, joined_world
@@ -79,16 +79,9 @@ def train(config: Config, world: World, *, resume: bool = False) -> int:
         UserError: bad input, before anything is written; or a loss that is not finite.
     """
     # Everything that can be wrong with the input shows here, before the run's folder is made.
-    run = RunFolder(config.run_dir)
-    run.check_free_for(config, resume)
-    if find_dataset(config.data.name).embedded:
-        prepare(config.data.name, config.data.root)
+    run = check_input(config, world.rank, world.size, resume=resume)
+    loaders = open_loaders(config, world.rank, world.size)
     info = dataset_info(config.data)
-    loaders = {
-        split: open_loader(config.data, split, seed=config.seed, rank=world.rank, world_size=world.size)
-        for split in ("train", "validation", "test")
-        if split != "validation" or config.data.validation_fraction > 0
-    }
     torch.manual_seed(config.seed)
     model = build_model(
         config.model.name, num_classes=len(info.classes), in_channels=info.image_shape[0], width=config.model.width
@@ -135,6 +128,27 @@ def train(config: Config, world: World, *, resume: bool = False) -> int:
         loader.close()
     barrier(world)
     return 0
+
+
+def check_input(config: Config, rank: int, world_size: int, *, resume: bool) -> RunFolder:
+    """Raise :class:`UserError` for what can be wrong with the run's folder and the data; nothing is written there."""
+    run = RunFolder(config.run_dir)
+    run.check_free_for(config, resume)
+    if find_dataset(config.data.name).embedded:
+        prepare(config.data.name, config.data.root)
+    # Whether this rank's share is empty shows without FFCV, which takes seconds to compile a pipeline.
+    open_loaders(replace(config, data=replace(config.data, backend="torch")), rank, world_size)
+    return run
+
+
+def open_loaders(config: Config, rank: int, world_size: int) -> dict[Split, Loader]:
+    """A loader for each split that the run has."""
+    splits: list[Split] = ["train", "test"]
+    if config.data.validation_fraction > 0:
+        splits.append("validation")
+    return {
+        split: open_loader(config.data, split, seed=config.seed, rank=rank, world_size=world_size) for split in splits
+    }
 
 
 def _train_epoch(

@@ -22,8 +22,8 @@ from sfw_dist.optim import SFW
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     """SFW or SGD over all of ``model``'s parameters, which it knows by name."""
     if config.name == "sgd":
-        options = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
-        return SGD(list(model.named_parameters()), **options)
+        named = list(model.named_parameters())
+        return SGD(named, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
     groups = constrain(model, config.constraint.build(), unconstrained=config.unconstrained)
     for group in groups:
         if isinstance(group["constraint"], Unconstrained):
@@ -57,7 +57,7 @@ class DDPEngine:
         """One optimizer step on this rank's part of a batch; the mean cross-entropy of that part, detached."""
         self.model.train()
         with autocast(self._config, self._world.device):
-            loss = F.cross_entropy(self._replica(images), labels)
+            loss = F.cross_entropy(self._replica(self._in_layout(images)), labels)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -66,7 +66,16 @@ class DDPEngine:
     def forward(self, images: Tensor) -> Tensor:
         """Logits with the running statistics of BatchNorm, without gradients."""
         with torch.no_grad(), autocast(self._config, self._world.device):
-            return self.model(images)
+            return self.model(self._in_layout(images))
+
+    def _in_layout(self, images: Tensor) -> Tensor:
+        """Images in the network's memory format: convolutions follow their input, and gradients then follow them.
+
+        Loaders yield channels_last; with one channel ``contiguous()`` would keep those strides, so the view is remade.
+        """
+        if self._config.train.channels_last:
+            return images
+        return images.contiguous().flatten(1).view(images.shape)
 
     def before_evaluation(self) -> None:
         """Evaluation mode, with the same running statistics on every rank; collective."""

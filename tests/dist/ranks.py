@@ -1,0 +1,60 @@
+"""Runs a function on several real processes that gloo joins, as torchrun would."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_on_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 240.0) -> list[Any]:
+    """What ``function(rank, *arguments)`` returns on each of ``world_size`` ranks, by rank.
+
+    Args:
+        function: of a module's top level, for each rank imports it; it returns tensors and plain values.
+        arguments: plain values. A new process takes 2-4 s to import torch: do all the work of a world size in one call.
+        timeout: seconds after which the ranks are killed; a guard against a hang, not a measurement.
+
+    Raises:
+        torch.multiprocessing.ProcessRaisedException: a rank raised; it names the rank and has its traceback.
+        TimeoutError: the ranks were not done in time.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        context = mp.spawn(_rank, (function, world_size, folder, timeout, arguments), world_size, join=False)
+        assert context is not None
+        deadline = time.monotonic() + timeout
+        try:
+            while not context.join(max(0.0, deadline - time.monotonic())):
+                if time.monotonic() >= deadline:
+                    raise TimeoutError(f"{function.__name__} took more than {timeout:.0f} s on {world_size} ranks")
+        finally:
+            for process in context.processes:
+                if process.is_alive():
+                    process.kill()
+        return [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(world_size)]
+
+
+def _rank(
+    rank: int, function: Callable[..., Any], world_size: int, folder: str, timeout: float, arguments: tuple[Any, ...]
+) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # the host's own name need not resolve
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout),
+    )
+    try:
+        torch.save(function(rank, *arguments), Path(folder, f"{rank}.pt"))
+    finally:
+        dist.destroy_process_group()
