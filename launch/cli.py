@@ -1,9 +1,4 @@
-"""``sfw-dist VERB …``: every command under one name.
-
-sfw-dist local --config configs/digits_cnn.yaml --nproc 2
-sfw-dist evaluate runs/digits_cnn
-sfw-dist report runs/digits_cnn runs/digits_cnn_sgd
-"""
+"""``sfw-dist VERB …``: every command under one name."""
 
 from __future__ import annotations
 
@@ -19,20 +14,27 @@ _VERBS = {
     "data": ("sfw_dist.data.__main__", "prepare or verify a data set"),
 }
 
+_EXAMPLES = """examples:
+  sfw-dist local --config configs/digits_cnn.yaml --nproc 2
+  sfw-dist evaluate runs/digits_cnn
+  sfw-dist report runs/digits_cnn runs/digits_cnn_sgd
+"""
+
 
 def main() -> int:
+    """Hand the arguments after VERB to its command, which has its own --help."""
     verbs = "\n".join(f"  {verb:10}{about}" for verb, (_, about) in _VERBS.items())
     parser = argparse.ArgumentParser(
         prog="sfw-dist",
         usage="sfw-dist VERB [options]",
         description=f"Train once with stochastic Frank-Wolfe, prune to any sparsity.\n\nverbs:\n{verbs}",
-        epilog="sfw-dist VERB --help tells more.",
+        epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("verb", choices=_VERBS, metavar="VERB", help="what to do")
+    parser.add_argument("verb", choices=_VERBS, metavar="VERB", help="what to do; VERB --help tells more")
     verb = parser.parse_args(sys.argv[1:2]).verb
-    module = importlib.import_module(_VERBS[verb][0])
-    return module.main(sys.argv[2:])
+    module, _ = _VERBS[verb]
+    return importlib.import_module(module).main(sys.argv[2:])
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def constrain(
         Groups with ``params`` as ``[(name, parameter)]`` and ``constraint``.
 
     Raises:
-        ValueError: an ``unconstrained`` that is neither of the two.
+        ValueError: an ``unconstrained`` that is neither of the two, or a parameter without entries.
     """
     if unconstrained not in ("none", "norm_and_bias"):
         raise ValueError(f"unconstrained must be none or norm_and_bias, got {unconstrained!r}")
@@ -48,6 +48,8 @@ def constrain(
                 continue
             seen.add(parameter)
             name = f"{prefix}.{leaf}" if prefix else leaf
+            if parameter.numel() == 0:
+                raise ValueError(f"{name} of shape {tuple(parameter.shape)} has no entries: remove it from the model")
             norm_or_bias = isinstance(module, _NORM_LAYERS) or parameter.ndim <= 1
             if free or (unconstrained == "norm_and_bias" and norm_or_bias):
                 rest.append((name, parameter))
@@ -70,9 +72,10 @@ def expected_initial_norm(module: nn.Module, parameter: str) -> float:
     if reset is None:
         norm = _norm(original)
     else:
-        with torch.random.fork_rng():
-            torch.manual_seed(_SEED)
-            clone = copy.deepcopy(module)
+        # On the CPU, where the draws are the same on every machine and one generator is all there is to restore.
+        clone = copy.deepcopy(module).cpu()
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(_SEED)
             draws = min(_MOST_DRAWS, math.ceil(_ENTRIES_WANTED / original.numel()))
             norm = sum(_draw(clone, parameter) for _ in range(draws)) / draws
     return norm or 1.0

@@ -144,8 +144,8 @@ class _TopK(_Sized):
         super().__init__(**size)
         if (k is None) == (k_frac is None):
             raise ValueError(f"{type(self).__name__} takes either k or k_frac, got k={k}, k_frac={k_frac}")
-        if k is not None and (k < 1 or k_min is not None):
-            raise ValueError(f"k must be at least 1 and without k_min, got k={k}, k_min={k_min}: write k=10")
+        if k is not None and (k != int(k) or k < 1 or k_min is not None):
+            raise ValueError(f"k must be a whole number from 1, without k_min, got k={k}, k_min={k_min}: write k=10")
         if k_frac is not None and not 0 < k_frac <= 1:
             raise ValueError(f"k_frac must be in (0, 1], got {k_frac}: write 0.05 for 5 %")
         self.k, self.k_frac, self.k_min = k, k_frac, 1 if k_min is None else k_min

@@ -22,10 +22,11 @@ _BLOCK = 16 * _ROW
 def _by_rows(reduce: Callable[..., Tensor], *flat: Tensor) -> Tensor:
     """Sum of ``reduce`` over rows of the ``flat`` tensors; it maps ``(rows, length)`` to float64 ``(rows,)``."""
     n = flat[0].numel()
+    if n <= _ROW:
+        return reduce(*(x.view(1, -1) for x in flat)).view(())
     whole = n - n % _ROW
-    rows = reduce(*(x[:whole].view(-1, _ROW) for x in flat)) if whole else flat[0].new_zeros(0, dtype=torch.float64)
     rest = reduce(*(x[whole:].view(1, -1) for x in flat))
-    total = torch.cat([rows, rest])
+    total = torch.cat([reduce(*(x[:whole].view(-1, _ROW) for x in flat)), rest])
     return total.sum() if total.numel() <= _ROW else _by_rows(lambda x: x.sum(1), total)
 
 
@@ -80,7 +81,7 @@ def frank_wolfe_products(m: Tensor, theta: Tensor, indices: Tensor | None, value
 def _blocks(m: Tensor, indices: Tensor | None) -> Iterator[tuple[slice, slice]]:
     """Slices of the tensor, each with the slice of ``indices`` that falls into it."""
     n = m.numel()
-    if m.device.type != "cpu":  # Where the cuts fall would have to be read back from the device.
+    if n <= _BLOCK or m.device.type != "cpu":  # On a device, where the cuts fall would have to be read back.
         yield slice(0, n), slice(None)
         return
     starts = torch.arange(0, n + _BLOCK, _BLOCK)

@@ -346,14 +346,14 @@ def test_projecting_twice_is_projecting_once(name: str, x: Tensor, radius: float
 def test_projection_from_far_away_lands_in_the_set(name: str, magnitude: float) -> None:
     """In float32 ``|x| − threshold`` loses the radius beside ``|x|``; at 1e30 even float64 does."""
     ball = SETS[name](1, 1.0)
-    for x in (torch.tensor([magnitude * 1.0003, -magnitude, 3.0]), torch.tensor([magnitude, 0.0])):
+    for x in (magnitude + torch.rand(100), torch.tensor([magnitude, 0.0])):
         assert float(ball.gauge(ball.project(x))) <= 1 + 1e-6
 
 
 def test_projection_in_float16_does_not_overflow() -> None:
-    """The norm of a float16 tensor may exceed the largest float16."""
+    """A float16 tensor may be farther outside than float16 can say: 600,000 times here."""
     x = torch.full((1024,), 6e4, dtype=torch.float16)
-    torch.testing.assert_close(LpBall(2, radius=32.0).project(x), torch.ones_like(x))
+    torch.testing.assert_close(LpBall(2, radius=3.2).project(x), torch.full_like(x, 0.1))
 
 
 @pytest.mark.parametrize("name", sorted(SETS.keys() - set(PROJECTABLE)))

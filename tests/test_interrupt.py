@@ -12,7 +12,7 @@ from sfw_dist.interrupt import Interrupt
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 
 
-class Stopped(Exception):
+class HandlerError(Exception):
     """What the handlers raise that a test finds in place."""
 
 
@@ -21,7 +21,7 @@ def raising_handlers() -> Iterator[None]:
     """Handlers that raise, so that no signal of a failing test ends the tests."""
 
     def stop(number: int, frame: object) -> None:
-        raise Stopped(number)
+        raise HandlerError(number)
 
     before = {number: signal.signal(number, stop) for number in SIGNALS}
     yield
@@ -49,7 +49,7 @@ def test_the_former_handlers_are_restored(number: signal.Signals, fails: bool) -
     else:
         with Interrupt():
             pass
-    with pytest.raises(Stopped):
+    with pytest.raises(HandlerError):
         signal.raise_signal(number)
 
 

@@ -200,7 +200,7 @@ def test_the_environment_holds_neither_variables_nor_the_host_name(
     found = environment()
     assert "secret" not in json.dumps(found)
     assert found["world_size"] == 4
-    assert found["torch"] == torch.__version__
+    assert torch.__version__.startswith(found["torch"])
     assert found.keys() == json.loads((made.path / "environment.json").read_text()).keys()
 
 

@@ -117,7 +117,7 @@ def on_every_rank(rank: int, saved: str | None, store: str) -> dict[str, Any]:
     world_size = dist.get_world_size()
     results: dict[str, Any] = {
         "cases": {case: trajectory(case) for case in CASES},
-        "unequal_threads": with_unequal_threads(rank),
+        "unequal_threads": with_unequal_threads(rank) if world_size == 2 else [],
         "not_finite": not_finite(rank),
         "sparse": sparse_gradient(),
         "differing": differing_models(rank) if world_size > 1 else [],
@@ -132,10 +132,17 @@ def on_every_rank(rank: int, saved: str | None, store: str) -> dict[str, Any]:
     return results
 
 
+def three_steps() -> list[Tensor]:
+    optimizer = CASES["mix"]()
+    train(optimizer, range(3))
+    return values(optimizer)
+
+
 def with_unequal_threads(rank: int) -> list[Tensor]:
-    torch.set_num_threads(rank + 1)
+    """Rank 0, which owns the largest tensor, has the most."""
+    torch.set_num_threads(3 if rank == 0 else 1)
     try:
-        return trajectory("mix")["parameters"]
+        return three_steps()
     finally:
         torch.set_num_threads(1)
 
@@ -334,11 +341,10 @@ def test_what_three_ranks_saved_one_process_continues(world: World, case: str) -
     assert_bitwise(resumed, one_process(case)["parameters"])
 
 
-@on_several_ranks
-def test_ranks_with_unequal_threads_agree(world: World, world_size: int) -> None:
+def test_ranks_with_unequal_threads_agree(world: World) -> None:
     """A sum split by the number of threads gives each owner its own rounding."""
-    for rank in world(world_size):
-        assert_bitwise(rank["unequal_threads"], one_process("mix")["parameters"])
+    for rank in world(2):
+        assert_bitwise(rank["unequal_threads"], three_steps())
 
 
 @on_each_world_size

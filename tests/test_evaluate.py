@@ -1,0 +1,158 @@
+"""Pruning and measuring a finished run."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from training import ONE_PROCESS, small_config
+
+from sfw_dist.config import Config, load_config
+from sfw_dist.data import Normalize, dataset_info, open_loader
+from sfw_dist.evaluate import evaluate, main, measure_pruned
+from sfw_dist.metrics import measure
+from sfw_dist.models import build_model
+from sfw_dist.prune import magnitude_masks, prune
+from sfw_dist.report import write_report
+from sfw_dist.run import RunFolder
+from sfw_dist.train import train
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> RunFolder:
+    config = small_config(tmp_path_factory.mktemp("runs"), digits, epochs=4)
+    config.schedule.dynamic = False
+    config.schedule.milestones = [0.9]
+    assert train(config, ONE_PROCESS) == 0
+    return RunFolder(config.run_dir)
+
+
+@pytest.fixture
+def run(trained: RunFolder) -> RunFolder:
+    for file in trained.prune.iterdir():
+        file.unlink()
+    return trained
+
+
+def _model(run: RunFolder, config: Config) -> torch.nn.Module:
+    model = build_model("cnn", num_classes=10, in_channels=1, width=config.model.width)
+    model.load_state_dict(run.load_weights())
+    return model.eval()
+
+
+def test_one_pass_measures_what_pruning_in_place_does(run: RunFolder) -> None:
+    """Masked weights are made anew for each batch; a mask that leaked into the next would show at the lower sparsity."""
+    config = load_config(run.config)
+    info = dataset_info(config.data)
+    normalize = Normalize(info.mean, info.std)
+    model = _model(run, config)
+    before = copy.deepcopy(model.state_dict())
+    sparsities = [0.9, 0.0, 0.5]
+    masks = [magnitude_masks(model, sparsity) for sparsity in sparsities]
+    loader = open_loader(config.data, "test", seed=0)
+    together = measure_pruned(model, masks, loader, normalize, config, ONE_PROCESS)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    for sparsity, metrics in zip(sparsities, together, strict=True):
+        alone = _model(run, config)
+        prune(alone, sparsity)
+        with torch.no_grad():
+            expected = measure(lambda x, alone=alone: alone(normalize(x).contiguous()), loader, ONE_PROCESS)  # type: ignore[misc]
+        assert (metrics.top1, metrics.top5, metrics.samples) == (expected.top1, expected.top5, expected.samples)
+        assert metrics.loss == pytest.approx(expected.loss, rel=1e-5)
+
+
+def test_files_tell_the_exact_counts(run: RunFolder) -> None:
+    results = evaluate(run, ONE_PROCESS, sparsities=[0.0, 0.5, 0.9])
+    assert sorted(path.name for path in run.prune.iterdir()) == ["s0.0000.json", "s0.5000.json", "s0.9000.json"]
+    written = json.loads((run.prune / "s0.9000.json").read_text())
+    assert written == json.loads(json.dumps(results[2]))
+    prunable = sum(layer["parameters"] for layer in written["layers"])
+    removed = written["parameters_total"] - written["parameters_kept"]
+    assert removed == int(0.9 * prunable + 0.5)
+    assert written["achieved_sparsity_prunable"] == removed / prunable
+    assert written["achieved_sparsity_all"] == removed / written["parameters_total"]
+    assert sum(layer["kept"] for layer in written["layers"]) == prunable - removed
+    assert written["samples"] == 451 and written["split"] == "test" and written["bn_recalibrated"] is False
+    assert 0 < written["flops"] < written["flops_dense"] == results[0]["flops"]
+
+
+def test_sparsity_0_is_what_training_reported(run: RunFolder) -> None:
+    dense = evaluate(run, ONE_PROCESS, sparsities=[0.0])[0]
+    last = json.loads((run.path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["event"] == "eval" and last["top1"] == dense["top1"]
+    assert last["loss"] == pytest.approx(dense["loss"], rel=1e-6)
+
+
+def test_layerwise_and_all(run: RunFolder) -> None:
+    layerwise = evaluate(run, ONE_PROCESS, sparsities=[0.5], kind="layerwise")[0]
+    assert all(
+        layer["kept"] == layer["parameters"] - int(layer["parameters"] / 2 + 0.5) for layer in layerwise["layers"]
+    )
+    everything = evaluate(run, ONE_PROCESS, sparsities=[0.5], scope="all")[0]
+    assert len(everything["layers"]) > len(layerwise["layers"])
+    assert everything["achieved_sparsity_all"] == pytest.approx(0.5, abs=1e-3)
+
+
+def test_exported_weights_are_the_pruned_ones(run: RunFolder) -> None:
+    evaluate(run, ONE_PROCESS, sparsities=[0.8], export=True)
+    exported = load_file(run.prune / "s0.8000.safetensors")
+    model = _model(run, load_config(run.config))
+    prune(model, 0.8)
+    assert all(torch.equal(exported[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_the_report_reads_the_run(run: RunFolder, tmp_path: Path) -> None:
+    evaluate(run, ONE_PROCESS, sparsities=[0.0, 0.5, 0.9])
+    index = write_report([run.path], tmp_path / "report")
+    assert index.is_file() and (index.parent / "curve.csv").read_text().count("\n") == 4
+
+
+def test_command_prints_json(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(run.path), "--sparsities", "0.5,0.9:0.92:0.01", "--json"]) == 0
+    assert [r["sparsity"] for r in json.loads(capsys.readouterr().out)] == [0.5, 0.9, 0.91, 0.92]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["{missing}"], "not a run's folder"),
+        (["{run}", "--sparsities", "90"], "90"),
+        (["{run}", "--sparsities", "0.9", "--kind", "2:4"], "0.5"),
+        (["{run}", "--data-root", "{missing}"], "not prepared"),
+    ],
+)
+def test_bad_input_is_one_line(
+    run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], part: str
+) -> None:
+    filled = [a.format(run=run.path, missing=tmp_path / "missing") for a in arguments]
+    assert main(filled) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and part in error
+    assert not list(run.prune.iterdir())
+
+
+def test_weights_of_another_model(run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.yaml").write_bytes(run.config.read_bytes())
+    save_file({"conv.weight": torch.zeros(3)}, other / "model.safetensors")
+    assert main([str(other)]) == 2
+    error = capsys.readouterr().err
+    assert "not of the run's model" in error and error.count("\n") == 1
+
+
+def test_a_network_pruned_too_far_may_have_no_finite_loss(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """JSON has no infinity: the file says null, and other readers do not stumble."""
+
+    def infinite(*args: Any) -> list[Any]:
+        return [type(metrics)(metrics.top1, metrics.top5, float("inf"), metrics.samples) for metrics in original(*args)]
+
+    original = measure_pruned
+    monkeypatch.setattr("sfw_dist.evaluate.measure_pruned", infinite)
+    evaluate(run, ONE_PROCESS, sparsities=[0.5])
+    assert json.loads((run.prune / "s0.5000.json").read_text())["loss"] is None
