@@ -38,7 +38,7 @@ system-packages:
 
 demo: setup
 	python -m sfw_dist.data prepare digits --root $(DATA)
-	for name in digits_cnn digits_cnn_sgd; do \
+	@for name in digits_cnn digits_cnn_sgd; do \
 	  python -m launch.local --config configs/$$name.yaml --nproc 2 --resume auto --runs_dir $(RUNS) --data.root $(DATA) || exit $$?; \
 	  python -m sfw_dist.evaluate $(RUNS)/$$name || exit $$?; \
 	done
@@ -60,7 +60,7 @@ format: setup
 	ruff format .
 
 bench: setup
-	for script in benchmarks/*.py; do python $$script || exit $$?; done
+	@for script in benchmarks/*.py; do python $$script || exit $$?; done
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -147,7 +148,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         remedy = "write 1.0 for sfw or 0.05 for sgd"
-        _require(self.lr > 0, "optimizer.lr", self.lr, "> 0", remedy)
+        _require(0 < self.lr < math.inf, "optimizer.lr", self.lr, "> 0", remedy)
         _require(self.unconstrained_lr > 0, "optimizer.unconstrained_lr", self.unconstrained_lr, "> 0", "write 0.05")
         _require(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "in [0, 1)", "write 0.9")
         _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "at least 0", "write 0.0005 or 0")
@@ -258,7 +259,9 @@ def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     base = tree.pop("base", None)
     if base is None:
         return tree
-    return _overlay(_read_yaml(path.parent / str(base), (*seen, path.resolve())), tree)
+    below = _read_yaml(path.parent / str(base), (*seen, path.resolve()))
+    below.pop("name", None)  # two runs of one name would share a folder
+    return _overlay(below, tree)
 
 
 def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -307,6 +310,7 @@ def parse_run(
     ``add_options`` adds the options of one command. Returns the configuration and the namespace with those options.
     """
     parser = ArgumentParser(
+        prog="python -m sfw_dist.train",
         exit_on_error=False,
         allow_abbrev=False,
         description=description,

@@ -104,6 +104,7 @@ def train(config: Config, world: World, *, resume: bool = False) -> int:
         progress.start(position.step, position.epoch, sum(p.numel() for p in model.parameters()))
         for epoch in range(position.epoch, config.train.epochs):
             if not _train_epoch(engine, loaders["train"], normalize, position, config, world, interrupt, progress):
+                _require_finite(math.fsum(position.loss_sums), epoch)
                 path = _save(run, engine, schedule, position, config, world)
                 progress.interrupted(path, _how_to_go_on(run, world))
                 return _INTERRUPTED

@@ -46,7 +46,7 @@ def _model(run: RunFolder, config: Config) -> torch.nn.Module:
 
 
 def test_one_pass_measures_what_pruning_in_place_does(run: RunFolder) -> None:
-    """Masked weights are made anew for each batch; a mask that leaked into the next would show at the lower sparsity."""
+    """Masked weights are made anew for each batch; a mask that leaked would show at the lower sparsity."""
     config = load_config(run.config)
     info = dataset_info(config.data)
     normalize = Normalize(info.mean, info.std)

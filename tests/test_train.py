@@ -144,7 +144,7 @@ def test_without_a_validation_split(config: Config) -> None:
 
 def test_a_diverging_run_says_so(config: Config) -> None:
     config.optimizer = replace(config.optimizer, name="sgd", lr=1e30)
-    with pytest.raises(UserError, match="lower optimizer.lr"):
+    with pytest.raises(UserError, match=r"lower optimizer\.lr"):
         _train(config)
 
 
@@ -197,10 +197,10 @@ class TestBadInput:
 
     def test_world_larger_than_the_data(self, config: Config) -> None:
         config.data.batch_size = 4000
-        with pytest.raises(UserError, match="4000.*ranks"):
+        with pytest.raises(UserError, match=r"4000.*ranks"):
             training.check_input(config, 0, 4000, resume=False)
         config.data.batch_size = 1000
-        with pytest.raises(UserError, match="world size 1000 is larger than the 451 samples.*fewer ranks"):
+        with pytest.raises(UserError, match=r"world size 1000 is larger than the 451 samples.*fewer ranks"):
             training.check_input(config, 0, 1000, resume=False)
 
     def test_folder_with_another_configuration(self, config: Config, capsys: pytest.CaptureFixture[str]) -> None:

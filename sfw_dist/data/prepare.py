@@ -28,7 +28,7 @@ from sfw_dist.data.manifest import (
 )
 from sfw_dist.data.registry import Dataset, find_dataset
 from sfw_dist.errors import UserError
-from sfw_dist.files import replacing
+from sfw_dist.files import make_folder, replacing
 
 BetonWriter = Callable[[BinaryIO, NDArray[np.uint8], NDArray[np.int64]], None]
 """Writes images and labels into a file in FFCV's format."""
@@ -48,7 +48,7 @@ def prepare(name: str, root: Path | str) -> Path:
     if manifest and (manifest.has_betons or _beton_writer() is None):
         return folder
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        make_folder(root)
         with FileLock(root / f".{name}.lock"):
             manifest = _intact_manifest(folder)  # again: whoever held the lock may have made the folder
             if manifest is None:
@@ -92,7 +92,7 @@ def _make_folder(folder: Path, dataset: Dataset) -> None:
     unfinished, damaged = (folder.with_name(f".{folder.name}.{what}") for what in ("unfinished", "damaged"))
     _remove(unfinished, damaged)  # left by a process that was killed
     try:
-        unfinished.mkdir()
+        make_folder(unfinished)
         _fill_folder(unfinished, dataset)
         if folder.exists():
             os.replace(folder, damaged)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from sfw_dist.data.idx import read_idx
 from sfw_dist.data.order import split_validation
 from sfw_dist.errors import UserError
-from sfw_dist.files import replacing
+from sfw_dist.files import make_folder, replacing
 
 
 class RawArrays(NamedTuple):
@@ -121,7 +121,7 @@ def _download_fashion_mnist(stem: str, folder: Path) -> Path:
             f"cannot download {url} ({error}; wanted content with sha256 {wanted}): "
             f"apt-get install dataset-fashion-mnist, or put {stem}.gz into {folder}"
         ) from None
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     target = folder / f"{stem}.gz"
     with replacing(target) as file:
         file.write(archive)

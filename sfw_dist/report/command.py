@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sfw_dist.errors import UserError, reports_user_errors
-from sfw_dist.files import replacing
+from sfw_dist.files import make_folder, replacing
 from sfw_dist.report import figures, page, table
 from sfw_dist.report.runs import Run, read_runs
 
@@ -66,7 +66,7 @@ def _write(runs: list[Run], out: Path | None) -> Path:
     }
     folder = runs[0].folder / "report" if out is None else out
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         for name, content in files.items():
             with replacing(folder / name) as file:
                 file.write(content)
