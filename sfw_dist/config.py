@@ -24,8 +24,8 @@ from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Na
 
 from sfw_dist.constraints import Constraint, KSparsePolytope, KSupportBall, LpBall, Unconstrained
 from sfw_dist.errors import UserError
-from sfw_dist.optim import Rescale
 from sfw_dist.prune import PAPER_SPARSITIES, Kind, Scope
+from sfw_dist.step import Rescale
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, NamedTuple, get_args, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sfw_dist.constraints import Constraint, LpBall, Unconstrained, Vertex, constraint_from_spec
+from sfw_dist.constraints import Constraint, Unconstrained, Vertex, constraint_from_spec
 from sfw_dist.errors import UserError
 from sfw_dist.plan import Item, Plan, make_plan
-from sfw_dist.reduction import frank_wolfe_products
-from sfw_dist.wire import HEADER, VertexFormat
+from sfw_dist.step import Rescale, Slot, answer, move
+from sfw_dist.wire import HEADER
 
 logger = logging.getLogger(__name__)
-
-Rescale = Literal["gradient", "fast_gradient", "diameter", "none"]
-_RESCALES = ("gradient", "fast_gradient", "diameter", "none")
 
 # How long state_dict() waits for ranks that do not call it before it says who is missing.
 _STATE_DICT_TIMEOUT = timedelta(minutes=5)
@@ -37,22 +33,6 @@ class StepStatistics(NamedTuple):
     """Step size γ in [0, 1]: the fraction of the way from θ to the vertex."""
     effective_lr: float
     """``γ·‖θ − v‖₂ / ‖m‖₂``: the learning rate with which SGD would have moved the tensor as far."""
-
-
-@dataclass
-class _Slot:
-    """A tensor in the order of the plan."""
-
-    name: str
-    parameter: Tensor
-    group: dict[str, Any]
-    dtype: torch.dtype
-    """In which momentum is kept and the step computed: float32, or float64 for float64 parameters."""
-    format: VertexFormat
-
-    @property
-    def constraint(self) -> Constraint:
-        return self.group["constraint"]
 
 
 class SFW(Optimizer):
@@ -107,7 +87,7 @@ class SFW(Optimizer):
         self._process_group = process_group
         self._rank = dist.get_rank(process_group) if distributed else 0
         self._world_size = dist.get_world_size(process_group) if distributed else 1
-        self._slots: list[_Slot] = []
+        self._slots: list[Slot] = []
         self._plan: Plan | None = None
         self._headers: Tensor | None = None
         defaults = {
@@ -136,12 +116,9 @@ class SFW(Optimizer):
     def _make_plan(self) -> None:
         owned_already = self._plan.owners if self._plan else ()
         self._slots = [
-            _slot(group, i, j) for i, group in enumerate(self.param_groups) for j in range(len(group["params"]))
+            Slot.of(group, i, j) for i, group in enumerate(self.param_groups) for j in range(len(group["params"]))
         ]
-        items = [
-            Item(s.name, _cost(s.constraint, s.format.n), s.format.nbytes, f"{tuple(s.parameter.shape)} {s.format}")
-            for s in self._slots
-        ]
+        items = [Item(s.name, s.cost, s.format.nbytes, f"{tuple(s.parameter.shape)} {s.format}") for s in self._slots]
         self._plan = make_plan(items, self._world_size, owned_already)
         self._headers = torch.zeros(len(self._slots), HEADER, dtype=torch.float64)
         self._check_agreement()
@@ -149,7 +126,7 @@ class SFW(Optimizer):
             if self._plan.owners[index] == self._rank:
                 self._create_state(self._slots[index])
 
-    def _create_state(self, slot: _Slot) -> None:
+    def _create_state(self, slot: Slot) -> None:
         """State is there from the start, so that a checkpoint before the first step has the form of later ones."""
         self.state[slot.parameter] = {"step": torch.zeros(())}
         if slot.group["momentum"] > 0:
@@ -202,66 +179,18 @@ class SFW(Optimizer):
         for slot in self._slots:  # by every rank and before any work: an owner that raised alone would hang the others
             if slot.parameter.grad is not None and slot.parameter.grad.is_sparse:
                 raise UserError(f"{slot.name} has a sparse gradient: SFW needs dense ones (nn.Embedding(sparse=False))")
-        answers = self._exchange([self._direction(i, slot) for i, slot in enumerate(self._slots)])
+        assert self._plan is not None
+        answers = self._exchange(
+            [
+                answer(slot, self.state[slot.parameter]) if owner == self._rank else None
+                for slot, owner in zip(self._slots, self._plan.owners, strict=True)
+            ]
+        )
         self._headers = torch.stack([header for header, _ in answers])
         if self._headers.device.type == "cpu":
             self._check_finite()
         for slot, (header, vertex) in zip(self._slots, answers, strict=True):
-            _move(slot, header[0], vertex)
-
-    def _direction(self, index: int, slot: _Slot) -> tuple[Tensor, Vertex] | None:
-        """Phase 1 for one tensor: its header and vertex; ``None`` on ranks that do not own it."""
-        assert self._plan is not None
-        if self._plan.owners[index] != self._rank:
-            return None
-        m = self._momentum(slot)
-        if m is None:  # A step of length 0, to a vertex that any rank can decode.
-            header = torch.zeros(HEADER, dtype=torch.float64, device=slot.parameter.device)
-            return header, Vertex(None, torch.zeros(slot.format.n, dtype=slot.dtype, device=slot.parameter.device))
-        if isinstance(slot.constraint, Unconstrained):
-            lr = torch.as_tensor(slot.group["lr"], dtype=torch.float64, device=m.device)
-            poison = m.sum(dtype=torch.float64) * 0  # NaN or infinity anywhere in m makes NaN here
-            return torch.stack([lr + poison, poison, lr]), Vertex(None, m.view(-1))
-        vertex = slot.constraint.lmo_vertex(m)
-        return self._step_size(slot, m, vertex), vertex
-
-    def _momentum(self, slot: _Slot) -> Tensor | None:
-        """The tensor's momentum after this step's gradient, in the step's type; ``None`` without a gradient."""
-        gradient = slot.parameter.grad
-        if gradient is None:
-            return None
-        g = gradient.to(slot.dtype)
-        rho, state = slot.group["momentum"], self.state[slot.parameter]
-        unconstrained = isinstance(slot.constraint, Unconstrained)
-        if unconstrained and slot.group["weight_decay"] != 0:
-            g = g.add(slot.parameter, alpha=slot.group["weight_decay"])
-        first = state["step"] == 0
-        state["step"] += 1
-        if rho == 0:
-            return g.contiguous()
-        m = state["momentum_buffer"]
-        if first:
-            return m.copy_(g)
-        return m.mul_(rho).add_(g, alpha=1.0 if unconstrained else 1 - rho)
-
-    def _step_size(self, slot: _Slot, m: Tensor, vertex: Vertex) -> Tensor:
-        """The header of a constrained tensor: γ, gap and effective learning rate, float64 ``(3,)`` on its device."""
-        theta = slot.parameter.detach().to(slot.dtype).reshape(-1)
-        products = frank_wolfe_products(m.view(-1), theta, *vertex)
-        norm, distance = products.direction_squared.sqrt(), products.distance_squared.sqrt()
-        match slot.group["rescale"]:
-            case "gradient":
-                factor = norm / distance  # θ = v makes it infinite, and γ = 1 then keeps θ
-            case "fast_gradient":
-                factor = 2 * norm / slot.constraint.diameter(slot.format.n)
-            case "diameter":
-                factor = torch.full_like(norm, 1 / slot.constraint.diameter(slot.format.n))
-            case _:
-                factor = torch.ones_like(norm)
-        gamma = torch.where(norm == 0, norm, (slot.group["lr"] * factor).clamp(0, 1))
-        gamma = torch.where(norm.isfinite(), gamma, torch.nan)
-        effective = torch.where(norm == 0, norm, gamma * distance / norm)
-        return torch.stack([gamma, products.gap, effective])
+            move(slot, header[0], vertex)
 
     def _exchange(self, own: list[tuple[Tensor, Vertex] | None]) -> list[tuple[Tensor, Vertex]]:
         """Phase 2: every tensor's header and vertex, on every rank."""
@@ -272,11 +201,11 @@ class SFW(Optimizer):
         plan = self._plan
         gathered = torch.zeros(plan.world_size * plan.segment, dtype=torch.uint8, device=self._device())
         slices = [gathered[plan.start(i) :][: slot.format.nbytes] for i, slot in enumerate(self._slots)]
-        for slot, answer, target in zip(self._slots, own, slices, strict=True):
-            if answer is not None:
-                slot.format.encode(*answer, target)
-        mine = gathered[self._rank * plan.segment :][: plan.segment].clone()
-        dist.all_gather_into_tensor(gathered, mine, group=self._process_group)
+        for slot, mine, target in zip(self._slots, own, slices, strict=True):
+            if mine is not None:
+                slot.format.encode(*mine, target)
+        segment = gathered[self._rank * plan.segment :][: plan.segment].clone()
+        dist.all_gather_into_tensor(gathered, segment, group=self._process_group)
         return [slot.format.decode(source) for slot, source in zip(self._slots, slices, strict=True)]
 
     def _check_finite(self) -> None:
@@ -370,41 +299,6 @@ class SFW(Optimizer):
                 self.state[slot.parameter][key].copy_(value)
 
 
-def _slot(group: dict[str, Any], group_index: int, index: int) -> _Slot:
-    parameter = group["params"][index]
-    name = group["param_names"][index] if "param_names" in group else f"group{group_index}.param{index}"
-    dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-    constraint, n = group["constraint"], parameter.numel()
-    radius = constraint.radius(n) if constraint.signs_only else None
-    return _Slot(name, parameter, group, dtype, VertexFormat(n, constraint.support(n), dtype, radius))
-
-
-def _cost(constraint: Constraint, n: int) -> float:
-    """Memory passes of phase 1 times entries: 3 for the momentum (m in and out, g), then
-
-    2 more for the step size (m, θ) of a constrained tensor, and about 4 for a selection (magnitudes out, partition in
-    and out, scan) where vertices are sparse.
-    """
-    if isinstance(constraint, Unconstrained):
-        return 3.0 * n
-    dense = isinstance(constraint, LpBall) and constraint.p != 1
-    return (5.0 if dense else 9.0) * n
-
-
-def _move(slot: _Slot, step_size: Tensor, vertex: Vertex) -> None:
-    """Phase 3 for one tensor: the same operations on one rank as on many."""
-    parameter = slot.parameter
-    theta = parameter.detach().to(slot.dtype).contiguous().view(-1)
-    if isinstance(slot.constraint, Unconstrained):
-        theta = theta.sub_(vertex.values * step_size.to(slot.dtype))
-    else:
-        theta.mul_((1 - step_size).to(slot.dtype))
-        shift = vertex.values * step_size.to(slot.dtype)
-        theta = theta.add_(shift) if vertex.indices is None else theta.index_add_(0, vertex.indices, shift)
-    if theta.data_ptr() != parameter.data_ptr():  # another type or memory format: the step was made on a copy
-        parameter.copy_(theta.view(parameter.shape))
-
-
 def _check_group(group: dict[str, Any]) -> None:
     if not group["lr"] > 0:
         raise ValueError(f"lr must be > 0, got {group['lr']}: write lr=1.0, and lr=0.05 for unconstrained groups")
@@ -412,8 +306,8 @@ def _check_group(group: dict[str, Any]) -> None:
         raise ValueError(f"momentum must be in [0, 1), got {group['momentum']}: write momentum=0.9")
     if not group["weight_decay"] >= 0:
         raise ValueError(f"weight_decay must be at least 0, got {group['weight_decay']}: write weight_decay=0.0005")
-    if group["rescale"] not in _RESCALES:
-        raise ValueError(f"rescale must be one of {', '.join(_RESCALES)}, got {group['rescale']!r}")
+    if group["rescale"] not in get_args(Rescale):
+        raise ValueError(f"rescale must be one of {', '.join(get_args(Rescale))}, got {group['rescale']!r}")
     if not isinstance(group["constraint"], Constraint):
         raise ValueError(f"a group's constraint must be a set such as KSparsePolytope, got {group['constraint']!r}")
     for parameter in group["params"]:

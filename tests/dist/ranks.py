@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -29,7 +30,8 @@ def run_on_ranks(function: Callable[..., Any], world_size: int, *arguments: Any,
         timeout: seconds after which the ranks are killed; a guard against a hang, not a measurement.
 
     Raises:
-        torch.multiprocessing.ProcessRaisedException: a rank raised; it names the rank and has its traceback.
+        RuntimeError: a rank raised, with its number and traceback; of several the first, for it takes the others along.
+        torch.multiprocessing.ProcessExitedException: a rank ended by a signal.
         TimeoutError: the ranks were not done in time.
     """
     multiprocessing.set_forkserver_preload(["torch.distributed", "torch._dynamo"])
@@ -47,6 +49,9 @@ def run_on_ranks(function: Callable[..., Any], world_size: int, *arguments: Any,
             while not context.join(max(0.0, deadline - time.monotonic())):
                 if time.monotonic() >= deadline:
                     raise TimeoutError(f"{function.__name__} took more than {timeout:.0f} s on {world_size} ranks")
+        except mp.ProcessRaisedException as error:
+            first = min(Path(folder).glob("*.error"), key=lambda path: path.stat().st_mtime_ns)
+            raise RuntimeError(f"rank {first.stem} of {world_size} raised\n{first.read_text()}") from error
         finally:
             for process in context.processes:
                 if process.is_alive():
@@ -68,5 +73,8 @@ def _rank(
     )
     try:
         torch.save(function(rank, *arguments), Path(folder, f"{rank}.pt"))
+    except Exception:
+        Path(folder, f"{rank}.error").write_text(traceback.format_exc())
+        raise
     finally:
         dist.destroy_process_group()

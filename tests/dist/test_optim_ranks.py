@@ -40,6 +40,8 @@ MIX: list[Constraint] = [K_SPARSE, K_SUPPORT, L2, Unconstrained(), LpBall("inf",
 def groups(shapes: list[tuple[int, ...]], sets: list[Constraint], dtype: torch.dtype) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(0)
     made = [nn.Parameter((0.1 * torch.randn(shape, generator=generator)).to(dtype)) for shape in shapes]
+    for p in made:
+        p.data.view(-1)[0] = -0.0  # an addition of 0, made on some ranks only, would show in its sign
     return [
         {"params": [(f"t{i}", p)], "constraint": c, "weight_decay": 1e-3}
         for i, (p, c) in enumerate(zip(made, sets, strict=True))
