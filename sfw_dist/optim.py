@@ -103,8 +103,12 @@ class SFW(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; with several ranks all of them add the same group. Owners of earlier tensors stay."""
         super().add_param_group(param_group)
-        _check_group(self.param_groups[-1])
-        _into_the_set(self.param_groups[-1])
+        try:
+            _check_group(self.param_groups[-1])
+            _into_the_set(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
         if self._plan is not None:  # else __init__ is still adding groups, and plans once at its end
             self._make_plan()
 
@@ -118,21 +122,34 @@ class SFW(Optimizer):
         self._slots = [
             Slot.of(group, i, j) for i, group in enumerate(self.param_groups) for j in range(len(group["params"]))
         ]
-        items = [Item(s.name, s.cost, s.format.nbytes, f"{tuple(s.parameter.shape)} {s.format}") for s in self._slots]
+        items = [
+            Item(s.name, s.cost, s.format.nbytes, f"{tuple(s.parameter.shape)} {s.format} {s.constraint!r}")
+            for s in self._slots
+        ]
         self._plan = make_plan(items, self._world_size, owned_already)
         self._headers = torch.zeros(len(self._slots), HEADER, dtype=torch.float64)
         self._check_agreement()
         for index in range(len(owned_already), len(self._slots)):
-            if self._plan.owners[index] == self._rank:
-                self._create_state(self._slots[index])
+            self._create_state(index)
 
-    def _create_state(self, slot: Slot) -> None:
-        """State is there from the start, so that a checkpoint before the first step has the form of later ones."""
-        self.state[slot.parameter] = {"step": torch.zeros(())}
-        if slot.group["momentum"] > 0:
-            self.state[slot.parameter]["momentum_buffer"] = torch.zeros(
-                slot.parameter.shape, dtype=slot.dtype, device=slot.parameter.device
-            )
+    def _owns(self, index: int) -> bool:
+        assert self._plan is not None
+        return self._plan.owners[index] == self._rank
+
+    def _create_state(self, index: int) -> None:
+        """State is there from the start, so that a checkpoint before the first step has the form of later ones.
+
+        Tensors of other owners have an empty one: torch's distributed checkpoints take an optimizer without any state
+        for one that never stepped, and would make this rank step alone.
+        """
+        slot = self._slots[index]
+        state = self.state[slot.parameter] = {}
+        if self._owns(index):
+            state["step"] = torch.zeros(())
+            if slot.group["momentum"] > 0:
+                state["momentum_buffer"] = torch.zeros(
+                    slot.parameter.shape, dtype=slot.dtype, device=slot.parameter.device
+                )
 
     def _check_agreement(self) -> None:
         if self._world_size == 1 or not self._slots:
@@ -179,13 +196,10 @@ class SFW(Optimizer):
         for slot in self._slots:  # by every rank and before any work: an owner that raised alone would hang the others
             if slot.parameter.grad is not None and slot.parameter.grad.is_sparse:
                 raise UserError(f"{slot.name} has a sparse gradient: SFW needs dense ones (nn.Embedding(sparse=False))")
-        assert self._plan is not None
-        answers = self._exchange(
-            [
-                answer(slot, self.state[slot.parameter]) if owner == self._rank else None
-                for slot, owner in zip(self._slots, self._plan.owners, strict=True)
-            ]
-        )
+        if any(slot.constraint is not slot.group["constraint"] for slot in self._slots):
+            self._make_plan()  # someone gave a group another set
+        own = [answer(s, self.state[s.parameter]) if self._owns(i) else None for i, s in enumerate(self._slots)]
+        answers = self._exchange(own)
         self._headers = torch.stack([header for header, _ in answers])
         if self._headers.device.type == "cpu":
             self._check_finite()
@@ -255,18 +269,19 @@ class SFW(Optimizer):
             dist.monitored_barrier(self._process_group, timeout=_STATE_DICT_TIMEOUT, wait_all_ranks=True)
         steps = torch.zeros(len(self._slots), dtype=torch.float64, device=device)
         for i, slot in enumerate(self._slots):
-            if self._plan.owners[i] == self._rank:
-                steps[i] = self.state[slot.parameter]["step"]
+            own = self.state[slot.parameter]
+            # Without the buffer that its group's momentum wants, a tensor's next step is as its first.
+            if self._owns(i) and ("momentum_buffer" in own or slot.group["momentum"] == 0):
+                steps[i] = own["step"]
         dist.all_reduce(steps, group=self._process_group)
         state: dict[int, dict[str, Tensor]] = {}
         for i, (slot, steps_taken) in enumerate(zip(self._slots, steps.tolist(), strict=True)):
             state[i] = {"step": torch.tensor(steps_taken, dtype=torch.float32)}
             if slot.group["momentum"] > 0:
-                owner = self._plan.owners[i]
-                mine = self.state[slot.parameter]["momentum_buffer"] if owner == self._rank else None
+                mine = self.state[slot.parameter].get("momentum_buffer")
                 shape = slot.parameter.shape
-                whole = torch.empty(shape, dtype=slot.dtype, device=device) if mine is None else mine.clone()
-                dist.broadcast(whole, group=self._process_group, group_src=owner)
+                whole = torch.zeros(shape, dtype=slot.dtype, device=device) if mine is None else mine.clone()
+                dist.broadcast(whole, group=self._process_group, group_src=self._plan.owners[i])
                 state[i]["momentum_buffer"] = whole
         return state
 
@@ -285,18 +300,18 @@ class SFW(Optimizer):
                 shape = f"momentum_buffer of shape {tuple(saved.shape)}"
                 raise ValueError(f"the state of {slot.name} has {shape}: load the state of the same model")
         groups = [dict(group) for group in state_dict["param_groups"]]
+        if not all("constraint" in group for group in groups):
+            raise ValueError("the state is another optimizer's (its groups have no constraint): load one of SFW")
         for group in groups:
             group["constraint"] = constraint_from_spec(group["constraint"])
         # torch would cast momentum to the parameter's type, and keep what others own: the tensors go in below.
         super().load_state_dict({"state": {}, "param_groups": groups})
         self._make_plan()
-        assert self._plan is not None
         for i, slot in enumerate(self._slots):
-            if self._plan.owners[i] != self._rank:
-                continue
-            self._create_state(slot)
-            for key, value in state_dict["state"].get(i, {}).items():
-                self.state[slot.parameter][key].copy_(value)
+            self._create_state(i)
+            for key, value in self.state[slot.parameter].items():
+                if key in state_dict["state"].get(i, {}):
+                    value.copy_(state_dict["state"][i][key])
 
 
 def _check_group(group: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ class Slot:
     group: dict[str, Any]
     dtype: torch.dtype
     """In which momentum is kept and the step computed: float32, or float64 for float64 parameters."""
+    constraint: Constraint
     format: VertexFormat
 
     @classmethod
@@ -34,11 +35,7 @@ class Slot:
         dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
         constraint, n = group["constraint"], parameter.numel()
         radius = constraint.radius(n) if constraint.signs_only else None
-        return cls(name, parameter, group, dtype, VertexFormat(n, constraint.support(n), dtype, radius))
-
-    @property
-    def constraint(self) -> Constraint:
-        return self.group["constraint"]
+        return cls(name, parameter, group, dtype, constraint, VertexFormat(n, constraint.support(n), dtype, radius))
 
     @property
     def cost(self) -> float:
@@ -99,6 +96,9 @@ def _momentum(slot: Slot, state: dict[str, Any]) -> Tensor | None:
     state["step"] += 1
     if rho == 0:
         return g.contiguous()
+    if "momentum_buffer" not in state:  # a scheduler raised the momentum from 0
+        state["momentum_buffer"] = g.clone(memory_format=torch.contiguous_format)
+        return state["momentum_buffer"]
     m = state["momentum_buffer"]
     if first:
         return m.copy_(g)

@@ -563,3 +563,44 @@ def test_a_bad_group_is_refused_in_one_line(options: dict[str, Any], message: st
     with pytest.raises(ValueError, match=message) as caught:
         SFW([group])
     assert "\n" not in str(caught.value)
+
+
+def test_a_momentum_that_a_scheduler_raises_from_zero_starts_with_the_gradient() -> None:
+    """OneCycleLR cycles the momentum by default; a missing buffer was a KeyError in the middle of training."""
+    p = torch.nn.Parameter(torch.zeros(30))
+    optimizer = SFW([{"params": [p], "constraint": KSparsePolytope(k=3, radius=1.0)}], lr=0.1, momentum=0.0)
+    p.grad = torch.arange(30.0)
+    optimizer.step()
+    optimizer.param_groups[0]["momentum"] = 0.9
+    optimizer.step()
+    assert torch.equal(optimizer.state[p]["momentum_buffer"], p.grad)
+
+
+def test_the_state_of_another_optimizer_is_refused_in_one_line() -> None:
+    p = torch.nn.Parameter(torch.zeros(30))
+    optimizer = SFW([{"params": [p], "constraint": KSparsePolytope(k=3, radius=1.0)}])
+    with pytest.raises(ValueError, match="another optimizer's") as raised:
+        optimizer.load_state_dict(torch.optim.SGD([p], lr=0.1).state_dict())
+    assert "\n" not in str(raised.value)
+
+
+def test_a_refused_group_is_not_kept() -> None:
+    """It stayed in param_groups without a slot, and later state dicts disagreed with the parameters."""
+    p, q = torch.nn.Parameter(torch.zeros(30)), torch.nn.Parameter(torch.zeros(3))
+    optimizer = SFW([{"params": [p], "constraint": KSparsePolytope(k=3, radius=1.0)}])
+    with pytest.raises(ValueError, match="momentum"):
+        optimizer.add_param_group({"params": [q], "momentum": 2.0})
+    assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": [q]})
+    assert len(optimizer.param_groups) == 2
+
+
+def test_a_group_may_be_given_another_set_during_training() -> None:
+    """A schedule of K or of the radius does so; the format of the vertices must follow."""
+    p = torch.nn.Parameter(torch.zeros(30))
+    optimizer = SFW([{"params": [p], "constraint": KSparsePolytope(k=3, radius=1.0)}], rescale="none")
+    p.grad = -torch.arange(30.0)
+    optimizer.step()
+    optimizer.param_groups[0]["constraint"] = KSparsePolytope(k=7, radius=0.5)
+    optimizer.step()
+    assert p.detach().count_nonzero() == 7 and p.detach().max() == 0.5

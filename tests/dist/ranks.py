@@ -64,17 +64,16 @@ def _rank(
 ) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # the host's own name need not resolve
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=timeout),
-    )
     try:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{folder}/rendezvous",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout),
+        )
         torch.save(function(rank, *arguments), Path(folder, f"{rank}.pt"))
+        dist.destroy_process_group()
     except Exception:
         Path(folder, f"{rank}.error").write_text(traceback.format_exc())
         raise
-    finally:
-        dist.destroy_process_group()
