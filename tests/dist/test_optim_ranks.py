@@ -18,9 +18,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from ranks import run_on_ranks
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.nn.parallel import DistributedDataParallel
 
-from sfw_dist import SFW, KSparsePolytope, KSupportBall, LpBall, Unconstrained, constrain, optim
+from sfw_dist import SFW, KSparsePolytope, KSupportBall, LpBall, Unconstrained, constrain, optim, constrain
 from sfw_dist.constraints import Constraint
 from sfw_dist.errors import UserError
 
@@ -126,6 +127,7 @@ def on_every_rank(rank: int, saved: str | None, store: str) -> dict[str, Any]:
         "differing": differing_models(rank) if world_size > 1 else [],
         "refused_state": refused_state(),
         "shards": trained_on_shards(rank, world_size),
+        "checkpointed": through_torch_checkpoint_state(),
     }
     if saved is not None:
         halfway = torch.load(saved, weights_only=True)
@@ -196,6 +198,13 @@ def refused_state() -> str:
     message = error_of(ValueError, optimizer.load_state_dict, state)
     train(optimizer, range(2))  # hangs if one rank alone refused
     return message
+
+
+def through_torch_checkpoint_state() -> list[str]:
+    """What torch's distributed checkpoints ask of an optimizer, of which one rank of three owns nothing."""
+    net = nn.Linear(12, 5)
+    optimizer = SFW(constrain(net, KSparsePolytope(k=3, radius=1.0)), lr=0.1)
+    return sorted(get_optimizer_state_dict(net, optimizer)["state"])  # type: ignore[arg-type]
 
 
 def small_net() -> nn.Module:
@@ -389,6 +398,12 @@ def test_a_state_that_does_not_fit_is_refused_by_every_rank(world: World, world_
     """If only the tensor's owner refused it, the others would go on without it."""
     for rank in world(world_size):
         assert rank["refused_state"].startswith("the state of t1 has momentum_buffer of shape (7,)")
+
+
+@on_each_world_size
+def test_torch_checkpoints_find_the_whole_state(world: World, world_size: int) -> None:
+    """A rank without state was taken for one that never stepped, and made to step alone: it hung."""
+    assert all(rank["checkpointed"] == ["bias", "weight"] for rank in world(world_size))
 
 
 @on_several_ranks
