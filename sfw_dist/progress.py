@@ -17,7 +17,7 @@ from sfw_dist.config import Config
 from sfw_dist.distributed import World
 from sfw_dist.metrics import Metrics
 from sfw_dist.optim import StepStatistics
-from sfw_dist.run import RunFolder
+from sfw_dist.run import RunFolder, environment
 
 
 class Progress:
@@ -37,7 +37,7 @@ class Progress:
             return
         self._step = step
         if step:
-            self._run.log("resume", step=step, epoch=epoch, world_size=self._world.size)
+            self._run.log("resume", step=step, epoch=epoch, environment=environment())
             self._say(f"resuming {self._run.path} after epoch {epoch}, step {step}")
         else:
             self._run.log("start", world_size=self._world.size, parameters=parameters)

@@ -64,12 +64,14 @@ class RunFolder:
             raise UserError(f"{self.path} exists: go on with --resume auto, or choose another --name")
 
     def create(self, config: Config) -> None:
-        """Make the folder and write what is known at the start."""
-        for folder in (self.path, self.checkpoints, self.prune, self.tensorboard):
+        """Make the folder and write what is known at the start; a resumed run keeps what it wrote then."""
+        make_folder(self.path)
+        if not self.config.is_file():
+            write_text(self.config, save_config(config))  # first: by this file the folder is known as a run's
+            write_json(self.path / "environment.json", environment())
+        for folder in (self.checkpoints, self.prune, self.tensorboard):
             make_folder(folder)
         _drop_unfinished_line(self.metrics)
-        write_text(self.config, save_config(config))
-        write_json(self.path / "environment.json", environment())
 
     def log(self, event: str, **values: Any) -> None:
         """Append one line to metrics.jsonl; numbers that are not finite become null."""

@@ -13,11 +13,11 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from jsonargparse import ArgumentParser
-from torch import Tensor
 
 from sfw_dist import checkpoint
 from sfw_dist.config import Config, parse_run
@@ -56,6 +56,9 @@ class Position:
             return self.loss_sums[world.rank]
         return math.fsum(self.loss_sums) / len(self.loss_sums) * world.size if world.main else 0.0
 
+    def begin_epoch(self, epoch: int, world: World) -> None:
+        self.epoch, self.batch, self.loss_sums = epoch, 0, [0.0] * world.size
+
 
 @reports_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,57 +81,138 @@ def train(config: Config, world: World, *, resume: bool = False) -> int:
     Raises:
         UserError: bad input, before anything is written; or a loss that is not finite.
     """
-    # Everything that can be wrong with the input shows here, before the run's folder is made.
-    run = check_input(config, world.rank, world.size, resume=resume)
-    loaders = open_loaders(config, world.rank, world.size)
-    info = dataset_info(config.data)
-    torch.manual_seed(config.seed)
-    model = build_model(
-        config.model.name, num_classes=len(info.classes), in_channels=info.image_shape[0], width=config.model.width
-    )
-    engine = DDPEngine(model, config, world)
-    schedule = Schedule(engine.optimizer, config.schedule, config.train.epochs)
-    normalize = Normalize(info.mean, info.std).to(world.device)
-
-    barrier(world)  # every rank has looked at the folder before rank 0 makes it
-    if world.main:
-        run.create(config)
-    barrier(world)
-    position = _restore(run, engine, schedule) or Position()
-    if position.epoch == config.train.epochs and run.weights.is_file():
+    training = _Training.prepared(config, world, resume=resume)
+    if training.finished:
         if world.main:
-            print(f"{run.path} is trained to its end already", file=sys.stderr)
+            print(f"{training.run.path} is trained to its end already", file=sys.stderr)
         return 0
-
-    with Interrupt() as interrupt, open_progress(run, config, world) as progress:
-        progress.start(position.step, position.epoch, sum(p.numel() for p in model.parameters()))
-        for epoch in range(position.epoch, config.train.epochs):
-            if not _train_epoch(engine, loaders["train"], normalize, position, config, world, interrupt, progress):
-                _require_finite(math.fsum(position.loss_sums), epoch)
-                path = _save(run, engine, schedule, position, config, world)
-                progress.interrupted(path, _how_to_go_on(run, world))
+    position = training.position
+    with Interrupt() as interrupt, open_progress(training.run, config, world) as progress:
+        progress.start(position.step, position.epoch, sum(p.numel() for p in training.engine.model.parameters()))
+        while position.epoch < config.train.epochs:
+            whole = training.epoch(interrupt, progress)
+            loss = math.fsum(position.loss_sums) / (world.size * position.batch)
+            _require_finite(loss, position.epoch)
+            if not whole:
+                progress.interrupted(training.save(), _how_to_go_on(training.run, world))
                 return _INTERRUPTED
-            train_loss = math.fsum(position.loss_sums) / (world.size * position.batch)
-            _require_finite(train_loss, epoch)
-            rate = engine.optimizer.param_groups[0]["lr"]
-            schedule.step(train_loss)
-            position.epoch, position.batch, position.loss_sums = epoch + 1, 0, [0.0] * world.size
-
-            validation = None
-            if "validation" in loaders:
-                validation = _measure(engine, loaders["validation"], normalize, world)
-            path = _save(run, engine, schedule, position, config, world, validation)
-            progress.epoch_done(epoch + 1, position.step, train_loss, validation, rate)
+            rate = training.engine.optimizer.param_groups[0]["lr"]
+            training.schedule.step(loss)
+            position.begin_epoch(position.epoch + 1, world)
+            validation = training.measure("validation") if "validation" in training.loaders else None
+            training.save(validation)
+            progress.epoch_done(position.epoch, position.step, loss, validation, rate)
 
         # The one look at the test set: nothing is chosen by it.
-        test = _measure(engine, loaders["test"], normalize, world)
+        test = training.measure("test")
         if world.main:
-            run.save_weights(engine.model.state_dict())
+            training.run.save_weights(training.engine.model.state_dict())
         progress.done(test)
-    for loader in loaders.values():
+    for loader in training.loaders.values():
         loader.close()
     barrier(world)
     return 0
+
+
+@dataclass
+class _Training:
+    """The parts of a run, ready to train, and what is done with all of them."""
+
+    config: Config
+    world: World
+    run: RunFolder
+    loaders: dict[Split, Loader]
+    normalize: Normalize
+    engine: DDPEngine
+    schedule: Schedule
+    position: Position
+
+    @classmethod
+    def prepared(cls, config: Config, world: World, *, resume: bool) -> _Training:
+        """Everything that can be wrong with the input shows here, before the run's folder is made."""
+        run = check_input(config, world.rank, world.size, resume=resume)
+        loaders = open_loaders(config, world.rank, world.size)
+        info = dataset_info(config.data)
+        torch.manual_seed(config.seed)
+        model = build_model(
+            config.model.name, num_classes=len(info.classes), in_channels=info.image_shape[0], width=config.model.width
+        )
+        engine = DDPEngine(model, config, world)
+        schedule = Schedule(engine.optimizer, config.schedule, config.train.epochs)
+        position = Position()
+        latest = checkpoint.newest(run.checkpoints)
+        if latest is not None:
+            tensors, state = checkpoint.load(latest)
+            engine.load(tensors, state["options"], source=latest)
+            schedule.load_state_dict(state["schedule"])
+            position = Position(**state["position"])
+        barrier(world)  # every rank has looked at the folder before rank 0 makes it
+        if world.main:
+            run.create(config)
+        barrier(world)
+        normalize = Normalize(info.mean, info.std).to(world.device)
+        return cls(config, world, run, loaders, normalize, engine, schedule, position)
+
+    @property
+    def finished(self) -> bool:
+        return self.position.epoch == self.config.train.epochs and self.run.weights.is_file()
+
+    def epoch(self, interrupt: Interrupt, progress: Progress) -> bool:
+        """The rest of the epoch, from the position, which it moves; False when a rank was interrupted in it."""
+        position, world, loader = self.position, self.world, self.loaders["train"]
+        loader.load_state_dict({"epoch": position.epoch, "batch": position.batch})
+        loss_sum = torch.tensor(position.loss_sum(world), dtype=torch.float64, device=world.device)
+        # On a GPU a vote makes the host wait for the device, so it is held less often.
+        votes_every = 1 if world.device.type == "cpu" else self.config.train.log_every
+        whole = True
+        progress.epoch_begins(position.epoch, len(loader), position.batch)
+        for images, labels in loader:
+            # Dropout and the like depend on the step alone, so that a resumed run repeats an uninterrupted one.
+            torch.manual_seed(_step_seed(self.config.seed, position.step, world.rank))
+            images, labels = images.to(world.device, non_blocking=True), labels.to(world.device, non_blocking=True)
+            loss = self.engine.train_step(self.normalize(images), labels)
+            loss_sum += loss
+            position.step += 1
+            position.batch += 1
+            if position.step % self.config.train.log_every == 0:
+                self._log(loss.item(), progress)
+            else:
+                progress.advance()
+            vote = position.batch % votes_every == 0 and position.batch < len(loader)
+            if vote and any_rank(interrupt.requested, world):
+                whole = False
+                break
+        position.loss_sums = gather_floats(loss_sum.item(), world)
+        return whole
+
+    def _log(self, loss: float, progress: Progress) -> None:
+        _require_finite(loss, self.position.epoch)
+        optimizer = self.engine.optimizer
+        statistics = optimizer.statistics() if isinstance(optimizer, SFW) else {}
+        progress.step_done(self.position.step, loss, optimizer.param_groups[0]["lr"], statistics)
+
+    def measure(self, split: Split) -> Metrics:
+        """Collective."""
+        self.engine.before_evaluation()
+        return measure(lambda images: self.engine.forward(self.normalize(images)), self.loaders[split], self.world)
+
+    def save(self, validation: Metrics | None = None) -> Path:
+        """Write a checkpoint, and let ``best`` name it if no earlier one has its validation accuracy; collective."""
+        position, world, folder = self.position, self.world, self.run.checkpoints
+        best = validation is not None and validation.top1 > position.best_top1
+        if validation is not None and best:
+            position.best_top1 = validation.top1
+        state = {
+            "position": asdict(position),
+            "schedule": self.schedule.state_dict(),
+            "options": self.engine.options(),
+        }
+        path = checkpoint.save(folder, self.engine.tensors(), state, world, epoch=position.epoch, step=position.step)
+        if world.main:
+            if best:
+                checkpoint.point(folder, "best", path)
+            checkpoint.keep_newest(folder, self.config.train.keep_checkpoints)
+        return path
 
 
 def check_input(config: Config, rank: int, world_size: int, *, resume: bool) -> RunFolder:
@@ -150,86 +234,6 @@ def open_loaders(config: Config, rank: int, world_size: int) -> dict[Split, Load
     return {
         split: open_loader(config.data, split, seed=config.seed, rank=rank, world_size=world_size) for split in splits
     }
-
-
-def _train_epoch(
-    engine: DDPEngine,
-    loader: Loader,
-    normalize: Normalize,
-    position: Position,
-    config: Config,
-    world: World,
-    interrupt: Interrupt,
-    progress: Progress,
-) -> bool:
-    """The rest of an epoch, from ``position``, which it moves; False when a rank was interrupted before the end."""
-    loader.load_state_dict({"epoch": position.epoch, "batch": position.batch})
-    loss_sum = torch.tensor(position.loss_sum(world), dtype=torch.float64, device=world.device)
-    # On a GPU a vote makes the host wait for the device, so it is held less often.
-    votes_every = 1 if world.device.type == "cpu" else config.train.log_every
-    finished = True
-    progress.epoch_begins(position.epoch, len(loader), position.batch)
-    for images, labels in loader:
-        # Dropout and the like depend on the step alone, so that a resumed run repeats an uninterrupted one.
-        torch.manual_seed(_step_seed(config.seed, position.step, world.rank))
-        loss = engine.train_step(normalize(_to(images, world)), _to(labels, world))
-        loss_sum += loss
-        position.step += 1
-        position.batch += 1
-        if position.step % config.train.log_every == 0:
-            statistics = engine.optimizer.statistics() if isinstance(engine.optimizer, SFW) else {}
-            _require_finite(loss.item(), position.epoch)
-            progress.step_done(position.step, loss.item(), engine.optimizer.param_groups[0]["lr"], statistics)
-        else:
-            progress.advance()
-        votes = position.batch % votes_every == 0 and position.batch < len(loader)
-        if votes and any_rank(interrupt.requested, world):
-            finished = False
-            break
-    position.loss_sums = gather_floats(loss_sum.item(), world)
-    return finished
-
-
-def _measure(engine: DDPEngine, loader: Loader, normalize: Normalize, world: World) -> Metrics:
-    engine.before_evaluation()
-    return measure(lambda images: engine.forward(normalize(images)), loader, world)
-
-
-def _save(
-    run: RunFolder,
-    engine: DDPEngine,
-    schedule: Schedule,
-    position: Position,
-    config: Config,
-    world: World,
-    validation: Metrics | None = None,
-) -> object:
-    """Write a checkpoint, and let ``best`` name it if no earlier one has its validation accuracy; collective."""
-    best = validation is not None and validation.top1 > position.best_top1
-    if validation is not None and best:
-        position.best_top1 = validation.top1
-    state = {"position": asdict(position), "schedule": schedule.state_dict(), "options": engine.options()}
-    path = checkpoint.save(run.checkpoints, engine.tensors(), state, world, epoch=position.epoch, step=position.step)
-    if world.main:
-        if best:
-            checkpoint.point(run.checkpoints, "best", path)
-        checkpoint.keep_newest(run.checkpoints, config.train.keep_checkpoints)
-    return path
-
-
-def _restore(run: RunFolder, engine: DDPEngine, schedule: Schedule) -> Position | None:
-    """Load the newest complete checkpoint, if there is one."""
-    path = checkpoint.newest(run.checkpoints)
-    if path is None:
-        return None
-    tensors, state = checkpoint.load(path)
-    engine.load(tensors, state["options"], source=path)
-    schedule.load_state_dict(state["schedule"])
-    return Position(**state["position"])
-
-
-def _to(tensor: Tensor, world: World) -> Tensor:
-    return tensor.to(world.device, non_blocking=True)
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:
