@@ -1,4 +1,4 @@
-"""Selection on CPU: numpy's vectorised quickselect finds the K-th magnitude, then one scan takes what lies above it.
+"""Selection on CPU: numpy's vectorised quickselect finds the K-th magnitude, then one scan takes what reaches it.
 
 A K-th magnitude by ``torch.topk`` of 5 % of 2.36 M entries takes 33-40 ms on two cores, ``numpy.partition`` 2.1 ms.
 """
@@ -26,6 +26,8 @@ def select(x: Tensor, k: int) -> Tensor:
         return torch.arange(k)
     keys = x.detach().abs().contiguous().flatten().view(_BITS[x.dtype]).numpy()
     kth = np.partition(keys, n - k)[n - k]
-    above = np.flatnonzero(keys > kth)
-    ties = np.flatnonzero(keys == kth)[: k - above.size]
-    return torch.from_numpy(np.sort(np.concatenate([above, ties])))
+    chosen = np.flatnonzero(keys >= kth)
+    if chosen.size > k:  # more entries tie at the K-th magnitude than there is room for: the last of them go
+        ties = np.flatnonzero(keys[chosen] == kth)
+        chosen = np.delete(chosen, ties[k - chosen.size :])
+    return torch.from_numpy(chosen)
