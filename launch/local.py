@@ -43,15 +43,16 @@ def run_ranks(nproc: int, command: Sequence[str]) -> int:
         "LOCAL_WORLD_SIZE": str(nproc),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
     }
-    ranks = [
-        subprocess.Popen(command, env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(nproc)
-    ]
+    ranks: list[subprocess.Popen[bytes]] = []
+    # Handlers, not SIG_IGN, which the ranks would inherit; and before the first rank starts.
     before = {
-        signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),
+        signal.SIGINT: signal.signal(signal.SIGINT, lambda number, frame: None),
         signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, frame: _send(ranks, signal.SIGTERM)),
     }
     try:
+        for rank in range(nproc):
+            environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            ranks.append(subprocess.Popen(command, env=environment))
         return _wait(ranks)
     finally:
         for number, handler in before.items():

@@ -34,9 +34,16 @@ _STATE = "state.json"
 
 
 def save(
-    folder: Path, tensors: dict[str, Tensor], state: dict[str, Any], world: World, *, epoch: int, step: int
+    folder: Path,
+    tensors: dict[str, Tensor],
+    state: dict[str, Any],
+    world: World,
+    *,
+    epoch: int,
+    step: int,
+    best: bool = False,
 ) -> Path:
-    """Write one checkpoint and point ``latest`` at it; collective.
+    """Write one checkpoint and point ``latest``, and if it is so ``best``, at it; collective.
 
     Args:
         folder: the run's ``checkpoints``.
@@ -56,6 +63,8 @@ def save(
         write_json(writing / _STATE, state)
         writing.rename(path)
         _sync(folder)
+        if best:
+            point(folder, "best", path)
         point(folder, "latest", path)
     barrier(world)
     return path

@@ -136,7 +136,7 @@ class OptimizerConfig:
     momentum: float = 0.9
     """Momentum ρ in [0, 1)."""
     rescale: Rescale = "gradient"
-    """How the learning rate becomes a step size γ (sfw; ALGORITHM: Algorithm 1)."""
+    """How the learning rate becomes a step size γ (sfw; docs/algorithm.md)."""
     weight_decay: float = 0.0
     """L2 penalty: of all tensors for sgd, of the unconstrained ones for sfw."""
     constraint: ConstraintConfig = field(default_factory=ConstraintConfig)
@@ -230,7 +230,8 @@ class Config:
     prune: PruneConfig = field(default_factory=PruneConfig)
 
     def __post_init__(self) -> None:
-        valid = bool(self.name) and Path(self.name).name == self.name and self.name not in {".", ".."}
+        plain = Path(self.name).name == self.name and self.name not in {"", ".", ".."}
+        valid = plain and self.name.isprintable() and len(self.name) <= 100
         _require(valid, "name", repr(self.name), "a plain folder name", "write letters, digits, '_', '-' and '.'")
         _require(self.seed >= 0, "seed", self.seed, "at least 0", "write 0")
 
@@ -360,8 +361,15 @@ def load_config(path: Path) -> Config:
     return parse_run(["--config", str(path)], description="", examples="")[0]
 
 
+_OPERATIONAL = {
+    *("runs_dir", "data.root", "data.backend", "data.workers", "data.eval_batch_size"),
+    *("train.log_every", "train.keep_checkpoints", "prune.sparsities", "prune.scope", "prune.kind"),
+}
+"""Fields that do not change a network's weights: a run may go on with others."""
+
+
 def first_difference(mine: Config, theirs: Config) -> str | None:
-    """``"optimizer.lr is 0.5, was 1.0"`` for the first field that differs, else ``None``."""
+    """``"optimizer.lr is 0.5, was 1.0"`` for the first field that differs and changes the training, else ``None``."""
     return _first_difference(asdict(mine), asdict(theirs), "")
 
 
@@ -371,6 +379,6 @@ def _first_difference(mine: dict[str, Any], theirs: dict[str, Any], prefix: str)
             found = _first_difference(value, theirs[key], f"{prefix}{key}.")
             if found:
                 return found
-        elif value != theirs[key]:
+        elif value != theirs[key] and f"{prefix}{key}" not in _OPERATIONAL:
             return f"{prefix}{key} is {value}, was {theirs[key]}"
     return None

@@ -26,6 +26,15 @@ def reports_user_errors(main: Callable[..., int | None]) -> Callable[..., int]:
             if os.environ.get("RANK", "0") == "0":
                 print(f"error: {error}", file=sys.stderr)
             return 2
+        except OSError as error:  # a folder that cannot be written, a full disk: the file says where
+            if error.filename is None:
+                raise
+            if os.environ.get("RANK", "0") == "0":
+                print(
+                    f"error: {error.filename}: {error.strerror}: choose another place, or mend this one",
+                    file=sys.stderr,
+                )
+            return 2
         except KeyboardInterrupt:  # before or after the part that saves on ctrl-C
             return 130
 

@@ -90,7 +90,10 @@ def evaluate(
     if data_root is not None:
         config = replace(config, data=replace(config.data, root=data_root))
     scope, kind = scope or config.prune.scope, kind or config.prune.kind
-    sparsities = config.prune.sparsities if sparsities is None else sparsities
+    if sparsities is None:
+        sparsities = [0.5] if kind == "2:4" else config.prune.sparsities
+    files = {sparsity: run.prune / f"s{sparsity:.4f}.json" for sparsity in sparsities}
+    _check_files(files, scope, kind)
     info = dataset_info(config.data)
     loader = open_loader(config.data, "test", seed=config.seed, rank=world.rank, world_size=world.size)
     model = _trained_model(run, config, len(info.classes), info.image_shape[0]).to(world.device)
@@ -124,11 +127,25 @@ def evaluate(
         }
         results.append(result)
         if world.main:
-            write_json(run.prune / f"s{sparsity:.4f}.json", result)
+            write_json(files[sparsity], result)
             if export:
-                _export(model, mask, run.prune / f"s{sparsity:.4f}.safetensors")
+                _export(model, mask, files[sparsity].with_suffix(".safetensors"))
     barrier(world)
     return results
+
+
+def _check_files(files: dict[float, Path], scope: Scope, kind: Kind) -> None:
+    """Raise :class:`UserError` rather than write one result over another that is not of the same pruning."""
+    if len(set(files.values())) < len(files):
+        raise UserError(f"sparsities {', '.join(map(str, files))} agree in four decimals: leave some out")
+    for path in files.values():
+        if path.is_file():
+            there = json.loads(path.read_text())
+            if (there["scope"], there["kind"]) != (scope, kind):
+                raise UserError(
+                    f"{path} holds the result of --scope {there['scope']} --kind {there['kind']}: move "
+                    f"{path.parent} away to measure --scope {scope} --kind {kind}"
+                )
 
 
 def _trained_model(run: RunFolder, config: Config, classes: int, channels: int) -> nn.Module:

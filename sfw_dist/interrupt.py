@@ -10,7 +10,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupt:
-    """While it is entered, SIGINT and SIGTERM only set :attr:`requested`; then the handlers are as before.
+    """While it is entered, SIGINT and SIGTERM set :attr:`requested` and nothing else; then the handlers are as before.
 
     The training loop looks at it between steps, where all ranks can agree to stop. Saving in a handler would find
     tensors half updated and other ranks inside a collective.

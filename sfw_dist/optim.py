@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any, NamedTuple, get_args, overload
@@ -181,8 +182,9 @@ class SFW(Optimizer):
         """One step on every tensor with a gradient; a ``closure`` is evaluated first, with gradients, and returned.
 
         Raises:
-            UserError: a momentum that is not finite, on every rank, with the tensor's name and before any parameter
-                has changed (on a GPU: on the next call of :meth:`statistics`, for the step does not wait for the host).
+            UserError: a gradient that is not finite, on every rank, with the tensor's name and before any parameter
+                has changed; that tensor's momentum starts anew. (On a GPU the step does not wait for the host: the next
+                call of :meth:`statistics` tells.)
         """
         loss = None
         if closure is not None:
@@ -225,6 +227,9 @@ class SFW(Optimizer):
     def _check_finite(self) -> None:
         assert self._headers is not None
         bad = self._headers[:, 0].isfinite().logical_not().nonzero().view(-1).tolist()
+        for i in bad:
+            if self._owns(i):
+                self.state[self._slots[i].parameter]["step"].zero_()  # its momentum starts anew, with the next gradient
         if bad:
             names = ", ".join(self._slots[i].name for i in bad[:3]) + (" …" if len(bad) > 3 else "")
             raise UserError(
@@ -315,7 +320,7 @@ class SFW(Optimizer):
 
 
 def _check_group(group: dict[str, Any]) -> None:
-    if not group["lr"] > 0:
+    if not 0 < group["lr"] < math.inf:
         raise ValueError(f"lr must be > 0, got {group['lr']}: write lr=1.0, and lr=0.05 for unconstrained groups")
     if not 0 <= group["momentum"] < 1:
         raise ValueError(f"momentum must be in [0, 1), got {group['momentum']}: write momentum=0.9")

@@ -189,7 +189,10 @@ def _expand(piece: str) -> list[Decimal]:
         raise UserError(f"bad sparsities {piece!r}: write a number or start:stop:step, as in 0.9:0.99:0.01") from None
     if not rising:
         raise UserError(f"bad sparsities {piece!r}: they lie in [0, 1) and go up, as in 0.9 or 0.9:0.99:0.01")
-    return [start + i * step for i in range(int((stop - start) / step) + 1)]
+    count = int((stop - start) / step) + 1
+    if count > 1000:
+        raise UserError(f"bad sparsities {piece!r}: {count} of them, at most 1000: take a larger step")
+    return [start + i * step for i in range(count)]
 
 
 PAPER_SPARSITIES = tuple(parse_sparsities("0.1:0.9:0.1,0.91:0.99:0.01"))

@@ -40,6 +40,7 @@ class RunFolder:
         self.weights = path / "model.safetensors"
         self.metrics = path / "metrics.jsonl"
         self.tensorboard = path / "tensorboard"
+        self.lock = path / ".lock"
 
     @classmethod
     def existing(cls, path: Path) -> RunFolder:
@@ -53,7 +54,8 @@ class RunFolder:
         """Raise :class:`UserError` unless the folder is new, or holds this very configuration and may be resumed."""
         if not self.path.exists():
             return
-        if not self.path.is_dir() or (any(self.path.iterdir()) and not self.config.is_file()):
+        foreign = not self.path.is_dir() or any(file != self.lock for file in self.path.iterdir())
+        if foreign and not self.config.is_file():
             raise UserError(f"{self.path} exists and is not a run's folder: choose another --name or --runs_dir")
         if not self.config.is_file():
             return
@@ -121,8 +123,7 @@ def environment() -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "cuda": torch.version.cuda if torch.cuda.is_available() else None,
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        **_git_state(),
         **{package: _version(package) for package in _PACKAGES},
     }
 
@@ -132,6 +133,17 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _git_state() -> dict[str, Any]:
+    """Of the checkout that this file is in; nothing when it is installed somewhere inside another repository."""
+    top = _git("rev-parse", "--show-toplevel")
+    if top is None or Path(top).resolve() != Path(__file__).resolve().parents[1]:
+        return {"git_commit": None, "git_dirty": None}
+    return {
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+    }
 
 
 def _git(*arguments: str) -> str | None:

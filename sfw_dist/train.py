@@ -10,13 +10,16 @@ The number of ranks is free: the global batch, the order and the augmentation do
 from __future__ import annotations
 
 import math
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from jsonargparse import ArgumentParser
 
 from sfw_dist import checkpoint
@@ -27,6 +30,7 @@ from sfw_dist.data.registry import find_dataset
 from sfw_dist.distributed import World, any_rank, barrier, gather_floats, joined_world
 from sfw_dist.engine import DDPEngine
 from sfw_dist.errors import UserError, reports_user_errors
+from sfw_dist.files import make_folder
 from sfw_dist.interrupt import Interrupt
 from sfw_dist.metrics import Metrics, measure
 from sfw_dist.models import build_model
@@ -65,6 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     config, options = parse_run(
         argv, description="Train a network with SFW, or SGD.", examples=_EXAMPLES, add_options=add_options
     )
+    given = Path(options.config).resolve().parent if options.config else None
+    if options.resume == "auto" and given and (given / "checkpoints").is_dir() and given != config.run_dir.resolve():
+        place = f"--runs_dir {shlex.quote(str(given.parent))} --name {shlex.quote(given.name)}"
+        raise UserError(f"{options.config} is not of {config.run_dir}, which would be trained: give {place}")
     with joined_world() as world:
         return train(config, world, resume=options.resume == "auto")
 
@@ -81,7 +89,24 @@ def train(config: Config, world: World, *, resume: bool = False) -> int:
     Raises:
         UserError: bad input, before anything is written; or a loss that is not finite.
     """
-    training = _Training.prepared(config, world, resume=resume)
+    # Everything that can be wrong with the input shows here, before the run's folder is made.
+    run = check_input(config, world.rank, world.size, resume=resume)
+    loaders = open_loaders(config, world.rank, world.size)
+    info = dataset_info(config.data)
+    torch.manual_seed(config.seed)
+    model = build_model(
+        config.model.name, num_classes=len(info.classes), in_channels=info.image_shape[0], width=config.model.width
+    )
+    normalize = Normalize(info.mean, info.std).to(world.device)
+    engine = DDPEngine(model, config, world)
+    schedule = Schedule(engine.optimizer, config.schedule, config.train.epochs)
+    with _alone(run, world):
+        training = _Training(config, world, run, loaders, normalize, engine, schedule)
+        training.restore()
+        return _train(training, config, world)
+
+
+def _train(training: _Training, config: Config, world: World) -> int:
     if training.finished:
         if world.main:
             print(f"{training.run.path} is trained to its end already", file=sys.stderr)
@@ -90,6 +115,9 @@ def train(config: Config, world: World, *, resume: bool = False) -> int:
     with Interrupt() as interrupt, open_progress(training.run, config, world) as progress:
         progress.start(position.step, position.epoch, sum(p.numel() for p in training.engine.model.parameters()))
         while position.epoch < config.train.epochs:
+            if any_rank(interrupt.requested, world):  # it came while the last epoch was measured and saved
+                progress.interrupted(checkpoint.newest(training.run.checkpoints), _how_to_go_on(training.run, world))
+                return _INTERRUPTED
             whole = training.epoch(interrupt, progress)
             loss = math.fsum(position.loss_sums) / (world.size * position.batch)
             _require_finite(loss, position.epoch)
@@ -125,33 +153,19 @@ class _Training:
     normalize: Normalize
     engine: DDPEngine
     schedule: Schedule
-    position: Position
+    position: Position = field(default_factory=Position)
 
-    @classmethod
-    def prepared(cls, config: Config, world: World, *, resume: bool) -> _Training:
-        """Everything that can be wrong with the input shows here, before the run's folder is made."""
-        run = check_input(config, world.rank, world.size, resume=resume)
-        loaders = open_loaders(config, world.rank, world.size)
-        info = dataset_info(config.data)
-        torch.manual_seed(config.seed)
-        model = build_model(
-            config.model.name, num_classes=len(info.classes), in_channels=info.image_shape[0], width=config.model.width
-        )
-        engine = DDPEngine(model, config, world)
-        schedule = Schedule(engine.optimizer, config.schedule, config.train.epochs)
-        position = Position()
-        latest = checkpoint.newest(run.checkpoints)
+    def restore(self) -> None:
+        """Go to the newest complete checkpoint, if there is one; and have the folder there."""
+        latest = checkpoint.newest(self.run.checkpoints)
         if latest is not None:
             tensors, state = checkpoint.load(latest)
-            engine.load(tensors, state["options"], source=latest)
-            schedule.load_state_dict(state["schedule"])
-            position = Position(**state["position"])
-        barrier(world)  # every rank has looked at the folder before rank 0 makes it
-        if world.main:
-            run.create(config)
-        barrier(world)
-        normalize = Normalize(info.mean, info.std).to(world.device)
-        return cls(config, world, run, loaders, normalize, engine, schedule, position)
+            self.engine.load(tensors, state["options"], source=latest)
+            self.schedule.load_state_dict(state["schedule"])
+            self.position = Position(**state["position"])
+        if self.world.main:
+            self.run.create(self.config)
+        barrier(self.world)
 
     @property
     def finished(self) -> bool:
@@ -178,7 +192,7 @@ class _Training:
                 self._log(loss.item(), progress)
             else:
                 progress.advance()
-            vote = position.batch % votes_every == 0 and position.batch < len(loader)
+            vote = position.step % votes_every == 0 and position.batch < len(loader)
             if vote and any_rank(interrupt.requested, world):
                 whole = False
                 break
@@ -207,12 +221,32 @@ class _Training:
             "schedule": self.schedule.state_dict(),
             "options": self.engine.options(),
         }
-        path = checkpoint.save(folder, self.engine.tensors(), state, world, epoch=position.epoch, step=position.step)
+        path = checkpoint.save(
+            folder, self.engine.tensors(), state, world, epoch=position.epoch, step=position.step, best=best
+        )
         if world.main:
-            if best:
-                checkpoint.point(folder, "best", path)
             checkpoint.keep_newest(folder, self.config.train.keep_checkpoints)
         return path
+
+
+@contextmanager
+def _alone(run: RunFolder, world: World) -> Iterator[None]:
+    """Keep a second process out of the run's folder; the lock ends with its process, however that ends."""
+    barrier(world)  # every rank has looked at the folder before rank 0 makes it
+    lock = FileLock(run.lock)
+    taken = False
+    if world.main:
+        make_folder(run.path)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            taken = True
+    try:
+        if any_rank(taken, world):
+            raise UserError(f"{run.path} is being trained by another process: wait for it, or choose another --name")
+        yield
+    finally:
+        lock.release()
 
 
 def check_input(config: Config, rank: int, world_size: int, *, resume: bool) -> RunFolder:
@@ -247,7 +281,7 @@ def _require_finite(loss: float, epoch: int) -> None:
 
 def _how_to_go_on(run: RunFolder, world: World) -> str:
     launcher = f"torchrun --nproc-per-node {world.size}" if world.size > 1 else "python"
-    return f"{launcher} -m sfw_dist.train --config {run.config} --resume auto"
+    return f"{launcher} -m sfw_dist.train --config {shlex.quote(str(run.config))} --resume auto"
 
 
 if __name__ == "__main__":

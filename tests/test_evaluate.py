@@ -93,6 +93,8 @@ def test_layerwise_and_all(run: RunFolder) -> None:
     assert all(
         layer["kept"] == layer["parameters"] - int(layer["parameters"] / 2 + 0.5) for layer in layerwise["layers"]
     )
+    for file in run.prune.iterdir():
+        file.unlink()
     everything = evaluate(run, ONE_PROCESS, sparsities=[0.5], scope="all")[0]
     assert len(everything["layers"]) > len(layerwise["layers"])
     assert everything["achieved_sparsity_all"] == pytest.approx(0.5, abs=1e-3)
@@ -123,6 +125,7 @@ def test_command_prints_json(run: RunFolder, capsys: pytest.CaptureFixture[str])
         (["{missing}"], "not a run's folder"),
         (["{run}", "--sparsities", "90"], "90"),
         (["{run}", "--sparsities", "0.9", "--kind", "2:4"], "0.5"),
+        (["{run}", "--sparsities", "0.99991,0.99992"], "four decimals"),
         (["{run}", "--data-root", "{missing}"], "not prepared"),
     ],
 )
@@ -156,3 +159,16 @@ def test_a_network_pruned_too_far_may_have_no_finite_loss(run: RunFolder, monkey
     monkeypatch.setattr("sfw_dist.evaluate.measure_pruned", infinite)
     evaluate(run, ONE_PROCESS, sparsities=[0.5])
     assert json.loads((run.prune / "s0.5000.json").read_text())["loss"] is None
+
+
+def test_another_kind_does_not_overwrite_what_was_measured(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    """A curve of which one point was pruned otherwise would look like a result."""
+    evaluate(run, ONE_PROCESS, sparsities=[0.5])
+    before = (run.prune / "s0.5000.json").read_bytes()
+    assert main([str(run.path), "--kind", "2:4"]) == 2
+    assert "--kind global" in capsys.readouterr().err
+    assert (run.prune / "s0.5000.json").read_bytes() == before
+
+
+def test_two_of_four_needs_no_list(run: RunFolder) -> None:
+    assert [r["sparsity"] for r in evaluate(run, ONE_PROCESS, kind="2:4")] == [0.5]

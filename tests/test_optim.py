@@ -604,3 +604,16 @@ def test_a_group_may_be_given_another_set_during_training() -> None:
     optimizer.param_groups[0]["constraint"] = KSparsePolytope(k=7, radius=0.5)
     optimizer.step()
     assert p.detach().count_nonzero() == 7 and p.detach().max() == 0.5
+
+
+def test_after_a_gradient_that_was_not_finite_the_optimizer_steps_on() -> None:
+    """NaN stayed in the momentum, and every later step blamed a gradient that was fine."""
+    p = torch.nn.Parameter(torch.zeros(30))
+    optimizer = SFW([{"params": [p], "constraint": KSparsePolytope(k=3, radius=1.0)}], lr=0.1)
+    p.grad = torch.full((30,), math.nan)
+    with pytest.raises(UserError, match="not finite"):
+        optimizer.step()
+    p.grad = torch.arange(30.0)
+    optimizer.step()
+    assert torch.equal(optimizer.state[p]["momentum_buffer"], p.grad)
+    assert p.isfinite().all() and p.count_nonzero() == 3

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from safetensors.torch import load_file
 from training import ONE_PROCESS, small_config
 
@@ -71,7 +72,9 @@ def test_a_run_leaves_the_files_that_others_read(config: Config) -> None:
     assert events[-1]["split"] == "test" and events[-1]["samples"] == 451
     assert {e["validation_samples"] for e in events if e["event"] == "epoch"} == {136}
     assert any((run / "tensorboard").iterdir())
-    assert not [path for path in run.rglob("*") if path.name.startswith(".") and path.name != ".metadata"]
+    assert not [
+        path for path in run.rglob("*") if path.name.startswith(".") and path.name not in (".metadata", ".lock")
+    ]
 
 
 @pytest.mark.parametrize("optimizer", ["sfw", "sgd"])
@@ -134,6 +137,15 @@ def test_precision_and_layout_train(config: Config, options: dict[str, Any]) -> 
     assert _train(config) == 0
     losses = [e["train_loss"] for e in _events(config) if e["event"] == "epoch"]
     assert losses[-1] < losses[0]
+
+
+def test_what_does_not_change_the_weights_may_change_on_resume(config: Config) -> None:
+    """Data that moved, or another log interval, must not lock a run."""
+    assert _train(config) == 0
+    (config.run_dir / "model.safetensors").unlink()
+    config.train.log_every = 3
+    config.data.eval_batch_size = 50
+    assert _train(config, resume=True) == 0
 
 
 def test_without_a_validation_split(config: Config) -> None:
@@ -208,6 +220,28 @@ class TestBadInput:
         capsys.readouterr()
         error = self._fails(config, capsys, "--optimizer.lr", "0.25", "--resume", "auto")
         assert "optimizer.lr is 0.25, was 1.0" in error
+
+    def test_folder_in_use(self, config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+        """Two processes wrote into one folder, and both ended well."""
+        config.run_dir.mkdir(parents=True)
+        with FileLock(config.run_dir / ".lock"):
+            assert "another process" in self._fails(config, capsys)
+
+    def test_folder_that_cannot_be_made(self, config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+        assert training.main(["--name", "x", "--data.root", config.data.root, "--runs_dir", "/dev/null/runs"]) == 2
+        error = capsys.readouterr().err
+        assert "/dev/null" in error and error.count("\n") == 1
+
+    def test_configuration_of_a_run_that_lies_elsewhere(
+        self, config: Config, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ) -> None:
+        """A copied run was silently trained anew, from its first step, in another folder."""
+        assert _train(config) == 0
+        shutil.copytree(config.run_dir, tmp_path / "moved" / "copy")
+        capsys.readouterr()
+        moved = str(tmp_path / "moved" / "copy" / "config.yaml")
+        assert training.main(["--config", moved, "--resume", "auto"]) == 2
+        assert f"--runs_dir {tmp_path / 'moved'} --name copy" in capsys.readouterr().err
 
     def test_folder_without_resume(self, config: Config, capsys: pytest.CaptureFixture[str]) -> None:
         assert _train(config) == 0
