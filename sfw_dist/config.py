@@ -40,7 +40,7 @@ class DataConfig:
     """The data set and how its batches are made."""
 
     name: str = "digits"
-    """Data set: digits or fashion_mnist."""
+    """Data set: digits, mnist, fashion_mnist, cifar10, cifar100, svhn, tiny_imagenet or imagefolder."""
     root: str = "data"
     """Folder that holds the prepared data sets; made if it is missing."""
     backend: Literal["auto", "ffcv", "torch"] = "auto"

@@ -32,7 +32,7 @@ from sfw_dist.data.order import (
     split_validation,
 )
 from sfw_dist.data.prepare import prepare
-from sfw_dist.data.registry import read_digits
+from sfw_dist.data.readers import read_digits
 from sfw_dist.errors import UserError
 
 try:

@@ -18,6 +18,8 @@ EXAMPLES = """\
 examples:
   python -m sfw_dist.data prepare digits --root data
   python -m sfw_dist.data prepare fashion_mnist --root /scratch/data --json
+  python -m sfw_dist.data prepare tiny_imagenet --root /scratch/data --skip-bad
+  python -m sfw_dist.data prepare imagefolder --root /scratch/flowers --size 96
   python -m sfw_dist.data verify fashion_mnist --root /scratch/data
 """
 
@@ -37,36 +39,54 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for command, text in (
-        ("prepare", "get and convert a data set into ROOT/NAME; does nothing when it is there"),
-        ("verify", "hash every file of ROOT/NAME; exit status 1 and a line for each problem"),
-    ):
+    texts = {
+        "prepare": "get and convert a data set into ROOT/NAME; does nothing when it is there.\n"
+        "Raw files are taken from ROOT/raw/NAME (images of your own: ROOT/raw/imagefolder/{train,val}/CLASS/*), and\n"
+        "what is not there is downloaded into it. After an interruption it finishes what is left.",
+        "verify": "hash every file of ROOT/NAME; exit status 1 and a line for each problem",
+    }
+    prepare_parser, _ = (
         commands.add_parser(
             command,
             parents=[common],
-            help=text,
+            help=text.partition(".\n")[0],
             description=text,
             epilog=EXAMPLES,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        for command, text in texts.items()
+    )
+    prepare_parser.add_argument(
+        "--size",
+        type=int,
+        metavar="N",
+        help="imagefolder: scale images to a shorter side of N pixels and crop the centre (default: 64)",
+    )
+    prepare_parser.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="go on without image files that are missing or damaged; the manifest lists them",
+    )
     return parser
 
 
 @reports_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
-    command = _prepare if options.command == "prepare" else _verify
-    return command(options.name, options.root, options.json)
+    if options.command == "prepare":
+        return _prepare(options.name, options.root, options.size, options.skip_bad, options.json)
+    return _verify(options.name, options.root, options.json)
 
 
-def _prepare(name: str, root: Path, as_json: bool) -> int:
-    folder = prepare(name, root)
+def _prepare(name: str, root: Path, size: int | None, skip_bad: bool, as_json: bool) -> int:
+    folder = prepare(name, root, size=size, skip_bad=skip_bad)
     manifest = read_manifest(folder)
     if as_json:
         print(json.dumps({"folder": str(folder)} | asdict(manifest)))
     else:
         counts = ", ".join(f"{count} {part}" for part, count in manifest.counts.items())
-        print(f"{folder}: {counts} samples{'' if manifest.has_betons else ', without FFCV'}")
+        skipped = f", {len(manifest.skipped)} skipped" if manifest.skipped else ""
+        print(f"{folder}: {counts} samples{skipped}{'' if manifest.has_betons else ', without FFCV'}")
     return 0
 
 

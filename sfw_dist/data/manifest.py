@@ -55,6 +55,8 @@ class Manifest:
     """Per channel, of the training images in units of [0, 1]; likewise ``std``."""
     std: tuple[float, ...]
     files: dict[str, FileRecord]
+    skipped: tuple[str, ...] = ()
+    """Source files that were left out as unusable, and why."""
 
     @property
     def has_betons(self) -> bool:
@@ -74,6 +76,7 @@ def read_manifest(folder: Path) -> Manifest:
             raise ValueError(f"wanted format {FORMAT}")
         for key in ("classes", "image_shape", "mean", "std"):
             fields[key] = tuple(fields[key])
+        fields["skipped"] = tuple(fields.get("skipped", ()))
         fields["files"] = {name: FileRecord(**record) for name, record in fields["files"].items()}
         return Manifest(**fields)
     except (FileNotFoundError, NotADirectoryError):

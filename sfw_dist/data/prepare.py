@@ -13,11 +13,13 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
+from sfw_dist.data.decode import Decoded, decode
 from sfw_dist.data.manifest import (
     MANIFEST,
     PARTS,
     FileRecord,
     Manifest,
+    Part,
     beton_file,
     check_content,
     check_sizes,
@@ -26,6 +28,7 @@ from sfw_dist.data.manifest import (
     labels_file,
     read_manifest,
 )
+from sfw_dist.data.raw import ImageFiles, Images, RawArrays
 from sfw_dist.data.registry import Dataset, find_dataset
 from sfw_dist.errors import UserError
 from sfw_dist.files import make_folder, replacing
@@ -33,18 +36,30 @@ from sfw_dist.files import make_folder, replacing
 BetonWriter = Callable[[BinaryIO, NDArray[np.uint8], NDArray[np.int64]], None]
 """Writes images and labels into a file in FFCV's format."""
 
+CHUNKS = "chunks"
+"""Folder of what is decoded so far; it stays in the unfinished folder for the next call after an interruption."""
+MOST_NAMED = 10
+"""Bad files that an error names before it only counts."""
 
-def prepare(name: str, root: Path | str) -> Path:
+
+def prepare(name: str, root: Path | str, *, size: int | None = None, skip_bad: bool = False) -> Path:
     """Make ``root/name`` unless it is there, and return it.
+
+    ``size`` is the side of the images where the data set leaves that open; ``skip_bad`` goes on without image files
+    that are missing or damaged, and lists them in the manifest.
 
     Any number of processes may call this at once: the first does the work, the others wait. The folder appears
     complete or not at all. One that was prepared without FFCV gets its betons once FFCV can be imported; one with
-    missing or truncated files is made anew. Raises :class:`UserError`: unknown name, or the data cannot be got or
-    written.
+    missing or truncated files is made anew. After an interruption, what was downloaded, unpacked and decoded is not
+    done again. Raises :class:`UserError`: unknown name, or the data cannot be got or written.
     """
     dataset, root = find_dataset(name), Path(root)
+    if size is not None:
+        dataset = dataset.resized(size)
     folder = root / name
     manifest = _intact_manifest(folder)
+    if manifest and size is not None and manifest.image_shape != dataset.image_shape:
+        raise UserError(f"{folder} holds images of {manifest.image_shape[1:]}, not of size {size}: choose another root")
     if manifest and (manifest.has_betons or _beton_writer() is None):
         return folder
     try:
@@ -52,7 +67,7 @@ def prepare(name: str, root: Path | str) -> Path:
         with FileLock(root / f".{name}.lock"):
             manifest = _intact_manifest(folder)  # again: whoever held the lock may have made the folder
             if manifest is None:
-                _make_folder(folder, dataset)
+                _make_folder(folder, dataset, skip_bad)
             elif not manifest.has_betons:
                 _add_betons(folder, manifest)
     except OSError as error:
@@ -86,52 +101,113 @@ def _intact_manifest(folder: Path) -> Manifest | None:
     return manifest
 
 
-def _make_folder(folder: Path, dataset: Dataset) -> None:
+def _make_folder(folder: Path, dataset: Dataset, skip_bad: bool) -> None:
     if folder.exists() and not (folder / MANIFEST).exists():
         raise UserError(f"{folder} exists but is no prepared data set (it has no {MANIFEST}): move it away")
     unfinished, damaged = (folder.with_name(f".{folder.name}.{what}") for what in ("unfinished", "damaged"))
-    _remove(unfinished, damaged)  # left by a process that was killed
     try:
+        _remove_but_chunks(unfinished)  # left by a process that was killed
         make_folder(unfinished)
-        _fill_folder(unfinished, dataset)
+        _fill_folder(unfinished, dataset, skip_bad)
+        shutil.rmtree(unfinished / CHUNKS, ignore_errors=True)
+        shutil.rmtree(damaged, ignore_errors=True)
         if folder.exists():
             os.replace(folder, damaged)
         os.replace(unfinished, folder)
     finally:
-        _remove(unfinished, damaged)
+        _remove_but_chunks(unfinished)
+        shutil.rmtree(damaged, ignore_errors=True)
 
 
-def _remove(*folders: Path) -> None:
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
+def _remove_but_chunks(unfinished: Path) -> None:
+    """Remove what a later call would not use."""
+    if not (unfinished / CHUNKS).is_dir():
+        shutil.rmtree(unfinished, ignore_errors=True)
+        return
+    for path in unfinished.iterdir():
+        if path.name != CHUNKS:
+            path.unlink()
 
 
-def _fill_folder(folder: Path, dataset: Dataset) -> None:
+def _fill_folder(folder: Path, dataset: Dataset, skip_bad: bool) -> None:
     raw = dataset.read(folder.parent)
-    arrays = {"train": (raw.train_images, raw.train_labels), "test": (raw.test_images, raw.test_labels)}
-    channels, height, width = dataset.image_shape
+    classes = raw.classes or dataset.classes
+    assert classes is not None
+    _check_counts(dataset, raw, classes)
+    parts: dict[Part, tuple[NDArray[np.uint8] | Decoded, NDArray[np.int64]]] = {
+        "train": _decoded("train", raw.train_images, raw.train_labels, dataset, folder),
+        "test": _decoded("test", raw.test_images, raw.test_labels, dataset, folder),
+    }
+    skipped = tuple(bad for images, _ in parts.values() if isinstance(images, Decoded) for bad in images.bad.values())
+    if skipped and not skip_bad:
+        raise UserError(_bad_files(skipped))
     files: dict[str, FileRecord] = {}
-    for part in PARTS:
-        images, labels = arrays[part]
-        assert images.dtype == np.uint8 and images.shape == (len(labels), height, width, channels)
-        assert labels.dtype == np.int64 and 0 <= labels.min() <= labels.max() < len(dataset.classes)
-        for name, array in ((images_file(part), images), (labels_file(part), labels)):
-            with replacing(folder / name) as file:
-                np.save(file, array)
-            files[name] = file_record(folder / name)
-    mean, std = channel_statistics(raw.train_images)
+    for part, (images, labels) in parts.items():
+        if len(labels) == 0:
+            raise UserError(f"{dataset.name} has no usable image for {part}: get its raw files anew")
+        assert labels.dtype == np.int64 and 0 <= labels.min() <= labels.max() < len(classes)
+        files |= _write_part(folder, part, images, labels)
+    mean, std = channel_statistics(_mapped_images(folder, "train"))
     manifest = Manifest(
         name=dataset.name,
         source=dataset.source,
-        classes=dataset.classes,
+        classes=classes,
         image_shape=dataset.image_shape,
-        counts={part: len(arrays[part][1]) for part in PARTS},
+        counts={part: len(labels) for part, (_, labels) in parts.items()},
         mean=mean,
         std=std,
         files=files,
+        skipped=skipped,
     )
     manifest.save(folder)
     _add_betons(folder, manifest)
+
+
+def _check_counts(dataset: Dataset, raw: RawArrays, classes: tuple[str, ...]) -> None:
+    found = {"train": len(raw.train_labels), "test": len(raw.test_labels), "classes": len(classes)}
+    for what, wanted in dataset.counts.items():
+        if found[what] != wanted:
+            raise UserError(
+                f"the raw files of {dataset.name} are not complete ({what}: {found[what]:,}, wanted {wanted:,}): "
+                "delete its folder below raw to get them anew"
+            )
+
+
+def _decoded(
+    part: Part, images: Images, labels: NDArray[np.int64], dataset: Dataset, folder: Path
+) -> tuple[NDArray[np.uint8] | Decoded, NDArray[np.int64]]:
+    """The images to write, and their labels: without those of bad files."""
+    channels, height, width = dataset.image_shape
+    if not isinstance(images, ImageFiles):
+        assert images.dtype == np.uint8 and images.shape == (len(labels), height, width, channels)
+        return images, labels
+    assert channels == 3 and height == width
+    decoded = decode(images, height, folder / CHUNKS / part, f"decoding {part}")
+    return decoded, np.delete(labels, list(decoded.bad))
+
+
+def _bad_files(bad: tuple[str, ...]) -> str:
+    more = f" and {len(bad) - MOST_NAMED} more" if len(bad) > MOST_NAMED else ""
+    named = ", ".join(bad[:MOST_NAMED])
+    return f"{len(bad)} image file(s) cannot be used: {named}{more}; replace them, or go on without by --skip-bad"
+
+
+def _write_part(
+    folder: Path, part: Part, images: NDArray[np.uint8] | Decoded, labels: NDArray[np.int64]
+) -> dict[str, FileRecord]:
+    with replacing(folder / images_file(part)) as file:
+        if isinstance(images, Decoded):
+            images.write(file)
+        else:
+            np.save(file, images)
+    with replacing(folder / labels_file(part)) as file:
+        np.save(file, labels)
+    return {name: file_record(folder / name) for name in (images_file(part), labels_file(part))}
+
+
+def _mapped_images(folder: Path, part: Part) -> NDArray[np.uint8]:
+    images: NDArray[np.uint8] = np.load(folder / images_file(part), mmap_mode="r", allow_pickle=False)
+    return images
 
 
 def _add_betons(folder: Path, manifest: Manifest) -> None:
@@ -141,7 +217,7 @@ def _add_betons(folder: Path, manifest: Manifest) -> None:
         return
     files = dict(manifest.files)
     for part in PARTS:
-        images = np.load(folder / images_file(part), mmap_mode="r", allow_pickle=False)
+        images = _mapped_images(folder, part)
         labels = np.load(folder / labels_file(part), allow_pickle=False)
         with replacing(folder / beton_file(part)) as file:
             write_beton(file, images, labels)

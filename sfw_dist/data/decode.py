@@ -1,0 +1,140 @@
+"""Image files → one ``.npy``, in chunks that survive an interruption."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterable
+from functools import partial
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from sfw_dist.data.bar import progress_bar
+from sfw_dist.data.raw import ImageFiles
+from sfw_dist.files import make_folder, replacing
+
+CHUNK = 2048
+"""Files a chunk: 25 MB of 64×64 images."""
+DECODE_ERRORS = (
+    OSError, EOFError, ValueError, TypeError, IndexError, OverflowError, SyntaxError, struct.error, zlib.error,
+    Image.DecompressionBombError,
+)  # fmt: skip
+"""What PIL's decoders raise on damaged files: SyntaxError is PNG's."""
+
+
+class Decoded(NamedTuple):
+    """The chunks of one part on disk."""
+
+    chunks: tuple[Path, ...]
+    shape: tuple[int, int, int, int]
+    """Of the whole array, without the bad files."""
+    bad: dict[int, str]
+    """From the index of a file that could not be used to ``path (reason)``."""
+
+    def write(self, file: BinaryIO) -> None:
+        """As one ``.npy``, chunk by chunk: the whole is never in memory."""
+        header = {"descr": "|u1", "fortran_order": False, "shape": self.shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for path in self.chunks:
+            with np.load(path, allow_pickle=False) as chunk:
+                file.write(chunk["images"].tobytes())
+
+
+def decode(files: ImageFiles, side: int, folder: Path, description: str) -> Decoded:
+    """Decode all files as RGB of ``side`` × ``side`` into chunks in ``folder``.
+
+    A chunk that an earlier call left there is kept, unless it is damaged or one of its files has changed since.
+    """
+    make_folder(folder)
+    chunks: list[Path] = []
+    bad: dict[int, str] = {}
+    good = 0
+    with ThreadPool(len(os.sched_getaffinity(0))) as pool, progress_bar(description, len(files.paths)) as advance:
+        for start in range(0, len(files.paths), CHUNK):
+            paths = files.paths[start : start + CHUNK]
+            chunk = folder / f"{start:07d}.npz"
+            reasons = _finished(chunk, fingerprint := _fingerprint(paths, side, files.fit))
+            if reasons is None:
+                decoded = pool.map(partial(_try_decode, side=side, fit=files.fit), paths, chunksize=64)
+                reasons = _write_chunk(chunk, decoded, fingerprint, side)
+            for index, reason in enumerate(reasons):
+                if reason:
+                    bad[start + index] = f"{paths[index]} ({reason})"
+            good += reasons.count("")
+            chunks.append(chunk)
+            advance(len(paths))
+    return Decoded(tuple(chunks), (good, side, side, 3), bad)
+
+
+def decode_image(path: Path, side: int, fit: bool) -> NDArray[np.uint8]:
+    """One image as uint8 RGB ``(side, side, 3)``; grayscale is repeated.
+
+    ``fit`` scales an image of another size until its shorter side is ``side``, then crops the centre; without, another
+    size is a ``ValueError``.
+    """
+    with Image.open(path) as file:
+        image = file.convert("RGB")
+    width, height = image.size
+    if fit and image.size != (side, side):
+        scale = side / min(width, height)
+        width, height = max(side, round(width * scale)), max(side, round(height * scale))
+        left, top = (width - side) // 2, (height - side) // 2
+        scaled = image.resize((width, height), Image.Resampling.BILINEAR)
+        image = scaled.crop((left, top, left + side, top + side))
+    if image.size != (side, side):
+        raise ValueError(f"{width}×{height} pixels, wanted {side}×{side}")
+    return np.asarray(image)
+
+
+def _try_decode(path: Path, side: int, fit: bool) -> NDArray[np.uint8] | str:
+    """The image, or why there is none, in one line."""
+    try:
+        return decode_image(path, side, fit)
+    except FileNotFoundError:
+        return "missing"
+    except Image.UnidentifiedImageError:
+        return "not an image"
+    except DECODE_ERRORS as error:
+        return " ".join(str(error).split()) or type(error).__name__
+
+
+def _fingerprint(paths: Iterable[Path], side: int, fit: bool) -> str:
+    """Changes when the chunk would: another file, or one replaced."""
+    states = [(str(path), *_state(path)) for path in paths]
+    return hashlib.sha256(repr((side, fit, states)).encode()).hexdigest()
+
+
+def _state(path: Path) -> tuple[int, int]:
+    try:
+        status = path.stat()
+    except OSError:
+        return -1, -1
+    return status.st_size, status.st_mtime_ns
+
+
+def _write_chunk(path: Path, decoded: list[NDArray[np.uint8] | str], fingerprint: str, side: int) -> list[str]:
+    images = [image for image in decoded if not isinstance(image, str)]
+    reasons = [image if isinstance(image, str) else "" for image in decoded]
+    stacked = np.stack(images) if images else np.empty((0, side, side, 3), np.uint8)
+    with replacing(path) as file:
+        np.savez(file, images=stacked, reasons=np.array(reasons), fingerprint=np.array(fingerprint))
+    return reasons
+
+
+def _finished(path: Path, fingerprint: str) -> list[str] | None:
+    """The reasons of a chunk that is there, whole (zip files carry checksums) and of these files; else ``None``."""
+    try:
+        with np.load(path, allow_pickle=False) as chunk:
+            reasons: list[str] = chunk["reasons"].tolist()
+            whole = len(chunk["images"]) == reasons.count("")
+            return reasons if whole and str(chunk["fingerprint"]) == fingerprint else None
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):
+        return None

@@ -1,0 +1,32 @@
+"""What a reader of a data set returns: arrays, or image files that are decoded later."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class ImageFiles(NamedTuple):
+    """Images too many to hold in memory: one file a sample, in the order of the labels."""
+
+    paths: tuple[Path, ...]
+    fit: bool = False
+    """Scale and crop an image of another size; else it counts as a bad file."""
+
+
+Images = NDArray[np.uint8] | ImageFiles
+"""An array has the shape ``(n, height, width, channels)``."""
+
+
+class RawArrays(NamedTuple):
+    """Images, and labels int64 ``(n,)``."""
+
+    train_images: Images
+    train_labels: NDArray[np.int64]
+    test_images: Images
+    test_labels: NDArray[np.int64]
+    classes: tuple[str, ...] | None = None
+    """Where the raw data, rather than the registry, names them."""
