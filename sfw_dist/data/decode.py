@@ -132,7 +132,8 @@ def _write_chunk(path: Path, decoded: list[NDArray[np.uint8] | str], fingerprint
 def _finished(path: Path, fingerprint: str) -> list[str] | None:
     """The reasons of a chunk that is there, whole (zip files carry checksums) and of these files; else ``None``."""
     try:
-        with np.load(path, allow_pickle=False) as chunk:
+        # np.load leaves a file open that it opened itself and cannot read.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as chunk:
             reasons: list[str] = chunk["reasons"].tolist()
             whole = len(chunk["images"]) == reasons.count("")
             return reasons if whole and str(chunk["fingerprint"]) == fingerprint else None

@@ -1,6 +1,7 @@
 """The data sets: what each one is, and what reads its raw data.
 
-To add one, write a function from the root folder to :class:`~sfw_dist.data.raw.RawArrays` and an entry in :data:`DATASETS`.
+To add one, write a function from the root folder to :class:`~sfw_dist.data.raw.RawArrays`, and an entry in
+:data:`DATASETS`.
 """
 
 from __future__ import annotations
