@@ -183,8 +183,8 @@ class SFW(Optimizer):
 
         Raises:
             UserError: a gradient that is not finite, on every rank, with the tensor's name and before any parameter
-                has changed; that tensor's momentum starts anew. (On a GPU the step does not wait for the host: the next
-                call of :meth:`statistics` tells.)
+                has changed; that tensor's momentum starts anew. (On a GPU this is looked at, and raised, by the next
+                call of :meth:`statistics`.)
         """
         loss = None
         if closure is not None:
@@ -258,7 +258,7 @@ class SFW(Optimizer):
         so ``torch.load(weights_only=True)`` reads what ``torch.save`` writes.
 
         Raises:
-            RuntimeError: (gloo) not every rank called within five minutes; it names the missing ones.
+            RuntimeError: (gloo) not every rank called within five minutes; on rank 0 it names the missing ones.
         """
         local = super().state_dict()
         for group in local["param_groups"]:
