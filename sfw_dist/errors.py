@@ -9,13 +9,17 @@ from collections.abc import Callable
 
 
 class UserError(ValueError):
-    """Bad input. The message is one line: the offending value, then the remedy."""
+    """Bad input. The message is one line: the offending value, then the remedy. Every rank meets it."""
+
+
+class RankError(UserError):
+    """What one rank met alone, so that it must say so itself."""
 
 
 def reports_user_errors(main: Callable[..., int | None]) -> Callable[..., int]:
     """Wrap a command's ``main`` so that a :class:`UserError` ends in one line on stderr and exit status 2.
 
-    Every rank of a distributed run meets the same bad input; only rank 0 prints it.
+    Of what every rank meets, rank 0 alone prints it.
     """
 
     @functools.wraps(main)
@@ -23,7 +27,7 @@ def reports_user_errors(main: Callable[..., int | None]) -> Callable[..., int]:
         try:
             return main(*args, **kwargs) or 0
         except UserError as error:
-            if os.environ.get("RANK", "0") == "0":
+            if isinstance(error, RankError) or os.environ.get("RANK", "0") == "0":
                 print(f"error: {error}", file=sys.stderr)
             return 2
         except OSError as error:  # a folder that cannot be written, a full disk: the file says where

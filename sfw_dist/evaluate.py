@@ -95,7 +95,9 @@ def evaluate(
     files = {sparsity: run.prune / f"s{sparsity:.4f}.json" for sparsity in sparsities}
     _check_files(files, scope, kind)
     info = dataset_info(config.data)
-    loader = open_loader(config.data, "test", seed=config.seed, rank=world.rank, world_size=world.size)
+    loader = open_loader(
+        config.data, "test", seed=config.seed, rank=world.rank, world_size=world.size, device=world.device
+    )
     model = _trained_model(run, config, len(info.classes), info.image_shape[0]).to(world.device)
     normalize = Normalize(info.mean, info.std).to(world.device)
 

@@ -32,16 +32,17 @@ class Progress:
         self._epoch_began = self._window_began = time.perf_counter()
         self._window_steps = 0
 
-    def start(self, step: int, epoch: int, parameters: int) -> None:
+    def start(self, step: int, epoch: int, parameters: int, loader: str) -> None:
         if not self._board:
             return
         self._step = step
         if step:
-            self._run.log("resume", step=step, epoch=epoch, environment=environment())
+            self._run.log("resume", step=step, epoch=epoch, loader=loader, environment=environment())
             self._say(f"resuming {self._run.path} after epoch {epoch}, step {step}")
         else:
-            self._run.log("start", world_size=self._world.size, parameters=parameters)
+            self._run.log("start", world_size=self._world.size, parameters=parameters, loader=loader)
             self._say(f"training {self._run.path}: {parameters:,} parameters, {self._world.size} rank(s)")
+        self._say(f"data: {loader}")
 
     def epoch_begins(self, epoch: int, batches: int, done: int) -> None:
         self._epoch = epoch

@@ -14,7 +14,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from jsonargparse import ArgumentParser
 
 from sfw_dist import checkpoint
 from sfw_dist.config import Config, parse_run
-from sfw_dist.data import Loader, Normalize, Split, dataset_info, open_loader
+from sfw_dist.data import Loader, Mix, Normalize, Split, dataset_info, open_loader, rank_order
 from sfw_dist.data.prepare import prepare
 from sfw_dist.data.registry import find_dataset
 from sfw_dist.distributed import World, any_rank, barrier, gather_floats, joined_world
@@ -91,17 +91,24 @@ def train(config: Config, world: World, *, resume: bool = False) -> int:
     """
     # Everything that can be wrong with the input shows here, before the run's folder is made.
     run = check_input(config, world.rank, world.size, resume=resume)
-    loaders = open_loaders(config, world.rank, world.size)
+    loaders = open_loaders(config, world)
     info = dataset_info(config.data)
     torch.manual_seed(config.seed)
     model = build_model(
         config.model.name, num_classes=len(info.classes), in_channels=info.image_shape[0], width=config.model.width
     )
     normalize = Normalize(info.mean, info.std).to(world.device)
+    mix = Mix(
+        len(info.classes),
+        mixup=config.data.mixup,
+        cutmix=config.data.cutmix,
+        label_smoothing=config.data.label_smoothing,
+        seed=config.seed,
+    )
     engine = DDPEngine(model, config, world)
     schedule = Schedule(engine.optimizer, config.schedule, config.train.epochs)
     with _alone(run, world):
-        training = _Training(config, world, run, loaders, normalize, engine, schedule)
+        training = _Training(config, world, run, loaders, normalize, mix, engine, schedule)
         training.restore()
         return _train(training, config, world)
 
@@ -113,7 +120,8 @@ def _train(training: _Training, config: Config, world: World) -> int:
         return 0
     position = training.position
     with Interrupt() as interrupt, open_progress(training.run, config, world) as progress:
-        progress.start(position.step, position.epoch, sum(p.numel() for p in training.engine.model.parameters()))
+        parameters = sum(p.numel() for p in training.engine.model.parameters())
+        progress.start(position.step, position.epoch, parameters, training.loaders["train"].description)
         while position.epoch < config.train.epochs:
             if any_rank(interrupt.requested, world):  # it came while the last epoch was measured and saved
                 progress.interrupted(checkpoint.newest(training.run.checkpoints), _how_to_go_on(training.run, world))
@@ -151,6 +159,7 @@ class _Training:
     run: RunFolder
     loaders: dict[Split, Loader]
     normalize: Normalize
+    mix: Mix
     engine: DDPEngine
     schedule: Schedule
     position: Position = field(default_factory=Position)
@@ -184,7 +193,7 @@ class _Training:
             # Dropout and the like depend on the step alone, so that a resumed run repeats an uninterrupted one.
             torch.manual_seed(_step_seed(self.config.seed, position.step, world.rank))
             images, labels = images.to(world.device, non_blocking=True), labels.to(world.device, non_blocking=True)
-            loss = self.engine.train_step(self.normalize(images), labels)
+            loss = self.engine.train_step(*self.mix(self.normalize(images), labels, position.step))
             loss_sum += loss
             position.step += 1
             position.batch += 1
@@ -255,18 +264,23 @@ def check_input(config: Config, rank: int, world_size: int, *, resume: bool) -> 
     run.check_free_for(config, resume)
     if find_dataset(config.data.name).embedded:
         prepare(config.data.name, config.data.root)
-    # Whether this rank's share is empty shows without FFCV, which takes seconds to compile a pipeline.
-    open_loaders(replace(config, data=replace(config.data, backend="torch")), rank, world_size)
+    for split in splits(config):
+        rank_order(config.data, split, seed=config.seed, rank=rank, world_size=world_size)
     return run
 
 
-def open_loaders(config: Config, rank: int, world_size: int) -> dict[Split, Loader]:
+def splits(config: Config) -> list[Split]:
+    """The splits that the run has."""
+    return ["train", "test", "validation"] if config.data.validation_fraction > 0 else ["train", "test"]
+
+
+def open_loaders(config: Config, world: World) -> dict[Split, Loader]:
     """A loader for each split that the run has."""
-    splits: list[Split] = ["train", "test"]
-    if config.data.validation_fraction > 0:
-        splits.append("validation")
     return {
-        split: open_loader(config.data, split, seed=config.seed, rank=rank, world_size=world_size) for split in splits
+        split: open_loader(
+            config.data, split, seed=config.seed, rank=world.rank, world_size=world.size, device=world.device
+        )
+        for split in splits(config)
     }
 
 

@@ -1,13 +1,15 @@
-"""Loaders: who sees which sample when, with which pixels; resuming; failures; threads. Ranks are simulated."""
+"""Loaders: every backend's pixels, the ranks' shares, resuming, failures, threads. Ranks are simulated."""
 
 from __future__ import annotations
 
+import gc
+import os
+import re
 import shutil
 import subprocess
 import sys
 import threading
-import warnings
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,24 +18,19 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 import sfw_dist.data.prepare as preparing
 from sfw_dist.config import DataConfig
-from sfw_dist.data import Loader, Normalize, Split, dataset_info, open_loader
-from sfw_dist.data.augment import crop_flip
+from sfw_dist.data import Loader, Split, dataset_info, open_loader, opening, probe
+from sfw_dist.data.augment import Augmentation, Draws
 from sfw_dist.data.loader import ShardedLoader
-from sfw_dist.data.order import (
-    EvaluationOrder,
-    Ids,
-    TrainingOrder,
-    counter_hash,
-    epoch_order,
-    split_validation,
-)
+from sfw_dist.data.order import EvaluationOrder, Ids, TrainingOrder, split_validation
 from sfw_dist.data.prepare import prepare
 from sfw_dist.data.readers import read_digits
-from sfw_dist.errors import UserError
+from sfw_dist.data.torch import TorchBackend
+from sfw_dist.errors import RankError, UserError
 
 try:
     import sfw_dist.data.ffcv  # noqa: F401
@@ -42,9 +39,9 @@ except (ImportError, OSError):
 else:
     ffcv_missing = False
 
-BackendName = Literal["ffcv", "torch"]
+BackendName = Literal["ffcv", "ram", "torch", "gpu", "folder"]
 needs_ffcv = pytest.mark.skipif(ffcv_missing, reason="FFCV cannot be imported")
-BACKENDS = [pytest.param("ffcv", marks=needs_ffcv), "torch"]
+BACKENDS = [pytest.param("ffcv", marks=needs_ffcv), "ram", "torch"]
 
 
 @pytest.fixture(scope="module")
@@ -65,14 +62,6 @@ def damaged_root(root: Path, tmp_path: Path) -> Path:
     """A copy to damage."""
     shutil.copytree(root / "digits", tmp_path / "digits")
     return tmp_path
-
-
-@pytest.fixture(scope="module")
-def ffcv_train(root: Path) -> Iterator[Loader]:
-    """One FFCV loader for many tests: each compiles a pipeline. Tests set their own epoch."""
-    loader = open_loader(DataConfig(root=str(root), backend="ffcv", batch_size=100), "train", seed=3)
-    yield loader
-    loader.close()
 
 
 def epoch_of(loader: Loader, epoch: int = 0) -> list[tuple[Tensor, Tensor]]:
@@ -110,145 +99,6 @@ def within(seconds: float, act: Callable[[], object]) -> None:
         raise outcome[0]
 
 
-# --- hash, order, shares ----------------------------------------------------------------------------------------------
-
-
-def test_hash_is_splitmix64() -> None:
-    """A wrong constant weakens the generator unnoticed: these are splitmix64's first outputs for seeds 0 and 1."""
-    assert counter_hash(0).tolist() == [0xE220A8397B1DCDAF]
-    assert counter_hash(1).tolist() == [0x910A2DEC89025CC1]
-
-
-def test_orders_never_change() -> None:
-    """Another order (a new numpy, say) makes a resumed run see some samples twice and others never."""
-    assert epoch_order(10, seed=0, epoch=0).tolist() == [0, 9, 1, 6, 3, 5, 4, 2, 8, 7]
-    assert epoch_order(10, seed=2, epoch=7).tolist() == [7, 1, 5, 6, 4, 8, 3, 2, 0, 9]
-
-
-def test_order_hashes_seed_and_epoch_apart() -> None:
-    """seed + epoch as the seed: run 1 repeats run 0's batches, one epoch late."""
-    orders = [tuple(epoch_order(50, seed, epoch).tolist()) for seed in range(4) for epoch in range(4)]
-    assert len(set(orders)) == len(orders)
-    assert all(sorted(order) == list(range(50)) for order in orders)
-
-
-def test_order_is_uniform() -> None:
-    """Some samples come early in every epoch."""
-    positions = np.array([np.argsort(epoch_order(20, seed=0, epoch=epoch)) for epoch in range(2000)])
-    np.testing.assert_allclose(positions.mean(axis=0), 9.5, atol=0.6)  # 4.6 standard deviations
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_each_sample_once_per_epoch(world_size: int) -> None:
-    """Ranks overlap or skip: all but the last, partial global batch are visited exactly once."""
-    members = np.arange(100, 162)
-    shares = [TrainingOrder(members, 12, 0, rank, world_size) for rank in range(world_size)]
-    ids = np.concatenate([share.ids(epoch=5) for share in shares])
-    assert len(ids) == len(set(ids.tolist())) == 60 and set(ids.tolist()) <= set(members.tolist())
-    assert all(len(share.ids(5)) == share.samples == 60 // world_size for share in shares)
-
-
-@pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_ranks_slice_the_batches_of_one_rank(world_size: int) -> None:
-    """N ranks see other global batches than one rank: their gradients, and so the runs, differ."""
-    one = TrainingOrder(np.arange(50), 12, 0, 0, 1).ids(3).reshape(4, 12)
-    for rank in range(world_size):
-        share = TrainingOrder(np.arange(50), 12, 0, rank, world_size)
-        np.testing.assert_array_equal(share.ids(3).reshape(4, share.batch_size), one[:, rank::world_size])
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5])
-def test_evaluation_shares_are_exact(world_size: int) -> None:
-    """A padded sampler counts some samples twice: the accuracy depends on the world size."""
-    shares = [EvaluationOrder(np.arange(13), 4, rank, world_size) for rank in range(world_size)]
-    ids = np.concatenate([share.ids(0) for share in shares])
-    assert sorted(ids.tolist()) == list(range(13))
-    assert [share.samples for share in shares] == [len(share.ids(0)) for share in shares]
-
-
-@pytest.mark.parametrize(
-    ("make", "told"),
-    [
-        (lambda: TrainingOrder(np.arange(50), 10, 0, 0, 4), "data.batch_size 10.*world size 4.*write 8"),
-        (lambda: TrainingOrder(np.arange(50), 3, 0, 0, 4), "data.batch_size 3.*world size 4.*write 4"),
-        (lambda: TrainingOrder(np.arange(50), 64, 0, 0, 64), "data.batch_size 64.*world size 64.*50 training samples"),
-        (lambda: EvaluationOrder(np.arange(3), 4, 0, 4), "world size 4.*3 samples"),
-    ],
-)
-def test_impossible_shares_are_refused(make: Callable[[], object], told: str) -> None:
-    """Zero batches an epoch: training that does nothing, or ranks that wait for one another for ever."""
-    with pytest.raises(UserError, match=told) as error:
-        make()
-    one_line(error)
-
-
-def test_validation_split_is_stratified_and_disjoint() -> None:
-    """Training on validation samples, or a class that is missing from validation."""
-    labels = np.repeat(np.arange(4), [10, 20, 40, 30])
-    train, validation = split_validation(labels, 0.2, seed=1)
-    assert sorted(np.concatenate([train, validation]).tolist()) == list(range(100))
-    assert np.bincount(labels[validation]).tolist() == [2, 4, 8, 6]
-    assert not np.array_equal(validation, split_validation(labels, 0.2, seed=2)[1])
-    assert len(split_validation(labels, 0.0, seed=1)[1]) == 0
-
-
-# --- augmentation and normalisation -----------------------------------------------------------------------------------
-
-
-def augmentable(n: int, channels: int = 3, height: int = 5, width: int = 4) -> Tensor:
-    """No pixel is zero, so that padding shows."""
-    pixels = np.random.default_rng(0).integers(1, 256, (n, channels, height, width), dtype=np.uint8)
-    return torch.from_numpy(pixels).contiguous(memory_format=torch.channels_last)
-
-
-def test_no_padding_and_no_flip_is_the_identity() -> None:
-    """Augmentation that was switched off still changes pixels."""
-    images = augmentable(8)
-    assert torch.equal(crop_flip(images, np.arange(8), seed=0, epoch=1, padding=0, flip=False), images)
-
-
-def test_every_shift_and_mirror_of_the_zero_padded_image_occurs() -> None:
-    """An off-by-one never reaches a border, rows and columns are swapped, or something else than zeros moves in."""
-    image, padding = augmentable(1), 2
-    padded = torch.nn.functional.pad(image, (padding,) * 4)
-    variants = {}
-    for top in range(5):
-        for left in range(5):
-            window = padded[:, :, top : top + 5, left : left + 4]
-            variants[window.numpy().tobytes()] = (top, left, False)
-            variants[window.flip(3).numpy().tobytes()] = (top, left, True)
-    out = crop_flip(image.expand(2000, -1, -1, -1), np.arange(2000), seed=0, epoch=0, padding=padding, flip=True)
-    drawn = [variants[sample.numpy().tobytes()] for sample in out]  # a KeyError is no crop of the image
-    assert set(drawn) == set(variants.values())
-    assert abs(np.mean([mirrored for *_, mirrored in drawn]) - 0.5) < 0.05
-    only_shifts = crop_flip(image.expand(500, -1, -1, -1), np.arange(500), seed=0, epoch=0, padding=2, flip=False)
-    assert not any(variants[sample.numpy().tobytes()][2] for sample in only_shifts)
-
-
-def test_augmentation_depends_on_seed_epoch_and_id_alone() -> None:
-    """Draws that depend on the place in the batch: one rank and N ranks, or a resumed run, see other pixels."""
-    images, ids = augmentable(40), np.arange(40) * 7
-    augment = partial(crop_flip, seed=3, padding=2, flip=True)
-    whole = augment(images, ids, epoch=4)
-    assert torch.equal(augment(images[1::3], ids[1::3], epoch=4), whole[1::3])
-    assert not torch.equal(augment(images, ids, epoch=5), whole)
-    assert not torch.equal(crop_flip(images, ids, seed=4, epoch=4, padding=2, flip=True), whole)
-    assert whole.is_contiguous(memory_format=torch.channels_last) and whole.dtype == torch.uint8
-
-
-def test_normalize_is_the_formula() -> None:
-    """Channels are mixed up, the memory format is lost, or checkpoints grow keys that old ones lack."""
-    images = augmentable(6)
-    normalize = Normalize(mean=(0.1, 0.5, 0.9), std=(0.2, 0.3, 0.4))
-    out = normalize(images)
-    expected = (images.numpy() / 255 - np.array([0.1, 0.5, 0.9]).reshape(3, 1, 1)) / np.reshape(
-        [0.2, 0.3, 0.4], (3, 1, 1)
-    )
-    np.testing.assert_allclose(out.numpy(), expected, atol=1e-5)
-    assert out.dtype == torch.float32 and out.is_contiguous(memory_format=torch.channels_last)
-    assert not normalize.state_dict()
-
-
 # --- loaders on digits ------------------------------------------------------------------------------------------------
 
 
@@ -270,16 +120,55 @@ def test_batches_are_the_stored_samples(config: DataConfig, backend: BackendName
     loader.close()
 
 
-@needs_ffcv
-def test_backends_yield_the_same_bits(config: DataConfig) -> None:
-    """A run depends on whether FFCV is installed."""
-    fast, plain = (
-        open_loader(replace(config, backend=backend), "train", seed=1, rank=1, world_size=2)
-        for backend in ("ffcv", "torch")
+AUGMENTATIONS = [
+    {"crop_padding": 2, "flip": True, "cutout": 3},
+    {"crop_padding": 0, "random_resized_crop": 0.2, "flip": True},
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS)
+def test_backends_threads_and_ranks_yield_the_same_bits(
+    config: DataConfig, backend: BackendName, augmentation: dict[str, Any]
+) -> None:
+    """A run depends on whether FFCV is installed, on the number of threads or on the number of ranks."""
+    config = replace(config, **augmentation)
+    expected = epoch_of(open_loader(config, "train", seed=1), 1)
+    for threads, world_size in [(1, 1), (2, 2), (2, 4)]:
+        shares = []
+        for rank in range(world_size):
+            options = replace(config, backend=backend, workers=threads)
+            loader = open_loader(options, "train", seed=1, rank=rank, world_size=world_size)
+            shares.append(epoch_of(loader, 1))
+            loader.close()
+        for number, (images, labels) in enumerate(expected):
+            for rank, share in enumerate(shares):
+                assert same([share[number]], [(images[rank::world_size], labels[rank::world_size])])
+
+
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS)
+def test_folder_and_gpu_yield_the_bits_of_the_array(tmp_path: Path, augmentation: dict[str, Any]) -> None:
+    """The reference and the fast backends train different runs. The gpu backend runs on the CPU here."""
+    draw = np.random.default_rng(0)
+    for number in range(30):
+        path = tmp_path / "raw" / "imagefolder" / ("train" if number < 20 else "val") / f"class{number % 2}"
+        path.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw.integers(0, 256, (14, 11, 3), dtype=np.uint8)).save(path / f"{number}.png")
+    prepare("imagefolder", tmp_path, size=8)
+    config = DataConfig(name="imagefolder", root=str(tmp_path), batch_size=6, validation_fraction=0, **augmentation)
+    batches = [
+        epoch_of(open_loader(replace(config, backend=backend), "train", seed=2), 3) for backend in ("folder", "torch")
+    ]
+    assert same(*batches) and len(batches[0]) == 3
+
+    images, labels = torch.cat([b[0] for b in batches[1]]), torch.cat([b[1] for b in batches[1]])
+    stored = np.load(tmp_path / "imagefolder" / "train_images.npy")
+    order = TrainingOrder(np.arange(20), 6, 2, 0, 1).ids(3)
+    draws = Augmentation(flip=True, **{k: v for k, v in augmentation.items() if k != "flip"}).draws(
+        order, (8, 8), seed=2, epoch=3
     )
-    for epoch in (0, 1):
-        assert same(epoch_of(fast, epoch), epoch_of(plain, epoch))
-    fast.close()
+    resident = TorchBackend(stored, np.load(tmp_path / "imagefolder" / "train_labels.npy"), torch.device("cpu"))
+    assert same([resident.fetch(order, draws)], [(images, labels)])
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -350,24 +239,66 @@ def test_resume_at_the_end_of_an_epoch_yields_nothing_more(config: DataConfig) -
     assert len(epoch_of(resumed, 4)) == 12
 
 
+class Recorder:
+    """A backend that notes what is asked of it, and fails for the ids in ``bad``."""
+
+    threaded = False
+
+    def __init__(self, bad: tuple[int, ...] = ()) -> None:
+        self.asked: list[int] = []
+        self.bad = bad
+
+    def fetch(self, ids: Ids, draws: Draws) -> tuple[Tensor, Tensor]:
+        self.asked += ids.tolist()
+        if set(ids.tolist()) & set(self.bad):
+            raise ValueError("broken\ndata stream")
+        return torch.zeros(len(ids), 1, 1, 1, dtype=torch.uint8), torch.from_numpy(ids)
+
+    def close(self) -> None: ...
+
+
+def recorded(backend: Recorder, **options: Any) -> ShardedLoader:
+    """Ten samples, in batches of two."""
+    order = EvaluationOrder(np.arange(10), 2, 0, 1)
+    draw = partial(np.zeros, dtype=np.int64)
+    return ShardedLoader(backend, order, draw=lambda ids, epoch: draw((len(ids), 8)), name=lambda i: f"s{i}", **options)
+
+
 def test_resume_fetches_only_what_is_left() -> None:
     """Resuming late in an epoch of ImageNet decodes all of it first."""
-
-    class Recorder:
-        def __init__(self) -> None:
-            self.asked: list[int] = []
-
-        def batches(self, ids: Ids) -> Generator[tuple[Tensor, Tensor], None, None]:
-            self.asked = ids.tolist()
-            yield from ()
-
-        def close(self) -> None: ...
-
-    backend, order = Recorder(), EvaluationOrder(np.arange(10), 2, 0, 1)
-    loader = ShardedLoader(backend, order)
+    backend = Recorder()
+    loader = recorded(backend)
     loader.load_state_dict({"epoch": 0, "batch": 3})
     list(loader)
     assert backend.asked == [6, 7, 8, 9]
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_a_sample_that_cannot_be_loaded_is_named(threads: int) -> None:
+    """One bad image among a million ends the run, and the message does not say which; or the run hangs."""
+    loader = recorded(Recorder(bad=(5, 7)), threads=threads)
+    labels: list[int] = []
+    with pytest.raises(RankError, match=r"s5 cannot be loaded \(ValueError: broken data stream\)") as error:
+        within(60, lambda: labels.extend(int(label) for _, batch in loader for label in batch))
+    assert labels == [0, 1, 2, 3] and "\n" not in str(error.value)
+
+
+def test_a_stall_is_an_error_that_names_the_place() -> None:
+    """A file system that hangs: the run waits for ever, on all nodes, at full price."""
+    hang = threading.Event()
+
+    class Stuck(Recorder):
+        def fetch(self, ids: Ids, draws: Draws) -> tuple[Tensor, Tensor]:
+            if 4 in ids:
+                hang.wait()
+            return super().fetch(ids, draws)
+
+    loader = recorded(Stuck(), threads=2, stall_timeout=0.2, description="folder, 2 threads")
+    try:
+        with pytest.raises(RankError, match=r"no batch for 0.2 s .* from s4 on \(folder, 2 threads\).*stall_timeout"):
+            within(60, lambda: list(loader))
+    finally:
+        hang.set()
 
 
 @pytest.mark.parametrize("batch", [13, -1])
@@ -451,97 +382,141 @@ def test_a_damaged_file_is_named_with_the_remedy(
     assert str(path) in message and f"sfw_dist.data prepare digits --root {damaged_root}" in message
 
 
-def test_without_ffcv_auto_warns_and_ffcv_is_an_error(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+# --- which backend ----------------------------------------------------------------------------------------------------
+
+
+@needs_ffcv
+def test_auto_takes_ffcv_and_says_why(config: DataConfig) -> None:
+    """auto takes another backend although FFCV and its files are there, or does not say what it took."""
+    loader = open_loader(replace(config, backend="auto", workers=1), "test", seed=0)
+    assert loader.description == "ffcv, 1 thread(s) (auto: FFCV passed its probe)"
+
+
+def test_where_ffcv_fails_auto_takes_ram_and_ffcv_is_an_error(
+    config: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A slow run without a word why; or an ImportError for who asked for FFCV."""
-    monkeypatch.setitem(sys.modules, "sfw_dist.data.ffcv", None)
-    with pytest.warns(UserWarning, match="auto takes torch: FFCV cannot be imported.*apt-get install"):
-        loader = open_loader(replace(config, backend="auto"), "train", seed=0)
+    monkeypatch.setattr(opening, "ffcv_problem", lambda folder: "its probe failed: apt-get install it")
+    loader = open_loader(replace(config, backend="auto", workers=1), "train", seed=0)
+    assert loader.description == "ram, 1 thread(s) (auto: no FFCV: its probe failed: apt-get install it)"
     assert same(list(loader), list(open_loader(config, "train", seed=0)))
-    with pytest.raises(UserError, match=r"FFCV cannot be imported.*pip install ffcv") as error:
+    with pytest.raises(UserError, match=r"data.backend ffcv: its probe failed.*write data.backend ram") as error:
         open_loader(replace(config, backend="ffcv"), "train", seed=0)
+    one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("script", "told"),
+    [
+        ("import os; os._exit(139)", r"its probe failed \(exit status 139\): apt-get install.*pip install ffcv"),
+        ("raise ImportError('libopencv_core.so.406')", r"its probe failed \(ImportError: libopencv_core.so.406\)"),
+        ("import time; time.sleep(60)", r"its probe did not end within 1 s"),
+        ("pass", None),
+    ],
+)
+def test_ffcv_is_probed_in_a_process_of_its_own(
+    script: str, told: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FFCV hangs or crashes where it does not work, and takes the run with it; or every rank probes anew."""
+    started: list[str] = []
+    really = subprocess.run
+
+    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        started.append(command[-1])
+        return really([sys.executable, "-c", script], **options)
+
+    monkeypatch.setattr(probe.subprocess, "run", run)
+    monkeypatch.setattr(probe, "TIME_LIMIT", 1.0 if "sleep" in script else 60.0)
+    problems = []
+    for _ in range(2):
+        probe.ffcv_problem.cache_clear()
+        problems.append(probe.ffcv_problem(tmp_path))
+    assert problems[0] == problems[1] and len(started) == 1
+    assert problems[0] is None if told is None else re.match(told, str(problems[0]))
+    assert started[0] == "from sfw_dist.data.probe import try_ffcv; try_ffcv()"
+    monkeypatch.setattr(probe, "_versions", lambda: "another")
+    probe.ffcv_problem.cache_clear()
+    probe.ffcv_problem(tmp_path)
+    assert len(started) == 2
+    probe.ffcv_problem.cache_clear()
+
+
+@needs_ffcv
+def test_the_probe_itself_passes() -> None:
+    """FFCV is never used, because its probe is wrong."""
+    probe.try_ffcv()
+
+
+@pytest.mark.parametrize(
+    ("backend", "told"), [("gpu", "data.backend gpu needs a GPU"), ("folder", "digits was not prepared from image")]
+)
+def test_backends_that_cannot_be_are_refused(config: DataConfig, backend: BackendName, told: str) -> None:
+    """A traceback, or silently another backend."""
+    with pytest.raises(UserError, match=told) as error:
+        open_loader(replace(config, backend=backend), "train", seed=0)
     one_line(error)
 
 
 @needs_ffcv
 def test_prepared_without_ffcv(config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """FFCV is there, its files are not: auto must still train, and say what to do."""
+    """FFCV is there, its files are not: auto does not train, or does not say what to do."""
     monkeypatch.setattr(preparing, "_beton_writer", lambda: None)
     prepare("digits", tmp_path)
     config = replace(config, root=str(tmp_path))
-    with pytest.warns(UserWarning, match="prepared without FFCV: run python -m sfw_dist.data prepare digits"):
-        open_loader(replace(config, backend="auto"), "test", seed=0)
-    with pytest.raises(UserError, match="prepared without FFCV"):
+    description = open_loader(replace(config, backend="auto"), "test", seed=0).description
+    assert description.startswith("ram") and "without it: run python -m sfw_dist.data prepare digits" in description
+    with pytest.raises(UserError, match="prepared without it"):
         open_loader(replace(config, backend="ffcv"), "test", seed=0)
 
 
-@needs_ffcv
-def test_auto_takes_ffcv_silently(config: DataConfig) -> None:
-    """auto warns, or takes the slow backend, although FFCV and its files are there."""
-    from sfw_dist.data.ffcv import FFCVBackend
+# --- what loaders leave behind ----------------------------------------------------------------------------------------
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        loader = open_loader(replace(config, backend="auto"), "test", seed=0)
-    assert isinstance(loader, ShardedLoader) and isinstance(loader._backend, FFCVBackend)
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_hundred_epochs_left_early_or_not_leave_nothing_behind(config: DataConfig, backend: BackendName) -> None:
+    """A thread or a batch's memory for every epoch: long runs end for want of either."""
+    loader = open_loader(replace(config, backend=backend, workers=2), "train", seed=0)
+
+    def epochs(first: int, last: int) -> None:
+        for epoch in range(first, last):
+            loader.set_epoch(epoch)
+            for number, _ in enumerate(loader, start=1):
+                if number == epoch % 14:
+                    break
+
+    def held() -> tuple[int, int]:
+        gc.collect()
+        tensors = sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
+        return threading.active_count(), tensors
+
+    epochs(0, 20)
+    before = held()
+    memory = resident_bytes()
+    epochs(20, 220)
+    assert held() == before
+    assert resident_bytes() - memory < 16 << 20
     loader.close()
 
 
-# --- FFCV's threads ---------------------------------------------------------------------------------------------------
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-@needs_ffcv
-def test_an_error_in_the_pipeline_thread_reaches_the_caller(
-    ffcv_train: Loader, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """FFCV's thread dies and the training loop waits for its next batch for ever."""
-    from sfw_dist.data.ffcv import _Epoch
-
-    def fail(self: object, number: int, *args: object) -> object:
-        if number == 2:
-            raise RuntimeError("decoder failed")
-        return decode(self, number, *args)
-
-    decode = _Epoch.run_pipeline
-    monkeypatch.setattr(_Epoch, "run_pipeline", fail)
-    with pytest.raises(RuntimeError, match="decoder failed"):
-        within(60, lambda: epoch_of(ffcv_train))
-    monkeypatch.undo()
-    assert len(epoch_of(ffcv_train)) == 12
-
-
-@needs_ffcv
-@pytest.mark.parametrize("taken", [1, 8, 11])
-def test_leaving_epochs_early_leaks_no_thread(ffcv_train: Loader, taken: int) -> None:
-    """A thread for each epoch left; FFCV's own cannot even end when all that remains fits into its queue."""
-    epoch_of(ffcv_train)
-    before = threading.active_count()
-
-    def leave() -> None:
-        for epoch in range(4):
-            ffcv_train.set_epoch(epoch)
-            for number, _ in enumerate(ffcv_train, start=1):
-                if number == taken:
-                    break
-
-    within(60, leave)
-    assert threading.active_count() == before
-
-
-@needs_ffcv
-def test_close_in_the_middle_of_an_epoch(config: DataConfig) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_close_in_the_middle_of_an_epoch(config: DataConfig, backend: BackendName) -> None:
     """close() leaves a thread behind, or the iterator waits for it for ever."""
     before = threading.active_count()
-    loader = open_loader(replace(config, backend="ffcv"), "train", seed=0)
+    loader = open_loader(replace(config, backend=backend, workers=2), "train", seed=0)
     batches = iter(loader)
     next(batches)
     loader.close()
+    with pytest.raises((RuntimeError, UserError), match=r"closed|cannot be loaded"):
+        within(60, lambda: list(batches))
     assert threading.active_count() == before
-    with pytest.raises(RuntimeError, match="closed"):
-        within(60, lambda: next(batches))
 
 
-@needs_ffcv
-def test_loaders_keep_thread_counts_and_random_state(config: DataConfig) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_loaders_keep_thread_counts_and_random_state(config: DataConfig, backend: BackendName) -> None:
     """FFCV sets torch's and numba's threads, so that training slows down, and draws from numpy's global generator."""
     import numba
 
@@ -550,7 +525,7 @@ def test_loaders_keep_thread_counts_and_random_state(config: DataConfig) -> None
     try:
         counts = torch.get_num_threads(), numba.get_num_threads()
         np.random.seed(0)
-        loader = open_loader(replace(config, backend="ffcv", workers=1), "test", seed=0)
+        loader = open_loader(replace(config, backend=backend, workers=1), "train", seed=0)
         list(loader)
         loader.close()
         assert (torch.get_num_threads(), numba.get_num_threads()) == counts
@@ -562,27 +537,41 @@ def test_loaders_keep_thread_counts_and_random_state(config: DataConfig) -> None
 
 
 @needs_ffcv
-def test_importing_the_backend_keeps_thread_counts() -> None:
+def test_importing_the_backends_keeps_thread_counts() -> None:
     """``import ffcv`` sets torch's threads to 1, for all of the training."""
     script = (
-        "import torch; torch.set_num_threads(3); import sfw_dist.data.ffcv, numba; "
+        "import torch; torch.set_num_threads(3); import sfw_dist.data, sfw_dist.data.ffcv, numba; "
         "assert torch.get_num_threads() == 3, torch.get_num_threads(); "
         "assert numba.get_num_threads() == numba.config.NUMBA_NUM_THREADS"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120, cwd=Path(__file__).parents[1])
 
 
-@needs_ffcv
-def test_worker_threads_are_shared_by_local_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eight ranks on a node each start as many threads as it has cores; more than the affinity mask fails."""
-    import numba
+# --- staging ----------------------------------------------------------------------------------------------------------
 
-    from sfw_dist.data.ffcv import _worker_threads
 
-    monkeypatch.setattr(numba.config, "NUMBA_NUM_THREADS", 8)
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    assert [_worker_threads(requested) for requested in (0, 3, 100)] == [8, 3, 8]
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert _worker_threads(0) == 2
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
-    assert _worker_threads(0) == 1
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_staging_reads_from_the_copy(
+    config: DataConfig, backend: BackendName, damaged_root: Path, tmp_path: Path
+) -> None:
+    """The copy is not used, so that every epoch reads from the network; or it has other pixels."""
+    config = replace(config, backend=backend, root=str(damaged_root), stage_dir=str(tmp_path / "disk"))
+    expected = epoch_of(open_loader(replace(config, stage_dir=None), "train", seed=0))
+    open_loader(config, "train", seed=0).close()
+    (copy,) = (tmp_path / "disk").iterdir()
+    data_file = "train.beton" if backend == "ffcv" else "train_images.npy"
+    original = damaged_root / "digits" / data_file
+    original.write_bytes(bytes(original.stat().st_size))  # what is read from here is zeros
+    os.utime(copy / data_file, (0, 0))
+    assert same(epoch_of(open_loader(config, "train", seed=0)), expected)
+    assert (copy / data_file).stat().st_mtime == 0  # not copied again
+    truncate(copy / data_file)
+    with pytest.raises(UserError, match=f"{original} is damaged"):
+        open_loader(config, "train", seed=0)
+
+
+def test_staging_where_nothing_can_be_written_is_told(config: DataConfig) -> None:
+    """A traceback when the node's disk is full or not there."""
+    with pytest.raises(UserError, match=r"data.stage_dir /dev/null/disk: cannot copy.*free some space") as error:
+        open_loader(replace(config, stage_dir="/dev/null/disk"), "train", seed=0)
+    one_line(error)

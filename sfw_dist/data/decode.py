@@ -36,6 +36,8 @@ class Decoded(NamedTuple):
     chunks: tuple[Path, ...]
     shape: tuple[int, int, int, int]
     """Of the whole array, without the bad files."""
+    good: tuple[Path, ...]
+    """The files whose images these are."""
     bad: dict[int, str]
     """From the index of a file that could not be used to ``path (reason)``."""
 
@@ -56,7 +58,6 @@ def decode(files: ImageFiles, side: int, folder: Path, description: str) -> Deco
     make_folder(folder)
     chunks: list[Path] = []
     bad: dict[int, str] = {}
-    good = 0
     with ThreadPool(len(os.sched_getaffinity(0))) as pool, progress_bar(description, len(files.paths)) as advance:
         for start in range(0, len(files.paths), CHUNK):
             paths = files.paths[start : start + CHUNK]
@@ -68,10 +69,10 @@ def decode(files: ImageFiles, side: int, folder: Path, description: str) -> Deco
             for index, reason in enumerate(reasons):
                 if reason:
                     bad[start + index] = f"{paths[index]} ({reason})"
-            good += reasons.count("")
             chunks.append(chunk)
             advance(len(paths))
-    return Decoded(tuple(chunks), (good, side, side, 3), bad)
+    good = tuple(path for index, path in enumerate(files.paths) if index not in bad)
+    return Decoded(tuple(chunks), (len(good), side, side, 3), good, bad)
 
 
 def decode_image(path: Path, side: int, fit: bool) -> NDArray[np.uint8]:

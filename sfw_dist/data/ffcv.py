@@ -1,23 +1,26 @@
-"""The FFCV backend: a compiled pipeline in its own thread reads raw images ahead of the training step.
+"""The FFCV backend: betons of raw images, read by FFCV's compiled reader with one operation of our own.
 
-The only module that imports FFCV. FFCV's decoder copies bytes and no more; order, shares and augmentation are ours.
+The only module that imports FFCV. Its loader compiles the pipeline: read a sample's bytes from the beton, and render
+it (crop, flip, cutout) in the same pass. We run that pipeline in threads of our own, into memory of our own: FFCV's
+thread never ends when the pipeline raises or the consumer leaves, its buffers are overwritten by later batches, and its
+augmentations cannot be seeded.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from queue import Full
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from sfw_dist.data.augment import Draws
+from sfw_dist.data.backend import Batch
+from sfw_dist.data.kernel import render_sample
 from sfw_dist.data.manifest import prepare_again
 from sfw_dist.data.order import Ids
 from sfw_dist.errors import UserError
@@ -36,10 +39,8 @@ def _kept_thread_counts() -> Iterator[None]:
 
 with _kept_thread_counts():
     from ffcv.fields import IntField, NDArrayField
-    from ffcv.fields.basics import IntDecoder
     from ffcv.fields.ndarray import NDArrayDecoder
     from ffcv.loader import Loader as FFCVLoader
-    from ffcv.loader.epoch_iterator import EpochIterator
     from ffcv.types import (
         ALLOC_TABLE_TYPE,
         CURRENT_VERSION,
@@ -52,90 +53,67 @@ with _kept_thread_counts():
 
 
 class FFCVBackend:
-    """Batches from the beton at ``path``, read by FFCV (see :class:`sfw_dist.data.loader.Backend`).
+    """Batches from the beton at ``path``, read by FFCV (see :class:`sfw_dist.data.backend.Backend`).
 
     ``labels`` are those the beton must hold. Raises :class:`UserError` when the file does not describe exactly such
     samples: FFCV would crash on a wrong address, or hang.
     """
 
-    def __init__(
-        self, path: Path, labels: Ids, image_shape: tuple[int, int, int], *, batch_size: int, workers: int
-    ) -> None:
+    threaded = True
+
+    def __init__(self, path: Path, labels: Ids, image_shape: tuple[int, int, int]) -> None:
         _check_beton(path, labels, image_shape)
+        self._labels = labels
+        channels, height, width = image_shape
+        self._sample_shape = (height, width, channels)
         with _kept_thread_counts():
-            self._loader = FFCVLoader(
+            loader = FFCVLoader(
                 str(path),
-                batch_size=batch_size,
-                num_workers=_worker_threads(workers),
+                batch_size=1,
+                num_workers=1,
                 os_cache=True,
                 drop_last=False,
                 seed=0,  # unused, but FFCV would draw one from numpy's global generator
-                pipelines={"image": [NDArrayDecoder()], "label": [IntDecoder()]},
+                pipelines={"image": [_ReadAndRender()], "label": None},
             )
-        self._epochs: set[_Epoch] = set()
+        ((self._pipeline, _),), _ = loader.code
+        (node,) = loader.graph.allocate_memory(1, 1)["operation"]
+        self._destination = f"memory_{node}"
+        context = loader.memory_manager.schedule_epoch([])
+        context.__enter__()  # maps the file; there is no counterpart
+        self._source = {
+            "metadata": loader.reader.metadata,
+            "storage_state": context.state,
+            f"shared_memory_{node}": None,
+        }
 
-    def batches(self, ids: Ids) -> Generator[tuple[Tensor, Tensor], None, None]:
-        epoch = _Epoch(self._loader, ids)
-        self._epochs.add(epoch)
-        try:
-            for images, labels in epoch:  # (B, H, W, C) and (B, 1), views of buffers that FFCV will reuse
-                yield torch.from_numpy(images.copy()).permute(0, 3, 1, 2), torch.from_numpy(labels.flatten())
-        finally:
-            self._epochs.discard(epoch)
-            epoch.stop()
+    def fetch(self, ids: Ids, draws: Draws) -> Batch:
+        out = torch.empty(len(ids), *self._sample_shape, dtype=torch.uint8)
+        samples = np.column_stack([ids, draws])  # (B, 1 + 8)
+        self._pipeline(batch_indices=samples, **{self._destination: out.numpy()}, **self._source)
+        return out.permute(0, 3, 1, 2), torch.from_numpy(self._labels[ids])
 
     def close(self) -> None:
-        while self._epochs:
-            self._epochs.pop().stop()
+        del self._pipeline, self._source
 
 
-class _Epoch(EpochIterator):
-    """FFCV's prefetching thread over given sample ids, made to end.
+class _ReadAndRender(NDArrayDecoder):
+    """FFCV's decoder for arrays, made to render what it reads: in a later operation every image would be copied twice.
 
-    FFCV's own ``run`` leaves the consumer waiting for ever when the pipeline raises, waits for ever itself when the
-    consumer leaves while its queue is full, and changes torch's thread count.
+    What FFCV hands through as the samples' indices are rows of ``(id, draws)`` here.
     """
 
-    def run(self) -> None:
-        slots = self.loader.batches_ahead + 2
-        try:
-            for number, ids in enumerate(self.iter_ixes):
-                if not self._put(self.run_pipeline(number, ids, number % slots, None)):
-                    return
-            self._put(None)
-        except BaseException as error:
-            self._put(error)
+    def generate_code(self) -> Callable[..., Any]:
+        read = self.memory_read
+        height, width, channels = self.field.shape
 
-    def _put(self, item: object) -> bool:
-        """Hand ``item`` to the consumer; False when it has left."""
-        while not self.terminate_event.is_set():
-            try:
-                self.output_queue.put(item, timeout=0.05)
-                return True
-            except Full:
-                continue
-        return False
+        def read_and_render(samples: Any, out: Any, addresses: Any, storage_state: Any) -> Any:
+            for i in range(len(samples)):
+                stored = read(addresses[samples[i, 0]], storage_state)
+                render_sample(stored.reshape((height, width, channels)), samples[i, 1:], out[i])
+            return out
 
-    def __next__(self) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-        if self.terminate_event.is_set():
-            raise RuntimeError("the loader was closed while its epoch was being read")
-        item = self.output_queue.get()
-        if item is None:
-            raise StopIteration
-        if isinstance(item, BaseException):
-            raise item
-        return item
-
-    def stop(self) -> None:
-        self.close()
-        self.join()
-
-
-def _worker_threads(requested: int) -> int:
-    """``requested``, or for 0 this rank's share of the cores; FFCV fails on more than numba found available."""
-    available: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
-    share = available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return min(requested or max(share, 1), available)
+        return read_and_render
 
 
 def write_beton(file: BinaryIO, images: NDArray[np.uint8], labels: Ids) -> None:

@@ -2,46 +2,22 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-from torch import Tensor
-
-from sfw_dist.data.augment import crop_flip
-from sfw_dist.data.manifest import (
-    Manifest,
-    Part,
-    beton_file,
-    check_sizes,
-    images_file,
-    labels_file,
-    prepare_again,
-    prepare_command,
-    read_manifest,
-)
-from sfw_dist.data.order import EvaluationOrder, Ids, Order, TrainingOrder, split_validation
-from sfw_dist.data.registry import find_dataset
-from sfw_dist.data.torch import TorchBackend
-from sfw_dist.errors import UserError
-
-if TYPE_CHECKING:
-    from sfw_dist.config import DataConfig
-
-Split = Literal["train", "validation", "test"]
-Batch = tuple[Tensor, Tensor]
-"""Images uint8 ``(batch, channels, height, width)`` in channels_last, labels int64 ``(batch,)``; both on the CPU."""
+from sfw_dist.data.ahead import made_ahead
+from sfw_dist.data.augment import Draws
+from sfw_dist.data.backend import Backend, Batch
+from sfw_dist.data.order import Ids, Order
+from sfw_dist.errors import RankError, UserError
 
 
 class Loader(Protocol):
     """The batches of one rank, epoch by epoch."""
 
+    description: str
+    """The backend, for people: its name, its threads, and why it was chosen."""
     samples: int
     """Samples that this rank yields in an epoch."""
 
@@ -61,31 +37,40 @@ class Loader(Protocol):
         """The next iteration continues there, without decoding what came before."""
 
     def close(self) -> None:
-        """Stop the threads; the loader cannot be used afterwards."""
-
-
-class Backend(Protocol):
-    """Fetches samples by id; knows neither ranks nor epochs."""
-
-    def batches(self, ids: Ids) -> Generator[Batch, None, None]:
-        """The samples ``ids``, in this order, in batches of the size given at construction.
-
-        Closing the generator releases what the epoch holds. The tensors are new, never views of a reused buffer.
-        """
-
-    def close(self) -> None:
-        """Release everything."""
+        """Release everything; the loader cannot be used afterwards."""
 
 
 class ShardedLoader:
-    """A :class:`Loader`: the ids of an order, fetched by a backend, then augmented.
+    """A :class:`Loader`: the ids of an order, drawn for, and fetched by a backend.
 
-    ``augment(images, ids, epoch=…)`` returns the images to yield. ``backend`` makes batches of ``order.batch_size``.
+    Args:
+        backend: where samples come from.
+        order: which samples, and the size of a batch.
+        draw: from ids and epoch to the augmentation's draws.
+        name: from an id to what a message calls the sample.
+        threads: how many fetch ahead; 0 for a backend that is not threaded.
+        stall_timeout: seconds after which a batch that does not come is an error.
+        pin: yield tensors in page-locked memory, which GPUs copy from without making the host wait.
+
+    Iterating raises :class:`RankError` for a sample that cannot be fetched, by name, and for a stall.
     """
 
-    def __init__(self, backend: Backend, order: Order, augment: Callable[..., Tensor] | None = None) -> None:
-        self._backend, self._order, self._augment = backend, order, augment
-        self.samples = order.samples
+    def __init__(
+        self,
+        backend: Backend,
+        order: Order,
+        *,
+        draw: Callable[[Ids, int], Draws],
+        name: Callable[[int], str],
+        threads: int = 0,
+        stall_timeout: float = 300.0,
+        pin: bool = False,
+        description: str = "",
+    ) -> None:
+        self._backend, self._order, self._draw, self._name = backend, order, draw, name
+        self._threads, self._stall_timeout, self._pin = threads, stall_timeout, pin
+        self.description, self.samples = description, order.samples
+        self._closed = False
         self._epoch = 0
         self._yielded = 0  # batches of the epoch so far
         self._resume_at = 0  # where the next iteration starts
@@ -94,15 +79,49 @@ class ShardedLoader:
         return -(-self.samples // self._order.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        epoch, size, start = self._epoch, self._order.batch_size, self._resume_at
+        size, start = self._order.batch_size, self._resume_at
         self._resume_at, self._yielded = 0, start
-        ids = self._order.ids(epoch)[start * size :]
-        with closing(self._backend.batches(ids)) as batches:
-            for i, (images, labels) in enumerate(batches):
-                if self._augment is not None:
-                    images = self._augment(images, ids[i * size : (i + 1) * size], epoch=epoch)
+        ids = self._order.ids(self._epoch)[start * size :]
+        draws = self._draw(ids, self._epoch)
+        jobs = ((ids[at : at + size], draws[at : at + size]) for at in range(0, len(ids), size))
+        batches = made_ahead(self._fetch, jobs, threads=self._threads, stall_timeout=self._stall_timeout)
+        with closing(batches):
+            while not self._closed:
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    return
+                except TimeoutError as stall:
+                    raise RankError(self._stalled(stall.args[0][0])) from None
                 self._yielded += 1
-                yield images, labels
+                yield batch
+                del batch
+        raise RuntimeError("the loader was closed while its epoch was being read")
+
+    def _fetch(self, job: tuple[Ids, Draws]) -> Batch:
+        ids, draws = job
+        try:
+            images, labels = self._backend.fetch(ids, draws)
+        except Exception as error:
+            raise RankError(self._unfetched(ids, draws, error)) from error
+        return (images.pin_memory(), labels.pin_memory()) if self._pin else (images, labels)
+
+    def _unfetched(self, ids: Ids, draws: Draws, error: Exception) -> str:
+        """Name the sample: the first that fails alone."""
+        for i in range(len(ids)):
+            try:
+                self._backend.fetch(ids[i : i + 1], draws[i : i + 1])
+            except Exception as alone:
+                reason = " ".join(f"{type(alone).__name__}: {alone}".split())
+                return f"{self._name(int(ids[i]))} cannot be loaded ({reason}): mend it and resume, or prepare again"
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        return f"a batch of {len(ids)} from {self._name(int(ids[0]))} on cannot be loaded ({reason}): resume"
+
+    def _stalled(self, ids: Ids) -> str:
+        return (
+            f"no batch for {self._stall_timeout:g} s while loading {len(ids)} samples from {self._name(int(ids[0]))} "
+            f"on ({self.description}): see whether its file system hangs, or raise data.stall_timeout, and resume"
+        )
 
     def set_epoch(self, epoch: int) -> None:
         """Another epoch starts at its first batch; the same one keeps the place that ``load_state_dict`` set."""
@@ -122,124 +141,6 @@ class ShardedLoader:
         self._epoch, self._yielded, self._resume_at = epoch, batch, batch
 
     def close(self) -> None:
+        """An iteration under way ends with RuntimeError at its next batch."""
+        self._closed = True
         self._backend.close()
-
-
-@dataclass(frozen=True)
-class DatasetInfo:
-    """What a model and its input normalisation need to know of a data set."""
-
-    classes: tuple[str, ...]
-    image_shape: tuple[int, int, int]
-    """``(channels, height, width)``"""
-    mean: tuple[float, ...]
-    """Per channel, of the training images in units of [0, 1]; likewise ``std``."""
-    std: tuple[float, ...]
-    counts: dict[Split, int]
-    """Samples of each split, over all ranks."""
-
-
-def dataset_info(config: DataConfig) -> DatasetInfo:
-    """The facts of the prepared data set; raises :class:`UserError` when it is not prepared or is damaged."""
-    folder, manifest = _open_folder(config)
-    train, validation = split_validation(_labels(folder, manifest, "train"), config.validation_fraction, seed=0)
-    counts: dict[Split, int] = {
-        "train": len(train),
-        "validation": len(validation),
-        "test": manifest.counts["test"],
-    }
-    return DatasetInfo(manifest.classes, manifest.image_shape, manifest.mean, manifest.std, counts)
-
-
-def open_loader(config: DataConfig, split: Split, *, seed: int, rank: int = 0, world_size: int = 1) -> Loader:
-    """The batches of ``split`` for ``rank``: train is shuffled and augmented, validation and test are neither.
-
-    ``seed`` draws order, augmentation and the validation split, which is the same on every rank. Raises
-    :class:`UserError`: the data set is not prepared or damaged, the backend is not there, or a rank's share is empty.
-    """
-    assert 0 <= rank < world_size
-    folder, manifest = _open_folder(config)
-    part: Part = "test" if split == "test" else "train"
-    labels = _labels(folder, manifest, part)
-    members = _members(config, split, labels, seed)
-    order: Order
-    if split == "train":
-        order = TrainingOrder(members, config.batch_size, seed, rank, world_size)
-    else:
-        order = EvaluationOrder(members, config.eval_batch_size, rank, world_size)
-    augmented = split == "train" and (config.crop_padding > 0 or config.flip)
-    augment = partial(crop_flip, seed=seed, padding=config.crop_padding, flip=config.flip) if augmented else None
-    return ShardedLoader(_open_backend(config, folder, manifest, part, labels, order.batch_size), order, augment)
-
-
-def _open_folder(config: DataConfig) -> tuple[Path, Manifest]:
-    folder = Path(config.root) / find_dataset(config.name).name
-    manifest = read_manifest(folder)
-    check_sizes(folder, manifest)
-    return folder, manifest
-
-
-def _members(config: DataConfig, split: Split, labels: Ids, seed: int) -> Ids:
-    if split == "test":
-        return np.arange(len(labels))
-    train, validation = split_validation(labels, config.validation_fraction, seed)
-    if split == "train":
-        return train
-    if len(validation) == 0:
-        raise UserError(
-            f"data.validation_fraction {config.validation_fraction} leaves no validation split: write 0.1 for 10 %"
-        )
-    return validation
-
-
-def _open_backend(
-    config: DataConfig, folder: Path, manifest: Manifest, part: Part, labels: Ids, batch_size: int
-) -> Backend:
-    if config.backend != "torch":
-        try:
-            from sfw_dist.data.ffcv import FFCVBackend
-        except (ImportError, OSError) as error:
-            reason = " ".join(str(error).split())
-            problem = (
-                f"FFCV cannot be imported ({reason}): apt-get install pkg-config libopencv-dev libturbojpeg0-dev, then "
-                "pip install ffcv; or write data.backend torch"
-            )
-        else:
-            if manifest.has_betons:
-                return FFCVBackend(
-                    folder / beton_file(part),
-                    labels,
-                    manifest.image_shape,
-                    batch_size=batch_size,
-                    workers=config.workers,
-                )
-            problem = f"{folder} was prepared without FFCV: {prepare_command(folder)}"
-        if config.backend == "ffcv":
-            raise UserError(f"data.backend ffcv: {problem}")
-        warnings.warn(f"data.backend auto takes torch: {problem}", stacklevel=3)
-    return TorchBackend(_images(folder, manifest, part), labels, batch_size=batch_size)
-
-
-def _images(folder: Path, manifest: Manifest, part: Part) -> NDArray[np.uint8]:
-    channels, height, width = manifest.image_shape
-    shape = (manifest.counts[part], height, width, channels)
-    return _load_array(folder / images_file(part), np.uint8, shape, mmap_mode="r")
-
-
-def _labels(folder: Path, manifest: Manifest, part: Part) -> Ids:
-    labels = _load_array(folder / labels_file(part), np.int64, (manifest.counts[part],))
-    if labels.min() < 0 or labels.max() >= len(manifest.classes):
-        raise UserError(f"{folder / labels_file(part)} is damaged (a label is out of range): {prepare_again(folder)}")
-    return labels
-
-
-def _load_array(
-    path: Path, dtype: type[np.generic], shape: tuple[int, ...], mmap_mode: Literal["r"] | None = None
-) -> NDArray[Any]:
-    try:
-        array = np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
-        if array.dtype != dtype or array.shape != shape:
-            raise ValueError(f"{array.dtype} {array.shape}, wanted {np.dtype(dtype)} {shape}")
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path} is damaged ({error}): {prepare_again(path.parent)}") from None
-    return array

@@ -34,6 +34,11 @@ def beton_file(part: Part) -> str:
     return f"{part}.beton"
 
 
+def files_file(part: Part) -> str:
+    """The image file of each sample, as a JSON list of paths from the data root; absent where there were none."""
+    return f"{part}_files.json"
+
+
 @dataclass(frozen=True)
 class FileRecord:
     bytes: int
@@ -62,6 +67,10 @@ class Manifest:
     def has_betons(self) -> bool:
         return all(beton_file(part) in self.files for part in PARTS)
 
+    @property
+    def has_image_files(self) -> bool:
+        return all(files_file(part) in self.files for part in PARTS)
+
     def save(self, folder: Path) -> None:
         text = json.dumps({"format": FORMAT} | asdict(self), indent=2) + "\n"
         write_text(folder / MANIFEST, text)
@@ -83,6 +92,16 @@ def read_manifest(folder: Path) -> Manifest:
         raise UserError(f"data set {folder.name!r} is not prepared in {folder}: {prepare_command(folder)}") from None
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}): {prepare_again(folder)}") from None
+
+
+def read_files(folder: Path, part: Part) -> list[str]:
+    """The image file of each sample of ``part``, from the data root; raises :class:`UserError` when damaged."""
+    path = folder / files_file(part)
+    try:
+        files: list[str] = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}): {prepare_again(folder)}") from None
+    return files
 
 
 def check_sizes(folder: Path, manifest: Manifest) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
@@ -24,6 +24,7 @@ from sfw_dist.data.manifest import (
     check_content,
     check_sizes,
     file_record,
+    files_file,
     images_file,
     labels_file,
     read_manifest,
@@ -31,7 +32,7 @@ from sfw_dist.data.manifest import (
 from sfw_dist.data.raw import ImageFiles, Images, RawArrays
 from sfw_dist.data.registry import Dataset, find_dataset
 from sfw_dist.errors import UserError
-from sfw_dist.files import make_folder, replacing
+from sfw_dist.files import make_folder, replacing, write_json
 
 BetonWriter = Callable[[BinaryIO, NDArray[np.uint8], NDArray[np.int64]], None]
 """Writes images and labels into a file in FFCV's format."""
@@ -147,6 +148,8 @@ def _fill_folder(folder: Path, dataset: Dataset, skip_bad: bool) -> None:
             raise UserError(f"{dataset.name} has no usable image for {part}: get its raw files anew")
         assert labels.dtype == np.int64 and 0 <= labels.min() <= labels.max() < len(classes)
         files |= _write_part(folder, part, images, labels)
+        if isinstance(images, Decoded):
+            files |= _write_files(folder, part, images.good)
     mean, std = channel_statistics(_mapped_images(folder, "train"))
     manifest = Manifest(
         name=dataset.name,
@@ -203,6 +206,13 @@ def _write_part(
     with replacing(folder / labels_file(part)) as file:
         np.save(file, labels)
     return {name: file_record(folder / name) for name in (images_file(part), labels_file(part))}
+
+
+def _write_files(folder: Path, part: Part, paths: Iterable[Path]) -> dict[str, FileRecord]:
+    """The list of a part's image files, relative to the data root."""
+    name = files_file(part)
+    write_json(folder / name, [str(path.relative_to(folder.parent)) for path in paths])
+    return {name: file_record(folder / name)}
 
 
 def _mapped_images(folder: Path, part: Part) -> NDArray[np.uint8]:

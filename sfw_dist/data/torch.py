@@ -1,27 +1,38 @@
-"""The fallback backend: memory-mapped arrays, indexed in the calling thread."""
+"""The torch and gpu backends: the prepared array, indexed by torch operations where it lies."""
 
 from __future__ import annotations
-
-from collections.abc import Generator
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from sfw_dist.data.augment import Draws, render
+from sfw_dist.data.backend import Batch
 from sfw_dist.data.order import Ids
+from sfw_dist.errors import UserError
 
 
 class TorchBackend:
-    """Batches from arrays ``(n, H, W, C)`` and ``(n,)`` (see :class:`sfw_dist.data.loader.Backend`)."""
+    """Batches from ``images`` uint8 ``(n, H, W, C)`` and ``labels`` (see :class:`sfw_dist.data.backend.Backend`).
 
-    def __init__(self, images: NDArray[np.uint8], labels: Ids, *, batch_size: int) -> None:
-        self._images, self._labels, self._batch_size = images, labels, batch_size
+    On the CPU the arrays are used as they are and must be writable, or torch would not take them. On a GPU the whole
+    part is copied there, batches are made there, and nothing but ids and draws follows. Raises :class:`UserError` when
+    it does not fit.
+    """
 
-    def batches(self, ids: Ids) -> Generator[tuple[Tensor, Tensor], None, None]:
-        for start in range(0, len(ids), self._batch_size):
-            batch = ids[start : start + self._batch_size]
-            yield torch.from_numpy(self._images[batch]).permute(0, 3, 1, 2), torch.from_numpy(self._labels[batch])
+    def __init__(self, images: NDArray[np.uint8], labels: Ids, device: torch.device) -> None:
+        self.threaded = device.type == "cpu"
+        self._device = device
+        try:
+            self._images, self._labels = (torch.from_numpy(array).to(device) for array in (images, labels))
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"data.backend gpu: {images.nbytes / 1e9:.1f} GB do not fit on {device}: write data.backend ram"
+            ) from None
+
+    def fetch(self, ids: Ids, draws: Draws) -> Batch:
+        rows, drawn = (torch.from_numpy(array).to(self._device, non_blocking=True) for array in (ids, draws))
+        return render(self._images, rows, drawn), self._labels[rows]
 
     def close(self) -> None:
-        """Nothing to release: the memory map goes with its last reference."""
+        del self._images, self._labels

@@ -1,33 +1,19 @@
-"""A run's configuration: typed dataclasses, YAML files that inherit, dotted overrides on the command line.
+"""The fields of a run's configuration, their defaults and their domains.
 
-The dataclasses hold the only defaults. A YAML file overrides them, may start from another file (``base: other.yaml``,
-relative to itself), and the command line overrides the file::
-
-    python -m sfw_dist.train --config configs/digits_cnn.yaml --optimizer.lr 0.5
-
-Unknown keys and values outside a field's domain raise :class:`~sfw_dist.errors.UserError` with the key, the value and
-the remedy.
+A value outside its field's domain raises :class:`~sfw_dist.errors.UserError` with the key, the value and the remedy.
 """
 
 from __future__ import annotations
 
-import argparse
-import difflib
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
-
-import yaml
-from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
+from typing import Any, Literal
 
 from sfw_dist.constraints import Constraint, KSparsePolytope, KSupportBall, LpBall, Unconstrained
 from sfw_dist.errors import UserError
 from sfw_dist.prune import PAPER_SPARSITIES, Kind, Scope
 from sfw_dist.step import Rescale
-
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 def _require(valid: bool, key: str, value: object, domain: str, remedy: str) -> None:
@@ -43,8 +29,9 @@ class DataConfig:
     """Data set: digits, mnist, fashion_mnist, cifar10, cifar100, svhn, tiny_imagenet or imagefolder."""
     root: str = "data"
     """Folder that holds the prepared data sets; made if it is missing."""
-    backend: Literal["auto", "ffcv", "torch"] = "auto"
-    """Loader; auto takes FFCV where it can be imported, else torch with a warning."""
+    backend: Literal["auto", "ffcv", "ram", "torch", "gpu", "folder"] = "auto"
+    """What reads the samples, all alike: ffcv, ram (a shared memory map, a compiled kernel), torch, gpu (the whole set
+    on the device), folder (the image files). auto: ffcv where it passes a probe, else ram."""
     batch_size: int = 128
     """Global training batch, split evenly over the ranks."""
     eval_batch_size: int = 256
@@ -52,11 +39,25 @@ class DataConfig:
     validation_fraction: float = 0.1
     """Fraction of the training set held out for validation, in [0, 1)."""
     workers: int = 0
-    """Loader threads of one rank; 0 shares the available cores among the local ranks."""
+    """Loader threads of one rank, at most its share of the available cores; 0 for all of that share."""
+    stall_timeout: float = 300.0
+    """Seconds without a batch after which the run ends with an error, to be resumed."""
+    stage_dir: str | None = None
+    """Folder on a disk of each node, to which the data set is copied first."""
     crop_padding: int = 0
     """Pixels of zero padding before a random crop; 0 does not crop."""
     flip: bool = False
     """Flip half of the training images left to right."""
+    cutout: int = 0
+    """Side in pixels of a black square at a random place of each training image; 0 for none."""
+    random_resized_crop: float = 0.0
+    """Least area, in (0, 1], of a random box that is scaled to the full size, instead of crop_padding; 0 for none."""
+    mixup: float = 0.0
+    """α of the Beta distribution that training images are mixed by, pair by pair; 0 for none."""
+    cutmix: float = 0.0
+    """α of the Beta distribution of the area pasted from another image; beside mixup, each in half of the steps."""
+    label_smoothing: float = 0.0
+    """Part of each training label, in [0, 1), that is spread over all classes."""
 
     def __post_init__(self) -> None:
         _require(self.batch_size > 0, "data.batch_size", self.batch_size, "at least 1", "write 128")
@@ -70,6 +71,21 @@ class DataConfig:
         )
         _require(self.workers >= 0, "data.workers", self.workers, "at least 0", "write 0 to use the available cores")
         _require(self.crop_padding >= 0, "data.crop_padding", self.crop_padding, "at least 0", "write 4 or 0")
+        _require(self.stall_timeout > 0, "data.stall_timeout", self.stall_timeout, "> 0 seconds", "write 300")
+        _require(self.cutout >= 0, "data.cutout", self.cutout, "at least 0", "write 8 for 32×32 images, or 0")
+        least = self.random_resized_crop
+        _require(0 <= least <= 1, "data.random_resized_crop", least, "in [0, 1]", "write 0.25, or 0 for none")
+        _require(
+            not (least and self.crop_padding),
+            "data.crop_padding",
+            self.crop_padding,
+            "0 beside data.random_resized_crop",
+            "leave one of them out",
+        )
+        _require(0 <= self.mixup < math.inf, "data.mixup", self.mixup, "at least 0", "write 0.2, or 0 for none")
+        _require(0 <= self.cutmix < math.inf, "data.cutmix", self.cutmix, "at least 0", "write 1.0, or 0 for none")
+        smoothing = self.label_smoothing
+        _require(0 <= smoothing < 1, "data.label_smoothing", smoothing, "in [0, 1)", "write 0.1, or 0 for none")
 
 
 @dataclass
@@ -240,129 +256,9 @@ class Config:
         return Path(self.runs_dir) / self.name
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in ``path`` laid over that of its ``base:``, and so on; to inherit in a circle is an error."""
-    return _read_yaml(path, seen=())
-
-
-def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    if path.resolve() in seen:
-        raise UserError(f"{path} inherits from itself through base: {' -> '.join(map(str, seen))}: remove one base")
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UserError(f"cannot read the configuration {path} ({error.strerror}): see configs/ for examples") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML ({' '.join(str(error).split())}): correct that place") from None
-    tree = {} if tree is None else tree
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} holds a {type(tree).__name__}: write 'key: value' lines")
-    base = tree.pop("base", None)
-    if base is None:
-        return tree
-    below = _read_yaml(path.parent / str(base), (*seen, path.resolve()))
-    below.pop("name", None)  # two runs of one name would share a folder
-    return _overlay(below, tree)
-
-
-def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for key, value in above.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _overlay(merged[key], value) if both else value
-    return merged
-
-
-def _check_keys(tree: dict[str, Any], schema: type, where: str, prefix: str = "") -> None:
-    """Name the first key of ``tree`` that is empty, or that ``schema`` does not have, with its nearest neighbour."""
-    types = get_type_hints(schema)
-    known = [f.name for f in fields(schema)]
-    for key, value in tree.items():
-        dotted = f"{prefix}{key}"
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            remedy = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(known)}"
-            raise UserError(f"{where}: unknown key {dotted}: {remedy}")
-        if is_dataclass(types[key]):
-            if not isinstance(value, dict):
-                raise UserError(f"{where}: {dotted} is a section, got {value!r}: write 'key: value' lines below it")
-            _check_keys(value, types[key], where, f"{dotted}.")
-        elif value is None and type(None) not in get_args(types[key]):
-            raise UserError(f"{where}: {dotted} is empty (null): write a value, or remove the line for the default")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-class _Formatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Help with types and defaults that leaves the lines of the examples as written."""
-
-
-def parse_run(
-    argv: Sequence[str] | None,
-    *,
-    description: str,
-    examples: str,
-    add_options: Callable[[ArgumentParser], None] = lambda parser: None,
-) -> tuple[Config, Namespace]:
-    """Read ``--config FILE`` and the dotted overrides after it.
-
-    ``add_options`` adds the options of one command. Returns the configuration and the namespace with those options.
-    """
-    parser = ArgumentParser(
-        prog="python -m sfw_dist.train",
-        exit_on_error=False,
-        allow_abbrev=False,
-        description=description,
-        epilog=f"examples:\n{examples}",
-        formatter_class=_Formatter,
-    )
-    parser.add_argument("--config", type=str, help="YAML file of the run; see configs/.")
-    add_options(parser)
-    parser.add_class_arguments(Config, skip={"name"})
-    parser.add_argument("--name", type=str, help="The run's name; the file's name when neither gives one.")
-
-    # `--config` is taken first, so that what stands on the command line lies over the file whatever the order.
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--config")
-    config_file: str | None = None
-    try:
-        config_file = first.parse_known_args(argv)[0].config
-        below = None
-        if config_file is not None:
-            path = Path(config_file)
-            tree = {"name": path.stem} | read_yaml(path)
-            _check_keys(tree, Config, str(path))
-            below = parser.parse_object(tree, defaults=True)
-        options = parser.parse_args(argv, namespace=below)
-        if options.name is None:
-            raise UserError("a run needs a name: give --config FILE or --name NAME")
-        config = instantiate(options, parser)
-    except (ArgumentError, TypeError) as error:
-        where = f" ({config_file})" if config_file else ""
-        raise UserError(f"{_one_line(error)}{where}: see --help") from None
-    return config, options
-
-
-def instantiate(options: Namespace, parser: ArgumentParser) -> Config:
-    """The dataclasses from parsed values; their ``__post_init__`` raises :class:`UserError`."""
-    values = parser.instantiate(options)
-    return Config(**{f.name: values[f.name] for f in fields(Config)})
-
-
-def save_config(config: Config) -> str:
-    """The resolved configuration as YAML text; :func:`load_config` reads it back to an equal object."""
-    return yaml.safe_dump(asdict(config), sort_keys=False)
-
-
-def load_config(path: Path) -> Config:
-    """The configuration in one YAML file (with its bases), without command line."""
-    return parse_run(["--config", str(path)], description="", examples="")[0]
-
-
 _OPERATIONAL = {
-    *("runs_dir", "data.root", "data.backend", "data.workers", "data.eval_batch_size"),
+    *("runs_dir", "data.root", "data.backend", "data.workers", "data.eval_batch_size", "data.stall_timeout"),
+    "data.stage_dir",
     *("train.log_every", "train.keep_checkpoints", "prune.sparsities", "prune.scope", "prune.kind"),
 }
 """Fields that do not change a network's weights: a run may go on with others."""

@@ -1,0 +1,40 @@
+"""A run's configuration: typed dataclasses, YAML files that inherit, dotted overrides on the command line.
+
+The dataclasses hold the only defaults. A YAML file overrides them, may start from another file (``base: other.yaml``,
+relative to itself), and the command line overrides the file::
+
+    python -m sfw_dist.train --config configs/digits_cnn.yaml --optimizer.lr 0.5
+
+Unknown keys and values outside a field's domain raise :class:`~sfw_dist.errors.UserError` with the key, the value and
+the remedy.
+"""
+
+from sfw_dist.config.parse import instantiate, load_config, parse_run, read_yaml, save_config
+from sfw_dist.config.schema import (
+    Config,
+    ConstraintConfig,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PruneConfig,
+    ScheduleConfig,
+    TrainConfig,
+    first_difference,
+)
+
+__all__ = [
+    "Config",
+    "ConstraintConfig",
+    "DataConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "PruneConfig",
+    "ScheduleConfig",
+    "TrainConfig",
+    "first_difference",
+    "instantiate",
+    "load_config",
+    "parse_run",
+    "read_yaml",
+    "save_config",
+]

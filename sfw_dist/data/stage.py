@@ -1,0 +1,45 @@
+"""Staging: a copy of a data set's files on a disk of this node."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from filelock import FileLock
+
+from sfw_dist.data.manifest import MANIFEST, FileRecord, Manifest, file_record, prepare_again
+from sfw_dist.errors import UserError
+from sfw_dist.files import make_folder, replacing
+
+
+def staged(folder: Path, manifest: Manifest, stage_dir: Path, files: list[str]) -> Path:
+    """Copy ``files`` of the prepared ``folder`` to ``stage_dir``, checked, unless they are there; where they are then.
+
+    One process copies while the others of the node wait. A name holds the manifest's hash, so that a data set that was
+    prepared anew is staged anew. Raises :class:`UserError` when there is no room, or the original is damaged.
+    """
+    target = stage_dir / f"{folder.name}-{file_record(folder / MANIFEST).sha256[:12]}"
+    try:
+        make_folder(target)
+        with FileLock(target / ".lock"):
+            for name in (*files, MANIFEST):
+                if not _there(target / name, manifest.files.get(name)):
+                    with (folder / name).open("rb") as original, replacing(target / name) as copy:
+                        shutil.copyfileobj(original, copy, 1 << 22)
+                    _check(target / name, manifest.files.get(name), folder)
+    except OSError as error:
+        raise UserError(
+            f"data.stage_dir {stage_dir}: cannot copy {folder} there ({error}): free some space or leave it out"
+        ) from error
+    return target
+
+
+def _there(path: Path, record: FileRecord | None) -> bool:
+    return path.is_file() and (record is None or path.stat().st_size == record.bytes)
+
+
+def _check(path: Path, record: FileRecord | None, folder: Path) -> None:
+    """The copy was read in full once, so hashing it from memory costs little, and a damaged original is found."""
+    if record is not None and file_record(path) != record:
+        path.unlink()
+        raise UserError(f"{folder / path.name} is damaged (its sha256 is not the manifest's): {prepare_again(folder)}")
