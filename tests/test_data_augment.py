@@ -30,7 +30,7 @@ def pixels(n: int, channels: int = 3, height: int = 5, width: int = 4) -> NDArra
 
 def rendered(images: NDArray[np.uint8], draws: Draws, rows: NDArray[np.int64] | None = None) -> Tensor:
     rows = np.arange(len(draws)) if rows is None else rows
-    return render(*map(torch.from_numpy, (images, rows, draws)))
+    return render(torch.from_numpy(images), rows, draws)
 
 
 def drawn(augmentation: Augmentation, n: int, size: tuple[int, int] = (5, 4), seed: int = 0, epoch: int = 0) -> Draws:

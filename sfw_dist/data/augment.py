@@ -98,31 +98,34 @@ def _below(n: int | NDArray[np.int64], bits: NDArray[np.uint64]) -> NDArray[np.i
     return ((bits >> np.uint64(32)) * np.asarray(n).astype(np.uint64) >> np.uint64(32)).astype(np.int64)
 
 
-def render(images: Tensor, rows: Tensor, draws: Tensor) -> Tensor:
-    """The samples ``images[rows]`` under ``draws``, as uint8 ``(B, C, H, W)`` in channels_last.
+def render(images: Tensor, ids: Ids, samples: Draws) -> Tensor:
+    """The samples ``images[ids]`` under their draws ``samples``, as uint8 ``(B, C, H, W)`` in channels_last.
 
-    ``images``: uint8 ``(n, H, W, C)``; ``rows``: int64 ``(B,)``; ``draws``: int64 ``(B, 8)``; all on one device, where
-    no step waits for the host.
+    ``images`` ``(n, H, W, C)`` may lie on any device; the result is there, and the host does not wait for it.
     """
     height, width, channels = images.shape[1:]
+    rows, draws = (torch.from_numpy(array).to(images.device, non_blocking=True) for array in (ids, samples))
     y, x = torch.arange(height, device=images.device), torch.arange(width, device=images.device)  # of the result
     mirrored = torch.where(draws[:, MIRROR, None] == 1, width - 1 - x, x)  # (B, W)
     top, y_low, y_high, y_part = _taps(y.expand(len(rows), -1), draws[:, TOP], draws[:, HEIGHT], height)
     left, x_low, x_high, x_part = _taps(mirrored, draws[:, LEFT], draws[:, WIDTH], width)
 
     def pixels(along_y: Tensor, along_x: Tensor) -> Tensor:  # (B, H, W, C)
-        return images[rows[:, None, None], along_y[:, :, None], along_x[:, None, :]].int()
+        return images[rows[:, None, None], along_y[:, :, None], along_x[:, None, :]]
 
-    y_part, x_part = y_part[:, :, None, None], x_part[:, None, :, None]
-    above = pixels(y_low, x_low) * (256 - x_part) + pixels(y_low, x_high) * x_part
-    below = pixels(y_high, x_low) * (256 - x_part) + pixels(y_high, x_high) * x_part
-    out = (above * (256 - y_part) + below * y_part + (1 << 15)) >> 16
+    if (samples[:, [HEIGHT, WIDTH]] == (height, width)).all():  # nothing is scaled, both neighbours are the pixel
+        out = pixels(y_low, x_low)
+    else:
+        y_part, x_part = y_part[:, :, None, None], x_part[:, None, :, None]
+        above = pixels(y_low, x_low) * (256 - x_part) + pixels(y_low, x_high) * x_part
+        below = pixels(y_high, x_low) * (256 - x_part) + pixels(y_high, x_high) * x_part
+        out = ((above * (256 - y_part) + below * y_part + (1 << 15)) >> 16).to(torch.uint8)
 
     inside = top[:, :, None] & left[:, None, :]
     cut_y, cut_x = y - draws[:, CUT_TOP, None], x - draws[:, CUT_LEFT, None]
     side = draws[:, CUT_SIDE, None]
     cut = ((cut_y >= 0) & (cut_y < side))[:, :, None] & ((cut_x >= 0) & (cut_x < side))[:, None, :]
-    out = torch.where((inside & ~cut)[..., None], out, 0).to(torch.uint8)
+    out = out.masked_fill_(~(inside & ~cut)[..., None], 0)
     assert out.shape == (len(rows), height, width, channels)
     return out.permute(0, 3, 1, 2)
 

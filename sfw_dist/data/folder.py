@@ -26,7 +26,7 @@ class FolderBackend:
 
     def fetch(self, ids: Ids, draws: Draws) -> Batch:
         decoded = np.stack([decode_image(self._files[i], self._side, self._fit) for i in ids])
-        images = render(torch.from_numpy(decoded), torch.arange(len(ids)), torch.from_numpy(draws))
+        images = render(torch.from_numpy(decoded), np.arange(len(ids)), draws)
         return images, torch.from_numpy(self._labels[ids])
 
     def close(self) -> None:

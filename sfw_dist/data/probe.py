@@ -93,6 +93,6 @@ def try_ffcv() -> None:
         backend = FFCVBackend(path, ids, (3, 6, 5))
         for augmentation in (Augmentation(), Augmentation(2, True, 2), Augmentation(random_resized_crop=0.1)):
             draws = augmentation.draws(ids, (6, 5), seed=0, epoch=0)
-            expected = render(*map(torch.from_numpy, (images, ids, draws)))
+            expected = render(torch.from_numpy(images), ids, draws)
             if not torch.equal(backend.fetch(ids, draws)[0], expected):
                 raise RuntimeError("FFCV read other pixels than were written")

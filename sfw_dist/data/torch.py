@@ -31,8 +31,8 @@ class TorchBackend:
             ) from None
 
     def fetch(self, ids: Ids, draws: Draws) -> Batch:
-        rows, drawn = (torch.from_numpy(array).to(self._device, non_blocking=True) for array in (ids, draws))
-        return render(self._images, rows, drawn), self._labels[rows]
+        rows = torch.from_numpy(ids).to(self._device, non_blocking=True)
+        return render(self._images, ids, draws), self._labels[rows]
 
     def close(self) -> None:
         del self._images, self._labels
