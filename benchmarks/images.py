@@ -1,4 +1,4 @@
-"""Made-up images for the benchmarks: a folder of JPEG files as large as Tiny-ImageNet's, and torchvision's way to read it."""
+"""Made-up images for the benchmarks: JPEG files as large as Tiny-ImageNet's, and torchvision's way to read them."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@
     python benchmarks/loader.py --images 20000 --rounds 9 --out results/loader.json
 
 The images are made up, 64×64 JPEGs of about 2 KB, in a temporary folder. Every round reads one epoch (the fast backends:
-several) with random crop and flip. The first batch is timed in a new process, the second that uses the backend.
+several) with random crop and flip. First batches are timed in the second new process that uses the backend.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,10 +100,12 @@ def main() -> None:
         root = Path(folder)
         raw = make_images(root, options.images, options.side)
 
+        shared = DataConfig(
+            "imagefolder", folder, batch_size=options.batch, crop_padding=4, flip=True, validation_fraction=0
+        )
+
         def config(backend: str) -> DataConfig:
-            return DataConfig(
-                "imagefolder", folder, backend, options.batch, crop_padding=4, flip=True, validation_fraction=0  # type: ignore[arg-type]
-            )
+            return replace(shared, backend=backend)  # type: ignore[arg-type]
 
         runs = contenders(config, raw, options.side, options.batch)
         rates: dict[str, list[float]] = {name: [] for name in runs}
