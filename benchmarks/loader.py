@@ -3,8 +3,8 @@
     python benchmarks/loader.py
     python benchmarks/loader.py --images 20000 --rounds 9 --out results/loader.json
 
-The images are made up, 64×64 JPEGs of about 2 KB, in a temporary folder. Every round reads one epoch (the fast backends:
-several) with random crop and flip. First batches are timed in the second new process that uses the backend.
+The images are made up, 64×64 JPEGs of about 2 KB, in a temporary folder. Every round reads one epoch (the fast
+backends: several) with random crop and flip. First batches are those of the second new process to use the backend.
 """
 
 from __future__ import annotations

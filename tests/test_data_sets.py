@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import json
 import stat
 import tarfile
 import urllib.request
@@ -19,9 +20,12 @@ from urllib.error import HTTPError
 import numpy as np
 import pytest
 from PIL import Image
+from training import ONE_PROCESS
 
 import sfw_dist.data.decode as decoding
 import sfw_dist.data.prepare as preparing
+from sfw_dist.config import DataConfig, load_config
+from sfw_dist.data import open_loader
 from sfw_dist.data.__main__ import main
 from sfw_dist.data.download import Remote, fetch
 from sfw_dist.data.manifest import read_manifest
@@ -29,7 +33,10 @@ from sfw_dist.data.prepare import prepare, verify
 from sfw_dist.data.readers import cifar_reader, mnist_reader, svhn_reader
 from sfw_dist.data.registry import DATASETS, TINY_IMAGENET
 from sfw_dist.data.unpack import unpack
-from sfw_dist.errors import UserError
+from sfw_dist.errors import RankError, UserError
+from sfw_dist.evaluate import evaluate
+from sfw_dist.run import RunFolder
+from sfw_dist.train import train
 
 
 def error_of(call: Callable[[], object]) -> str:
@@ -341,6 +348,41 @@ def test_tiny_imagenet_is_prepared(tiny: Path) -> None:
     np.testing.assert_allclose(test_level, [225, 224, 215, 214, 205, 204], atol=1)
     assert verify("tiny_imagenet", tiny) == []
     assert set(manifest.files) == {path.name for path in folder.iterdir()} - {"manifest.json"}
+    listed = json.loads((folder / "test_files.json").read_text())
+    assert listed[0] == "raw/tiny_imagenet/tiny-imagenet-200/val/images/val_5.JPEG" and len(listed) == 6
+
+
+def test_tiny_imagenet_goes_from_its_folder_to_a_pruned_network(tiny: Path) -> None:
+    """A part of the way from image files to a pruning curve does not fit the next."""
+    damage(tiny)
+    prepare("tiny_imagenet", tiny, skip_bad=True)
+    base = load_config(Path(__file__).parents[1] / "configs" / "tiny_imagenet_resnet18.yaml")
+    config = replace(
+        base,
+        runs_dir=str(tiny / "runs"),
+        data=replace(base.data, root=str(tiny), batch_size=4, eval_batch_size=2, validation_fraction=0.0),
+        model=replace(base.model, width=0.0625),
+        train=replace(base.train, epochs=1),
+    )
+    runs = {}
+    for backend in ("ram", "folder"):
+        of_backend = replace(config, name=backend, data=replace(config.data, backend=backend))
+        runs[backend] = RunFolder(of_backend.run_dir)
+        assert train(of_backend, ONE_PROCESS) == 0
+        results = evaluate(runs[backend], ONE_PROCESS, sparsities=[0.0, 0.9])
+        assert [result["samples"] for result in results] == [5, 5]
+    assert runs["ram"].weights.read_bytes() == runs["folder"].weights.read_bytes()
+
+
+def test_an_image_that_went_bad_later_is_named_while_training(tiny: Path) -> None:
+    """A run over image files ends with PIL's traceback, and nobody knows which of 100,000 it was."""
+    prepare("tiny_imagenet", tiny)
+    config = DataConfig("tiny_imagenet", str(tiny), "folder", batch_size=4, validation_fraction=0.0)
+    loader = open_loader(config, "train", seed=0)
+    (images_of(tiny) / "n02_1.JPEG").write_bytes(b"gone bad")
+    with pytest.raises(RankError, match=r"tiny_imagenet train sample 5 \(.*n02_1.JPEG\) cannot be loaded"):
+        list(loader)
+    loader.close()
 
 
 def test_every_bad_file_is_named(tiny: Path) -> None:

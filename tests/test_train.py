@@ -102,6 +102,23 @@ def test_an_interrupted_run_goes_on_bitwise(
     assert last[0] == last[1]
 
 
+def test_augmented_and_mixed_training_goes_on_bitwise(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mixing, cutout or boxes that depend on what was drawn before: a resumed run trains on other images."""
+    data = replace(
+        config.data, backend="ram", crop_padding=0, random_resized_crop=0.3, cutout=2, mixup=0.3, cutmix=1.0,
+        label_smoothing=0.1,
+    )  # fmt: skip
+    config = replace(config, data=data)
+    whole, plain = replace(config, name="whole"), replace(config, name="plain", data=replace(data, cutmix=0.0))
+    assert _train(whole) == _train(plain) == 0
+    with monkeypatch.context() as patch:
+        _interrupt_after(patch, 13)
+        assert _train(config) == 130
+    assert _train(config, resume=True) == 0
+    assert _same_weights(config.run_dir, whole.run_dir)
+    assert not _same_weights(plain.run_dir, whole.run_dir)
+
+
 def test_a_run_is_repeated_from_its_own_configuration(config: Config) -> None:
     """The resolved file must say everything: a default that is missing in it would let the copy differ."""
     assert _train(config) == 0
