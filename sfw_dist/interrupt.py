@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request to stop at the next step."""
+"""Ctrl-C, SIGTERM and a scheduler's SIGUSR2 as a request to stop at the next step."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
 
 class Interrupt:
-    """While it is entered, SIGINT and SIGTERM set :attr:`requested` and nothing else; then the handlers are as before.
+    """While it is entered, SIGINT, SIGTERM and SIGUSR2 are only noted; afterwards the handlers are as before.
 
     The training loop looks at it between steps, where all ranks can agree to stop. Saving in a handler would find
     tensors half updated and other ranks inside a collective.
@@ -18,6 +18,8 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.requested = False
+        self.preempted = False
+        """Whether one of them was SIGUSR2: a scheduler wants the machine and will give it back."""
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interrupt:
@@ -32,3 +34,4 @@ class Interrupt:
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
+        self.preempted |= number == signal.SIGUSR2

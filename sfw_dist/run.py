@@ -40,6 +40,7 @@ class RunFolder:
         self.weights = path / "model.safetensors"
         self.metrics = path / "metrics.jsonl"
         self.tensorboard = path / "tensorboard"
+        self.submissions = path / "submissions"
         self.lock = path / ".lock"
 
     @classmethod
@@ -54,7 +55,9 @@ class RunFolder:
         """Raise :class:`UserError` unless the folder is new, or holds this very configuration and may be resumed."""
         if not self.path.exists():
             return
-        foreign = not self.path.is_dir() or any(file != self.lock for file in self.path.iterdir())
+        foreign = not self.path.is_dir() or any(
+            file not in (self.lock, self.submissions) for file in self.path.iterdir()
+        )
         if foreign and not self.config.is_file():
             raise UserError(f"{self.path} exists and is not a run's folder: choose another --name or --runs_dir")
         if not self.config.is_file():

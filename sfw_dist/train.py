@@ -13,7 +13,7 @@ import math
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -83,8 +83,10 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--resume", choices=["auto", "never"], default="never", help=resume_help)
 
 
-def train(config: Config, world: World, *, resume: bool = False) -> int:
-    """Train to the last epoch, or until interrupted; the exit status. Collective.
+def train(config: Config, world: World, *, resume: bool = False, interrupt: Interrupt | None = None) -> int:
+    """Train to the last epoch, or until interrupted; the exit status, 130 when interrupted. Collective.
+
+    ``interrupt`` is one that the caller has entered already; else signals are noted from the first step on.
 
     Raises:
         UserError: bad input, before anything is written; or a loss that is not finite.
@@ -110,16 +112,17 @@ def train(config: Config, world: World, *, resume: bool = False) -> int:
     with _alone(run, world):
         training = _Training(config, world, run, loaders, normalize, mix, engine, schedule)
         training.restore()
-        return _train(training, config, world)
+        with nullcontext(interrupt) if interrupt else Interrupt() as noted:
+            return _train(training, config, world, noted)
 
 
-def _train(training: _Training, config: Config, world: World) -> int:
+def _train(training: _Training, config: Config, world: World, interrupt: Interrupt) -> int:
     if training.finished:
         if world.main:
             print(f"{training.run.path} is trained to its end already", file=sys.stderr)
         return 0
     position = training.position
-    with Interrupt() as interrupt, open_progress(training.run, config, world) as progress:
+    with open_progress(training.run, config, world) as progress:
         parameters = sum(p.numel() for p in training.engine.model.parameters())
         progress.start(position.step, position.epoch, parameters, training.loaders["train"].description)
         while position.epoch < config.train.epochs:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a request, never an exception, and nothing left behind."""
+"""Ctrl-C, SIGTERM and SIGUSR2: a request, never an exception, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from sfw_dist.interrupt import Interrupt
 
-SIGNALS = [signal.SIGINT, signal.SIGTERM]
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2]
 
 
 class HandlerError(Exception):
@@ -35,7 +35,7 @@ def test_a_signal_is_only_noted(number: signal.Signals) -> None:
     with Interrupt() as interrupt:
         assert not interrupt.requested
         signal.raise_signal(number)
-        assert interrupt.requested
+        assert interrupt.requested and interrupt.preempted == (number == signal.SIGUSR2)
         signal.raise_signal(number)  # an impatient second one does not raise either
 
 

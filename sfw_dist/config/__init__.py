@@ -9,7 +9,7 @@ Unknown keys and values outside a field's domain raise :class:`~sfw_dist.errors.
 the remedy.
 """
 
-from sfw_dist.config.parse import instantiate, load_config, parse_run, read_yaml, save_config
+from sfw_dist.config.parse import check_keys, instantiate, load_config, parse_run, read_yaml, save_config
 from sfw_dist.config.schema import (
     Config,
     ConstraintConfig,
@@ -31,6 +31,7 @@ __all__ = [
     "PruneConfig",
     "ScheduleConfig",
     "TrainConfig",
+    "check_keys",
     "first_difference",
     "instantiate",
     "load_config",

@@ -51,7 +51,7 @@ def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _check_keys(tree: dict[str, Any], schema: type, where: str, prefix: str = "") -> None:
+def check_keys(tree: dict[str, Any], schema: type, where: str, prefix: str = "") -> None:
     """Name the first key of ``tree`` that is empty, or that ``schema`` does not have, with its nearest neighbour."""
     types = get_type_hints(schema)
     known = [f.name for f in fields(schema)]
@@ -64,7 +64,7 @@ def _check_keys(tree: dict[str, Any], schema: type, where: str, prefix: str = ""
         if is_dataclass(types[key]):
             if not isinstance(value, dict):
                 raise UserError(f"{where}: {dotted} is a section, got {value!r}: write 'key: value' lines below it")
-            _check_keys(value, types[key], where, f"{dotted}.")
+            check_keys(value, types[key], where, f"{dotted}.")
         elif value is None and type(None) not in get_args(types[key]):
             raise UserError(f"{where}: {dotted} is empty (null): write a value, or remove the line for the default")
 
@@ -111,7 +111,7 @@ def parse_run(
         if config_file is not None:
             path = Path(config_file)
             tree = {"name": path.stem} | read_yaml(path)
-            _check_keys(tree, Config, str(path))
+            check_keys(tree, Config, str(path))
             below = parser.parse_object(tree, defaults=True)
         options = parser.parse_args(argv, namespace=below)
         if options.name is None:

@@ -1,8 +1,8 @@
 """A real Slurm of several nodes on one machine, for rehearsals and tests; the commands up, down and status use it.
 
-All state lies in one folder: configuration, keys, sockets, logs, the accounting database, and `daemons.json` with the pid
-and start time of every daemon, so that `down` ends these and nothing else. Nothing needs root or systemd. Several clusters
-may run at once: each takes its own ports. Only the standard library is used, so that it runs outside any environment.
+All state lies in one folder: configuration, keys, sockets, logs, the accounting database, and `daemons.json` with the
+pid and start time of every daemon, so that `down` ends these and nothing else. Nothing needs root or systemd. Several
+clusters may run at once: each takes its own ports. Only the standard library is used, so that no environment is needed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 PACKAGES = "slurmctld slurmd slurm-client munge slurmdbd mariadb-server slurm-wlm-mysql-plugin bc"
 PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 FIRST_PORT, PORT_STEP, CLUSTERS = 26800, 100, 50
-"""Port bases that are tried; a cluster uses base, base + 1, and one a node from base + 10 on. All below the ephemeral range."""
+"""Port bases to try: a cluster uses base, base + 1, and one a node from base + 10 on; below the ephemeral range."""
 PATIENCE = 60.0
 """Seconds until a daemon that does not answer counts as failed."""
 
@@ -234,7 +234,9 @@ class Cluster:
         running = self.running()
         if not running:
             return [f"no cluster runs in {self.folder}: start one with up"]
-        dead = [f"{name} has ended: see {self.folder}/log, then down and up" for name, lives in running.items() if not lives]
+        dead = [
+            f"{name} has ended: see {self.folder}/log, then down and up" for name, lives in running.items() if not lives
+        ]
         if dead:
             return dead
         lost = [f"node {name} is {state}" for name, state in self.nodes().items() if state.startswith(("down", "unk"))]
@@ -254,7 +256,9 @@ class Cluster:
 
     def _recorded(self) -> dict[str, tuple[int, int]]:
         try:
-            return {name: (int(pid), int(start)) for name, (pid, start) in json.loads(self._daemons.read_text()).items()}
+            return {
+                name: (int(pid), int(start)) for name, (pid, start) in json.loads(self._daemons.read_text()).items()
+            }
         except FileNotFoundError:
             return {}
 
@@ -317,7 +321,7 @@ def _is_free(port: int) -> bool:
 
 
 def _start_time(pid: int) -> int:
-    """Of a process, in clock ticks since boot: with it a pid that was used again is not taken for the old one; else 0."""
+    """Of a process, in clock ticks since boot: a pid that was used again is not taken for the old one. 0 for none."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
     except OSError:

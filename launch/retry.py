@@ -1,0 +1,72 @@
+"""Submit again what has failed of a run: its training, which resumes, or the pruning tasks that are missing.
+
+python -m launch.retry runs/digits_cnn
+python -m launch.retry runs/digits_cnn --cluster configs/cluster/example.yaml --cluster.time 240
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch.cluster import ClusterConfig, add_cluster_options, live, read_cluster
+from launch.collect import unfinished
+from launch.prune_array import submit_array
+from launch.submission import Submission, submissions
+from launch.train import submit_training
+from sfw_dist.config import load_config
+from sfw_dist.errors import UserError, reports_user_errors
+from sfw_dist.run import RunFolder
+
+_EXAMPLES = "\n".join((__doc__ or "").split("\n\n")[1].splitlines())
+
+
+def retry(run: RunFolder, cluster: ClusterConfig | None = None) -> list[Submission]:
+    """Submit what is missing and neither waits nor runs; ``cluster`` defaults to that of the last submission."""
+    found = submissions(run)
+    if not found:
+        raise UserError(f"nothing was submitted for {run.path}: python -m launch.train or launch.prune_array")
+    if live([job for submission in found for job in submission.jobs]):
+        raise UserError(f"jobs of {run.path} still wait or run: see python -m launch.status {run.path}")
+    cluster = cluster or found[-1].cluster
+    trainings = [submission for submission in found if submission.what == "train"]
+    if trainings and not run.weights.is_file():
+        return [submit_training(load_config(trainings[-1].folder / "config.yaml"), cluster)]
+    made, places = [], unfinished(run)
+    for scope, kind in dict.fromkeys((s.scope, s.kind) for s, _ in places):
+        tasks = [s.tasks[task] for s, task in places if (s.scope, s.kind) == (scope, kind)]
+        made.append(submit_array(run, cluster, tasks, scope=scope, kind=kind))
+    return made
+
+
+@reports_user_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.retry",
+        description="Submit again what has failed of a run, and nothing else. --cluster.KEY VALUE sets any setting "
+        "of the cluster.",
+        epilog=f"examples:\n{_EXAMPLES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    add_cluster_options(parser)
+    parser.set_defaults(cluster=None)
+    parser.add_argument("--json", action="store_true", help="print one JSON object: what was submitted")
+    options = parser.parse_args(argv)
+    run = RunFolder(options.run)
+    made = retry(run, read_cluster(options) if options.cluster else None)
+    if options.json:
+        print(json.dumps([{"what": s.what, "jobs": s.jobs, "tasks": s.tasks} for s in made]))
+    elif not made:
+        print(f"nothing is missing of {run.path}")
+    for submission in [] if options.json else made:
+        count = len(submission.tasks) or 1
+        print(f"{submission.what}: {count} task(s)" + (f" from job {submission.jobs[0]} on" if submission.jobs else ""))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""One folder a submission: what was submitted, from which code, and which jobs came of it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+from launch.cluster import ClusterConfig
+from sfw_dist.errors import UserError
+from sfw_dist.files import make_folder, write_json, write_text
+from sfw_dist.run import RunFolder, environment
+
+What = Literal["train", "prune", "collect"]
+
+
+class Submission:
+    """``RUN/submissions/<UTC time>_<what>/``: record.json, environment.json, diff.patch, done/, submitit's files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._record: dict[str, Any] = json.loads((folder / "record.json").read_text())
+
+    @classmethod
+    def new(cls, run: RunFolder, what: What, cluster: ClusterConfig, **record: Any) -> Submission:
+        """A fresh folder, for a job id may come again and submitit would read another job's files."""
+        stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
+        names = (f"{stamp}_{what}{f'_{n}' if n else ''}" for n in range(1000))
+        folder = next(run.submissions / name for name in names if not (run.submissions / name).exists())
+        make_folder(folder / "done")
+        write_json(folder / "environment.json", environment())
+        write_text(folder / "diff.patch", _uncommitted())
+        write_json(folder / "record.json", {"what": what, "cluster": asdict(cluster), "jobs": [], **record})
+        return cls(folder)
+
+    @property
+    def what(self) -> What:
+        what: What = self._record["what"]
+        return what
+
+    @property
+    def cluster(self) -> ClusterConfig:
+        return ClusterConfig(**self._record["cluster"])
+
+    @property
+    def jobs(self) -> list[str]:
+        """A job id for each task, empty where there was no Slurm."""
+        return list(self._record["jobs"])
+
+    @property
+    def tasks(self) -> list[list[float]]:
+        """The sparsities of each task of a pruning array."""
+        return [list(map(float, task)) for task in self._record.get("tasks", [])]
+
+    @property
+    def scope(self) -> Any:
+        return self._record.get("scope")
+
+    @property
+    def kind(self) -> Any:
+        return self._record.get("kind")
+
+    def submitted(self, jobs: Sequence[str]) -> None:
+        self._record["jobs"] = list(jobs)
+        write_json(self.folder / "record.json", self._record)
+
+    def finished(self, task: int) -> None:
+        """Mark a task as complete; it does so itself, last."""
+        write_json(self.folder / "done" / f"{task}.json", {"time": time.time()})
+
+    def is_finished(self, task: int) -> bool:
+        return (self.folder / "done" / f"{task}.json").is_file()
+
+    def log(self, task: int) -> Path:
+        """Where the task's messages are."""
+        if not self.jobs:
+            return self.folder / f"task_{task}.log"
+        return self.folder / f"{self.jobs[task]}_0_log.err"
+
+
+def submissions(run: RunFolder, what: What | None = None) -> list[Submission]:
+    """Oldest first. Raises :class:`UserError` for one that cannot be read."""
+    found = []
+    for path in sorted(run.submissions.glob("*/record.json"), key=lambda p: (p.stat().st_ctime_ns, p.parent.name)):
+        try:
+            submission = Submission(path.parent)
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{path} is damaged ({error}): move {path.parent} away") from None
+        if what in (None, submission.what):
+            found.append(submission)
+    return sorted(found, key=lambda submission: submission.folder.name)
+
+
+def _uncommitted() -> str:
+    """What the working tree has beyond its commit."""
+    try:
+        done = subprocess.run(["git", "diff", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return done.stdout if done.returncode == 0 else ""
