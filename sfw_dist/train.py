@@ -108,6 +108,7 @@ def train(config: Config, world: World, *, resume: bool = False, interrupt: Inte
         seed=config.seed,
     )
     engine = DDPEngine(model, config, world)
+    engine.warm_up(info.image_shape)
     schedule = Schedule(engine.optimizer, config.schedule, config.train.epochs)
     with _alone(run, world):
         training = _Training(config, world, run, loaders, normalize, mix, engine, schedule)

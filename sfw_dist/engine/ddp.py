@@ -53,6 +53,24 @@ class DDPEngine:
             self._replica = DistributedDataParallel(self.model, device_ids=device_ids)
         self.optimizer = build_optimizer(self.model, config.optimizer)
 
+    def warm_up(self, image_shape: tuple[int, int, int]) -> None:
+        """A forward and a backward pass that leave nothing behind; collective, before the first step of a process.
+
+        After its first backward pass DDP lays its buckets out anew, and from three ranks on the sum of a gradient
+        depends, in its last bits, on the place in the bucket. A resumed run would take its first step with another
+        layout than the uninterrupted run had there.
+        """
+        if self._world.size == 1:
+            return
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        self.model.train()
+        images = torch.zeros(2, *image_shape, device=self._world.device).to(memory_format=torch.channels_last)
+        with autocast(self._config, self._world.device):
+            self._replica(self._in_layout(images)).sum().backward()
+        self.optimizer.zero_grad()
+        for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+
     def train_step(self, images: Tensor, labels: Tensor) -> Tensor:
         """One optimizer step on this rank's part of a batch; the mean cross-entropy of that part, detached."""
         self.model.train()
@@ -84,6 +102,8 @@ class DDPEngine:
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds: ``model.NAME`` and ``optimizer.KEY.NAME``; collective."""
+        # Between two broadcasts every rank has running statistics of its own, and any rank may write a tensor.
+        broadcast_buffers(self.model, self._world)
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         state = self.optimizer.state_dict()
         names = _parameter_names(state)
