@@ -40,7 +40,9 @@ class Site:
 
     def __init__(self, conf: Path, folder: Path, data: Path) -> None:
         self.folder, self._data = folder, data
-        self._environment = {**os.environ, "SLURM_CONF": str(conf), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        programs = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        here = {"SLURM_CONF": str(conf), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": programs}
+        self._environment = {**os.environ, **here}
 
     def configuration(self, name: str, *, epochs: int = 2, **options: Any) -> Path:
         """A file of tests/training.py's small run."""
@@ -52,9 +54,14 @@ class Site:
     def run(self, name: str) -> Path:
         return self.folder / "runs" / name
 
-    def call(self, *command: str, succeeds: bool = True) -> subprocess.CompletedProcess[str]:
+    def call(self, *command: str, succeeds: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            command, capture_output=True, text=True, env=self._environment, cwd=self.folder, timeout=PATIENCE
+            command,
+            capture_output=True,
+            text=True,
+            env=self._environment | environment,
+            cwd=self.folder,
+            timeout=PATIENCE,
         )
         assert not succeeds or done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
         return done
