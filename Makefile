@@ -10,11 +10,13 @@ DATA ?= data
 
 # What FFCV compiles against and with, and what a virtual environment needs.
 SYSTEM_PACKAGES := build-essential pkg-config libopencv-dev libturbojpeg0-dev python3-dev python3-venv
+# For slurm/local_cluster and tests/slurm; the tests there are skipped without.
+SLURM_PACKAGES := slurmctld slurmd slurm-client munge slurmdbd mariadb-server slurm-wlm-mysql-plugin bc procps
 READY := $(VENV)/.sfw-dist-ready
 
-export PATH := $(abspath $(VENV))/bin:$(PATH)
+export PATH := $(abspath $(VENV))/bin:$(PATH):/usr/sbin
 
-.PHONY: setup system-packages demo test test-dist lint format bench clean
+.PHONY: setup system-packages slurm-packages demo test test-dist lint format bench clean
 
 setup: $(READY)
 
@@ -35,6 +37,15 @@ system-packages:
 	  echo "error: run once: sudo apt-get install $(SYSTEM_PACKAGES)" >&2; exit 1; fi; \
 	export DEBIAN_FRONTEND=noninteractive; \
 	$$as_root apt-get update -qq && $$as_root apt-get install -qq --no-install-recommends $(SYSTEM_PACKAGES) >/dev/null
+
+slurm-packages:
+	@if command -v slurmctld && command -v slurmdbd && command -v mariadbd && command -v munged; then exit 0; fi >/dev/null; \
+	if ! command -v apt-get >/dev/null; then \
+	  echo "error: install Slurm 22.05 or newer with slurmdbd, munge and MariaDB" >&2; exit 1; fi; \
+	if [ "$$(id -u)" = 0 ]; then as_root=; elif sudo -n true 2>/dev/null; then as_root=sudo; else \
+	  echo "error: run once: sudo apt-get install --no-install-recommends $(SLURM_PACKAGES)" >&2; exit 1; fi; \
+	export DEBIAN_FRONTEND=noninteractive; \
+	$$as_root apt-get update -qq && $$as_root apt-get install -qq --no-install-recommends $(SLURM_PACKAGES) >/dev/null
 
 demo: setup
 	python -m sfw_dist.data prepare digits --root $(DATA)
