@@ -74,6 +74,17 @@ def run_here(config: Config, cluster: ClusterConfig, arguments: Sequence[str], c
     return 1 if problems else 0
 
 
+def _scripts(config: Config, cluster: ClusterConfig, chain: bool, per_task: int) -> list[str]:
+    """What would be submitted, with names in place of the job ids that Slurm has not given yet."""
+    name, tasks = config.name, len(group(config.prune.sparsities, per_task))
+    wanted = [(Wanted(f"train-{name}", training=True), 1)]
+    if chain:
+        wanted.append((Wanted(f"prune-{name}", after="afterok:TRAIN"), tasks))
+        wanted.append((Wanted(f"collect-{name}", after="afterany:ARRAY"), 1))
+    folder = RunFolder(config.run_dir).submissions.absolute() / "DRY_RUN"
+    return [script(folder, cluster, each, count) for each, count in wanted]
+
+
 def _absolute(config: Config) -> Config:
     """With folders that mean the same on every node, wherever the job starts."""
     data = replace(config.data, root=str(Path(config.data.root).absolute()))
@@ -105,8 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config, training = parse_run(arguments, description="", examples="", add_options=add_options)
     run = RunFolder(config.run_dir)
     if options.dry_run:
-        wanted = Wanted(f"train-{config.name}", training=True)
-        print(script(run.submissions.absolute() / "DRY_RUN", cluster, wanted, 1))
+        print("\n".join(_scripts(config, cluster, options.chain, options.per_task)))
         return 0
     check_input(config, cluster.ranks - 1, cluster.ranks, resume=training.resume == "auto")
     if cluster.kind != "slurm":

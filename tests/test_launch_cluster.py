@@ -319,4 +319,8 @@ def test_dry_run_submits_and_writes_nothing(file: Path, run: RunFolder, capsys: 
     """A look at the script starts a job, or leaves a folder that a run then refuses."""
     assert train.main(["--config", str(file), "--nodes", "3", "--dry-run"]) == 0
     assert "#SBATCH --nodes=3" in capsys.readouterr().out
+    assert train.main(["--config", str(file), "--chain", "--per-task", "2", "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines.count("#!/bin/bash") == 3 and "#SBATCH --array=0-9%8" in lines
+    assert "#SBATCH --dependency=afterok:TRAIN" in lines and "#SBATCH --dependency=afterany:ARRAY" in lines
     assert not run.path.exists()

@@ -169,7 +169,8 @@ class Cluster:
         self._spawn("mariadbd", [*server, f"--pid-file={run}/mariadbd.pid", f"--user={user}"])
         client = ["mariadb", "--no-defaults", f"--socket={sock}", "--user=root"]
         self._wait("the database answers", lambda: self._succeeds([*client, "-e", "select 1"]))
-        self._check([*client, "-e", f"grant all on *.* to '{user}'@'localhost'"])
+        account = f"'{user}'@'localhost'"
+        self._check([*client, "-e", f"create user if not exists {account}; grant all on *.* to {account}"])
         self._spawn("slurmdbd", ["slurmdbd", "-D"], MYSQL_UNIX_PORT=str(sock))
         name = self.conf.read_text().splitlines()[0].removeprefix("ClusterName=")
         self._wait("slurmdbd answers", lambda: self._succeeds(["sacctmgr", "-i", "list", "cluster"]))
