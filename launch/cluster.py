@@ -151,7 +151,7 @@ def script(folder: Path, cluster: ClusterConfig, wanted: Wanted, tasks: int) -> 
 def submit(folder: Path, cluster: ClusterConfig, wanted: Wanted, calls: Sequence[Callable[[], object]]) -> list[str]:
     """Submit ``calls``, several as arrays no larger than the site allows; a job id for each, like ``12`` or ``12_0``.
 
-    Raises :class:`UserError` with Slurm's reason when it refuses.
+    Raises :class:`UserError` with Slurm's reason when it refuses; nothing is submitted then.
     """
     if shutil.which("sbatch") is None:
         raise UserError("sbatch was not found: run this where Slurm is, or take --cluster local")
@@ -166,6 +166,8 @@ def submit(folder: Path, cluster: ClusterConfig, wanted: Wanted, calls: Sequence
                     jobs = [executor.submit(call) for call in calls[start : start + limit]]
                 ids += [job.job_id for job in jobs]
         except (FailedJobError, FailedSubmissionError, subprocess.CalledProcessError) as error:
+            if ids:  # the arrays before the one that was refused
+                cancel(ids)
             reason = " ".join(str(getattr(error, "stderr", None) or error).split())[-300:]
             raise UserError(f"Slurm refused {wanted.name} ({reason}): correct the settings of --cluster") from None
     return ids

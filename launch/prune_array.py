@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import get_args
 
-from launch.cluster import ClusterConfig, Wanted, add_cluster_options, read_cluster, script, submit
+from launch.cluster import ClusterConfig, Wanted, add_cluster_options, read_cluster, script
 from launch.job import PruneJob
 from launch.submission import Submission
 from sfw_dist.config import load_config
@@ -52,7 +52,7 @@ def submit_array(
     match cluster.kind:
         case "slurm":
             wanted = Wanted(f"prune-{run.path.name}", after=after)
-            submission.submitted(submit(submission.folder, cluster, wanted, jobs))
+            submission.submit(wanted, jobs)
         case "local":
             with ThreadPoolExecutor(cluster.parallelism) as pool:
                 list(pool.map(lambda task: _run_task(run, submission, task), range(len(tasks))))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from launch.cluster import ClusterConfig
+from launch.cluster import ClusterConfig, Wanted, submit
 from sfw_dist.errors import UserError
 from sfw_dist.files import make_folder, write_json, write_text
 from sfw_dist.run import RunFolder, environment
@@ -64,8 +66,16 @@ class Submission:
     def kind(self) -> Any:
         return self._record.get("kind")
 
-    def submitted(self, jobs: Sequence[str]) -> None:
-        self._record["jobs"] = list(jobs)
+    def submit(self, wanted: Wanted, calls: Sequence[Callable[[], object]]) -> None:
+        """To Slurm, a job for each call; raises :class:`UserError`, and leaves no folder, when it refuses."""
+        try:
+            self._record["jobs"] = submit(self.folder, self.cluster, wanted, calls)
+        except UserError:
+            shutil.rmtree(self.folder)
+            for parent in (self.folder.parent, self.folder.parent.parent):
+                with contextlib.suppress(OSError):  # there is more in it
+                    parent.rmdir()
+            raise
         write_json(self.folder / "record.json", self._record)
 
     def finished(self, task: int) -> None:

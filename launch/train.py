@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from launch.cluster import ClusterConfig, Wanted, add_cluster_options, read_cluster, script, submit
+from launch.cluster import ClusterConfig, Wanted, add_cluster_options, read_cluster, script
 from launch.collect import collect
 from launch.job import CollectJob, TrainJob
 from launch.local import run_ranks
@@ -37,7 +37,7 @@ def submit_training(config: Config, cluster: ClusterConfig) -> Submission:
     submission = Submission.new(RunFolder(config.run_dir), "train", cluster)
     write_text(submission.folder / "config.yaml", save_config(config))
     wanted = Wanted(f"train-{config.name}", training=True)
-    submission.submitted(submit(submission.folder, cluster, wanted, [TrainJob(config)]))
+    submission.submit(wanted, [TrainJob(config)])
     return submission
 
 
@@ -46,7 +46,7 @@ def submit_collection(run: RunFolder, cluster: ClusterConfig, after: Sequence[st
     submission = Submission.new(run, "collect", cluster)
     arrays = sorted({job.partition("_")[0] for job in after})
     wanted = Wanted(f"collect-{run.path.name}", after=":".join(["afterany", *arrays]))
-    submission.submitted(submit(submission.folder, cluster, wanted, [CollectJob(run.path)]))
+    submission.submit(wanted, [CollectJob(run.path)])
     return submission
 
 

@@ -32,6 +32,7 @@ from sfw_dist.config import save_config
 from sfw_dist.errors import UserError
 from sfw_dist.run import RunFolder
 
+CLUSTERS = Path(__file__).parents[1] / "configs" / "cluster"
 TRAINING = """\
 #!/bin/bash
 
@@ -115,7 +116,7 @@ def test_settings_come_from_a_file_and_the_command_line(tmp_path: Path) -> None:
     assert cluster_of().kind == "local" and cluster_of("--cluster", "debug").kind == "debug"
 
 
-@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "configs" / "cluster").glob("*.yaml")), ids=str)
+@pytest.mark.parametrize("path", sorted(CLUSTERS.glob("*.yaml")), ids=str)
 def test_every_cluster_file_can_be_read(path: Path) -> None:
     """A setting was renamed, and the examples were forgotten."""
     assert cluster_of("--cluster", str(path)).kind == "slurm"
@@ -215,6 +216,22 @@ def test_states_without_accounting(monkeypatch: pytest.MonkeyPatch) -> None:
     assert slurm_states(["12_0", "12_1", "12_2", "99"]) == expected
     answers["sacct"] = "12_0|COMPLETED\n12_1|CANCELLED by 1000\n"
     assert slurm_states(["12_1"]) == {"12_1": "CANCELLED"}
+
+
+def test_what_slurm_refuses_leaves_nothing(
+    file: Path, run: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder of a submission that never was, by which status and retry are misled."""
+    programs = file.parent / "bin"
+    programs.mkdir()
+    for name, does in {"sbatch": "echo no such partition >&2; exit 1", "srun": "", "scontrol": ""}.items():
+        (programs / name).write_text(f"#!/bin/sh\n{does}\n")
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    assert train.main(["--config", str(file), "--cluster", str(CLUSTERS / "example.yaml")]) == 2
+    error = capsys.readouterr().err
+    assert "no such partition" in error and error.splitlines()[-1].startswith("error: Slurm refused train-here")
+    assert not run.path.exists()
 
 
 # --- on this machine --------------------------------------------------------------------------------------------------
