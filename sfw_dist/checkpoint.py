@@ -17,6 +17,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,16 @@ class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _CLASSES or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
+        if (module, name) == ("builtins", "getattr"):
+            return _enum_member
         raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no checkpoint of ours does")
+
+
+def _enum_member(owner: object, name: str) -> Enum:
+    """In place of getattr, by which Python 3.11.2, Debian's, pickles the members of an enum: that and nothing else."""
+    if not (isinstance(owner, type) and issubclass(owner, Enum)):
+        raise pickle.UnpicklingError("it refers to builtins.getattr, which no checkpoint of ours does")
+    return owner[name]
 
 
 def _sync(folder: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint.metadata as dcp_metadata
 from torch import Tensor
 
 from sfw_dist import checkpoint
@@ -245,15 +246,27 @@ def test_a_pickle_that_names_code_is_refused_before_it_runs(
     """Fails when resuming from somebody's checkpoint runs somebody's code."""
     path = save(tmp_path)
     marker = tmp_path / "marker"
-    call = {os.system: f"touch {marker}", eval: f"open({str(marker)!r}, 'w')"}.get(function, str(marker))
-    metadata: Any = Evil(function, call)
+    calls = {os.system: [f"touch {marker}"], eval: [f"open({str(marker)!r}, 'w')"], getattr: [torch.int8, "is_signed"]}
+    call = calls.get(function, [str(marker)])
+    metadata: Any = Evil(function, *call)
     if nested:
         metadata = pickle.loads((path / ".metadata").read_bytes())
-        metadata.planner_data = [Evil(function, call)]
+        metadata.planner_data = [Evil(function, *call)]
     (path / ".metadata").write_bytes(pickle.dumps(metadata))
     message = error_of_loading(path)
     assert "which no checkpoint of ours does" in message and function.__name__ in message
     assert not marker.exists()
+
+
+def test_enums_are_read_as_older_pythons_write_them(tmp_path: Path) -> None:
+    """Python 3.11.2 writes a member as getattr(class, name): no run resumes there, for getattr is refused."""
+    path = save(tmp_path)
+    metadata = pickle.loads((path / ".metadata").read_bytes())
+    member = dcp_metadata._MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT
+    metadata.planner_data = [Evil(getattr, type(member), member.name)]
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    checkpoint.load(path)
+    assert checkpoint._Reader(path).read_metadata().planner_data == [member]
 
 
 def test_tensor_files_are_read_without_pickled_code(tmp_path: Path) -> None:
