@@ -53,8 +53,10 @@ def made_ahead(
             try:
                 made = future.result(stall_timeout)
             except TimeoutError:
-                stalled = not future.done()  # else make itself raised it
-                raise TimeoutError(job) if stalled else future.exception() or AssertionError from None
+                stalled = not future.done()
+                if stalled:
+                    raise TimeoutError(job) from None
+                made = future.result()  # it came at the last moment, or make itself raised TimeoutError
             del future  # else the batch would live until the next one
             yield made
             del made
