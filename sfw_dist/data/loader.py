@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from typing import Protocol
 
+import torch
+
 from sfw_dist.data.ahead import made_ahead
 from sfw_dist.data.augment import Draws
 from sfw_dist.data.backend import Backend, Batch
@@ -50,7 +52,7 @@ class ShardedLoader:
         name: from an id to what a message calls the sample.
         threads: how many fetch ahead; 0 for a backend that is not threaded.
         stall_timeout: seconds after which a batch that does not come is an error.
-        pin: yield tensors in page-locked memory, which GPUs copy from without making the host wait.
+        pin_for: a GPU for which tensors are yielded in page-locked memory, from which it copies without the host.
 
     Iterating raises :class:`RankError` for a sample that cannot be fetched, by name, and for a stall.
     """
@@ -64,11 +66,11 @@ class ShardedLoader:
         name: Callable[[int], str],
         threads: int = 0,
         stall_timeout: float = 300.0,
-        pin: bool = False,
+        pin_for: torch.device | None = None,
         description: str = "",
     ) -> None:
         self._backend, self._order, self._draw, self._name = backend, order, draw, name
-        self._threads, self._stall_timeout, self._pin = threads, stall_timeout, pin
+        self._threads, self._stall_timeout, self._pin_for = threads, stall_timeout, pin_for
         self.description, self.samples = description, order.samples
         self._closed = False
         self._epoch = 0
@@ -104,7 +106,10 @@ class ShardedLoader:
             images, labels = self._backend.fetch(ids, draws)
         except Exception as error:
             raise RankError(self._unfetched(ids, draws, error)) from error
-        return (images.pin_memory(), labels.pin_memory()) if self._pin else (images, labels)
+        if self._pin_for is None:
+            return images, labels
+        with torch.cuda.device(self._pin_for):  # a new thread would make every rank a context on the first GPU
+            return images.pin_memory(), labels.pin_memory()
 
     def _unfetched(self, ids: Ids, draws: Draws, error: Exception) -> str:
         """Name the sample: the first that fails alone."""

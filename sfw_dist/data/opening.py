@@ -99,7 +99,7 @@ def open_loader(
         name=_namer(folder, manifest, part),
         threads=threads,
         stall_timeout=config.stall_timeout,
-        pin=device.type == "cuda" and name != "gpu",
+        pin_for=device if device.type == "cuda" and name != "gpu" else None,
         description=f"{name}, {threads} thread(s){why}",
     )
 
