@@ -207,9 +207,7 @@ def slurm(command: Sequence[str]) -> str:
 def states(ids: Sequence[str]) -> dict[str, str]:
     """Slurm's state of each job or array task that it still knows: from its queue, its accounting, or its memory."""
     found: dict[str, str] = {}
-    for row in slurm(
-        ["sacct", "-X", "--noheader", "--parsable2", "--array", "-o", "JobID,State", *_jobs(ids)]
-    ).splitlines():
+    for row in slurm(["sacct", "-X", "--noheader", "--parsable2", "-o", "JobID,State", *_jobs(ids)]).splitlines():
         job, state = row.split("|")
         found[job] = state.split()[0]  # "CANCELLED by 1000"
     if not found:
