@@ -13,10 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sfw_dist.constraints import Constraint, Unconstrained, Vertex, constraint_from_spec
+from sfw_dist.batch import Batch, Ranks
+from sfw_dist.constraints import Constraint, KSparsePolytope, Unconstrained, constraint_from_spec
 from sfw_dist.errors import UserError
-from sfw_dist.plan import Item, Plan, make_plan
-from sfw_dist.step import Rescale, Slot, answer, move
+from sfw_dist.plan import Item, Part, make_plan
+from sfw_dist.reduction import ROW
+from sfw_dist.step import Rescale, Slot, cost, momentum_buffer
 from sfw_dist.wire import HEADER
 
 logger = logging.getLogger(__name__)
@@ -68,6 +70,9 @@ class SFW(Optimizer):
         momentum: ρ in [0, 1).
         rescale: how the learning rate becomes a step size, see above.
         weight_decay: L2 penalty ≥ 0 of the unconstrained tensors.
+        split: tensors of more entries than this may be divided between owners, where one owner would have far more
+            work than the mean; ``None``: never. Their LMOs take four small messages more a step, all together.
+        fused: compiled kernels on the CPU, where a C++ compiler is at hand; the answers are the same to the bit.
         process_group: ranks that share the work; ``None``: the default group if there is one, else this process.
 
     Raises:
@@ -82,15 +87,16 @@ class SFW(Optimizer):
         rescale: Rescale = "gradient",
         weight_decay: float = 0.0,
         *,
+        split: int | None = 65_536,
+        fused: bool = True,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        distributed = dist.is_available() and dist.is_initialized()
-        self._process_group = process_group
-        self._rank = dist.get_rank(process_group) if distributed else 0
-        self._world_size = dist.get_world_size(process_group) if distributed else 1
+        self._ranks = Ranks.of(process_group)
+        self._split, self._fused = split, fused
         self._slots: list[Slot] = []
-        self._plan: Plan | None = None
-        self._headers: Tensor | None = None
+        self._parts: tuple[Part, ...] | None = None
+        self._batch: Batch | None = None
+        self._headers = torch.zeros(0, HEADER, dtype=torch.float64)
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -110,56 +116,70 @@ class SFW(Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
-        if self._plan is not None:  # else __init__ is still adding groups, and plans once at its end
+        if self._parts is not None:  # else __init__ is still adding groups, and plans once at its end
             self._make_plan()
 
     def __getstate__(self) -> dict[str, Any]:
         """torch keeps its own attributes only; with ours, copies and pickles of an optimizer step on."""
-        ours = ("_process_group", "_rank", "_world_size", "_slots", "_plan", "_headers")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in ours}}
+        ours = ("_ranks", "_split", "_fused", "_slots", "_parts", "_headers")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in ours}, "_batch": None}
 
     def _make_plan(self) -> None:
-        owned_already = self._plan.owners if self._plan else ()
-        self._slots = [
-            Slot.of(group, i, j) for i, group in enumerate(self.param_groups) for j in range(len(group["params"]))
-        ]
-        items = [
-            Item(s.name, s.cost, s.format.nbytes, f"{tuple(s.parameter.shape)} {s.format} {s.constraint!r}")
-            for s in self._slots
-        ]
-        self._plan = make_plan(items, self._world_size, owned_already)
+        kept = self._parts or ()
+        tensors = [(group, i, j) for i, group in enumerate(self.param_groups) for j in range(len(group["params"]))]
+        items = [self._item(*tensor) for tensor in tensors]
+        for part in kept:
+            if part.stop - part.start < items[part.item].entries and items[part.item].unit == 0:
+                raise ValueError(
+                    f"{items[part.item].name} is divided between ranks, and its new set needs it whole: "
+                    "build the optimizer with split=None"
+                )
+        plan = make_plan(items, self._ranks.size, kept)
+        self._parts = plan.parts
+        self._slots = []
+        for part in plan.parts:
+            group, _, j = tensors[part.item]
+            self._slots.append(Slot.of(items[part.item].name, group["params"][j], group, part.start, part.stop))
         self._headers = torch.zeros(len(self._slots), HEADER, dtype=torch.float64)
-        self._check_agreement()
-        for index in range(len(owned_already), len(self._slots)):
-            self._create_state(index)
+        self._batch = None
+        self._check_agreement(plan.fingerprint)
+        known = {part.item for part in kept}
+        for slot, part in zip(self._slots, plan.parts, strict=True):
+            if part.item not in known:
+                self._create_state(slot, part)
+
+    def _item(self, group: dict[str, Any], group_index: int, index: int) -> Item:
+        parameter, constraint = group["params"][index], group["constraint"]
+        n = parameter.numel()
+        name = group["param_names"][index] if "param_names" in group else f"group{group_index}.param{index}"
+        divisible = isinstance(constraint, KSparsePolytope | Unconstrained)
+        unit = ROW if self._split is not None and n > self._split and divisible else 0
+        description = f"{tuple(parameter.shape)} {parameter.dtype} {constraint!r}"
+        return Item(name, cost(n, constraint), n, description, unit)
 
     def _owns(self, index: int) -> bool:
-        assert self._plan is not None
-        return self._plan.owners[index] == self._rank
+        assert self._parts is not None
+        return self._parts[index].owner == self._ranks.rank
 
-    def _create_state(self, index: int) -> None:
+    def _create_state(self, slot: Slot, part: Part) -> None:
         """State is there from the start, so that a checkpoint before the first step has the form of later ones.
 
         Tensors of other owners have an empty one: torch's distributed checkpoints take an optimizer without any state
         for one that never stepped, and would make this rank step alone.
         """
-        slot = self._slots[index]
-        state = self.state[slot.parameter] = {}
-        if self._owns(index):
+        state = self.state[slot.parameter]
+        if part.owner == self._ranks.rank:
             state["step"] = torch.zeros(())
             if slot.group["momentum"] > 0:
-                state["momentum_buffer"] = torch.zeros(
-                    slot.parameter.shape, dtype=slot.dtype, device=slot.parameter.device
-                )
+                state["momentum_buffer"] = momentum_buffer(slot)
 
-    def _check_agreement(self) -> None:
-        if self._world_size == 1 or not self._slots:
+    def _check_agreement(self, fingerprint: str) -> None:
+        if self._ranks.size == 1 or not self._slots:
             return
-        assert self._plan is not None
-        mine = torch.tensor(list(bytes.fromhex(self._plan.fingerprint)), dtype=torch.uint8, device=self._device())
-        gathered = mine.new_empty(self._world_size * mine.numel())
-        dist.all_gather_into_tensor(gathered, mine, group=self._process_group)
-        everyone = gathered.view(self._world_size, -1)
+        mine = torch.tensor(list(bytes.fromhex(fingerprint)), dtype=torch.uint8, device=self._device())
+        gathered = mine.new_empty(self._ranks.size * mine.numel())
+        dist.all_gather_into_tensor(gathered, mine, group=self._ranks.group)
+        everyone = gathered.view(self._ranks.size, -1)
         differing = everyone.ne(everyone[0]).any(1).nonzero().view(-1).tolist()
         if differing:
             raise ValueError(
@@ -200,38 +220,25 @@ class SFW(Optimizer):
                 raise UserError(f"{slot.name} has a sparse gradient: SFW needs dense ones (nn.Embedding(sparse=False))")
         if any(slot.constraint is not slot.group["constraint"] for slot in self._slots):
             self._make_plan()  # someone gave a group another set
-        own = [answer(s, self.state[s.parameter]) if self._owns(i) else None for i, s in enumerate(self._slots)]
-        answers = self._exchange(own)
-        self._headers = torch.stack([header for header, _ in answers])
+        if self._batch is None:
+            assert self._parts is not None
+            owners = [part.owner for part in self._parts]
+            self._batch = Batch(self._slots, owners, self._ranks, fused=self._fused)
+        self._batch.answer(self.state, [slot.parameter.grad for slot in self._slots])
+        self._batch.exchange()
+        self._headers = self._batch.headers()
         if self._headers.device.type == "cpu":
             self._check_finite()
-        for slot, (header, vertex) in zip(self._slots, answers, strict=True):
-            move(slot, header[0], vertex)
-
-    def _exchange(self, own: list[tuple[Tensor, Vertex] | None]) -> list[tuple[Tensor, Vertex]]:
-        """Phase 2: every tensor's header and vertex, on every rank."""
-        if self._world_size == 1:  # what decoding would bring, so that one rank is bitwise as many
-            answers = zip(self._slots, own, strict=True)
-            return [(a[0], slot.format.canonical(a[1])) for slot, a in answers if a is not None]
-        assert self._plan is not None
-        plan = self._plan
-        gathered = torch.zeros(plan.world_size * plan.segment, dtype=torch.uint8, device=self._device())
-        slices = [gathered[plan.start(i) :][: slot.format.nbytes] for i, slot in enumerate(self._slots)]
-        for slot, mine, target in zip(self._slots, own, slices, strict=True):
-            if mine is not None:
-                slot.format.encode(*mine, target)
-        segment = gathered[self._rank * plan.segment :][: plan.segment].clone()
-        dist.all_gather_into_tensor(gathered, segment, group=self._process_group)
-        return [slot.format.decode(source) for slot, source in zip(self._slots, slices, strict=True)]
+        self._batch.move()
 
     def _check_finite(self) -> None:
-        assert self._headers is not None
         bad = self._headers[:, 0].isfinite().logical_not().nonzero().view(-1).tolist()
         for i in bad:
             if self._owns(i):
                 self.state[self._slots[i].parameter]["step"].zero_()  # its momentum starts anew, with the next gradient
         if bad:
-            names = ", ".join(self._slots[i].name for i in bad[:3]) + (" …" if len(bad) > 3 else "")
+            found = list(dict.fromkeys(self._slots[i].name for i in bad))
+            names = ", ".join(found[:3]) + (" …" if len(found) > 3 else "")
             raise UserError(
                 f"the gradient of {names} is not finite: lower the learning rate, or skip such steps with GradScaler"
             )
@@ -241,7 +248,6 @@ class SFW(Optimizer):
 
         They travelled with the vertices. On a GPU this waits for the step. Before the first step all are 0.
         """
-        assert self._headers is not None
         self._headers = self._headers.cpu()
         self._check_finite()
         rows = self._headers.tolist()
@@ -263,31 +269,32 @@ class SFW(Optimizer):
         local = super().state_dict()
         for group in local["param_groups"]:
             group["constraint"] = group["constraint"].spec()
-        if self._world_size > 1 and self._slots:
+        if self._ranks.size > 1 and self._slots:
             local["state"] = self._gather_state()
         return local
 
     def _gather_state(self) -> dict[int, dict[str, Tensor]]:
-        assert self._plan is not None
-        device = self._device()
-        if dist.get_backend(self._process_group) == "gloo":
-            dist.monitored_barrier(self._process_group, timeout=_STATE_DICT_TIMEOUT, wait_all_ranks=True)
+        assert self._parts is not None
+        device, group = self._device(), self._ranks.group
+        if dist.get_backend(group) == "gloo":
+            dist.monitored_barrier(group, timeout=_STATE_DICT_TIMEOUT, wait_all_ranks=True)
         steps = torch.zeros(len(self._slots), dtype=torch.float64, device=device)
         for i, slot in enumerate(self._slots):
             own = self.state[slot.parameter]
             # Without the buffer that its group's momentum wants, a tensor's next step is as its first.
             if self._owns(i) and ("momentum_buffer" in own or slot.group["momentum"] == 0):
                 steps[i] = own["step"]
-        dist.all_reduce(steps, group=self._process_group)
+        dist.all_reduce(steps, group=group)
         state: dict[int, dict[str, Tensor]] = {}
-        for i, (slot, steps_taken) in enumerate(zip(self._slots, steps.tolist(), strict=True)):
-            state[i] = {"step": torch.tensor(steps_taken, dtype=torch.float32)}
+        for part, slot, taken in zip(self._parts, self._slots, steps.tolist(), strict=True):
+            whole = state.setdefault(part.item, {"step": torch.tensor(taken, dtype=torch.float32)})
             if slot.group["momentum"] > 0:
-                mine = self.state[slot.parameter].get("momentum_buffer")
-                shape = slot.parameter.shape
-                whole = torch.zeros(shape, dtype=slot.dtype, device=device) if mine is None else mine.clone()
-                dist.broadcast(whole, group=self._process_group, group_src=self._plan.owners[i])
-                state[i]["momentum_buffer"] = whole
+                if part.start == 0:
+                    whole["momentum_buffer"] = torch.zeros(slot.parameter.shape, dtype=slot.dtype, device=device)
+                entries = slot.entries(whole["momentum_buffer"])
+                if part.owner == self._ranks.rank and "momentum_buffer" in self.state[slot.parameter]:
+                    entries.copy_(self.state[slot.parameter]["momentum_buffer"].view(-1))
+                dist.broadcast(entries, group=group, group_src=part.owner)
         return state
 
     @torch.no_grad()
@@ -299,8 +306,9 @@ class SFW(Optimizer):
         Raises:
             ValueError: other groups or shapes than those saved.
         """
-        for i, slot in enumerate(self._slots):  # by every rank and before anything changes
-            saved = state_dict["state"].get(i, {}).get("momentum_buffer")
+        assert self._parts is not None
+        for part, slot in zip(self._parts, self._slots, strict=True):  # by every rank and before anything changes
+            saved = state_dict["state"].get(part.item, {}).get("momentum_buffer")
             if saved is not None and saved.shape != slot.parameter.shape:
                 shape = f"momentum_buffer of shape {tuple(saved.shape)}"
                 raise ValueError(f"the state of {slot.name} has {shape}: load the state of the same model")
@@ -311,12 +319,16 @@ class SFW(Optimizer):
             group["constraint"] = constraint_from_spec(group["constraint"])
         # torch would cast momentum to the parameter's type, and keep what others own: the tensors go in below.
         super().load_state_dict({"state": {}, "param_groups": groups})
+        self._parts = None
         self._make_plan()
-        for i, slot in enumerate(self._slots):
-            self._create_state(i)
-            for key, value in self.state[slot.parameter].items():
-                if key in state_dict["state"].get(i, {}):
-                    value.copy_(state_dict["state"][i][key])
+        assert self._parts is not None
+        for part, slot in zip(self._parts, self._slots, strict=True):
+            if part.owner == self._ranks.rank:
+                own, saved = self.state[slot.parameter], state_dict["state"].get(part.item, {})
+                if "step" in saved:
+                    own["step"].copy_(saved["step"])
+                if "momentum_buffer" in saved and "momentum_buffer" in own:
+                    own["momentum_buffer"].view(-1).copy_(slot.entries(saved["momentum_buffer"]))
 
 
 def _check_group(group: dict[str, Any]) -> None:

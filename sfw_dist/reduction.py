@@ -1,52 +1,81 @@
-"""Sums that do not depend on the number of threads.
+"""Sums whose last bits depend on nothing but the numbers.
 
-A parallel sum over a whole tensor splits it by the thread count, so its last bits change with ``OMP_NUM_THREADS``; a
-step size γ made from it would too, and 1 rank with 8 threads would drift from 8 ranks with one. Here every sum is taken
-over rows of fixed length, in float64, and then over the rows.
+A parallel sum splits a tensor by the number of threads, so its rounding changes with ``OMP_NUM_THREADS``, and a step
+size made from it too: replicas would drift apart. Here every sum is a tree of a fixed form, in float64, which other
+code can repeat to the bit (``fused/step.cpp``), and of which ranks can each make a part::
+
+    row      8,192 entries = 512 vectors of 16 lanes; adjacent vectors are added, then adjacent sums … to one vector,
+             whose lanes are then added in the same way
+    tensor   its rows, the last one filled with zeros; adjacent rows are added, then adjacent sums … to one number
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# Fewer than the 32,768 elements from which torch splits a sum into a scalar between threads.
-_ROW = 16_384
-# Elements a block of `frank_wolfe_products` holds: its m, θ and θ − v (3 MB in float32) stay in the processor's cache.
-_BLOCK = 16 * _ROW
+ROW = 8192
+LANES = 16
+# Entries worked on at a time: their float64 terms (2 MB) stay in the processor's cache.
+_CHUNK = 32 * ROW
 
 
-def _by_rows(reduce: Callable[..., Tensor], *flat: Tensor) -> Tensor:
-    """Sum of ``reduce`` over rows of the ``flat`` tensors; it maps ``(rows, length)`` to float64 ``(rows,)``."""
+def tree_sum(x: Tensor, dim: int = 0) -> Tensor:
+    """The sum over one dimension, of adjacent pairs again and again; an odd one out is added to 0."""
+    x = x.movedim(dim, 0)
+    if x.shape[0] == 0:
+        return x.new_zeros(x.shape[1:])
+    while x.shape[0] > 1:
+        if x.shape[0] % 2:
+            x = torch.cat([x, torch.zeros_like(x[:1])])
+        x = x[0::2] + x[1::2]
+    return x[0]
+
+
+def row_sums(terms: Callable[..., Tensor], *flat: Tensor) -> Tensor:
+    """Sums of ``terms`` over the rows of the ``flat`` tensors; it maps slices of them to float64 of the same length.
+
+    Returns:
+        float64 ``(⌈n / ROW⌉,)``.
+    """
     n = flat[0].numel()
-    if n <= _ROW:
-        return reduce(*(x.view(1, -1) for x in flat)).view(())
-    whole = n - n % _ROW
-    rest = reduce(*(x[whole:].view(1, -1) for x in flat))
-    total = torch.cat([reduce(*(x[:whole].view(-1, _ROW) for x in flat)), rest])
-    return total.sum() if total.numel() <= _ROW else _by_rows(lambda x: x.sum(1), total)
+    sums = [_rows_of_chunk(terms(*(x[start : start + _CHUNK] for x in flat))) for start in range(0, n, _CHUNK)]
+    return torch.cat(sums) if sums else torch.zeros(0, dtype=torch.float64, device=flat[0].device)
+
+
+def _rows_of_chunk(terms: Tensor) -> Tensor:
+    n = terms.numel()
+    width = ROW if n > ROW else -(-n // LANES) * LANES  # the zeros that fill a short row up would change nothing
+    rows = torch.nn.functional.pad(terms, (0, -n % width)).view(-1, width // LANES, LANES)
+    return tree_sum(tree_sum(rows, 1), 1)
 
 
 def squared_norm(x: Tensor) -> Tensor:
     """``‖x‖₂²`` as a float64 scalar; ``x`` of any shape, converted before it is squared, so that nothing overflows."""
-    return _by_rows(lambda row: torch.linalg.vector_norm(row, dim=1, dtype=torch.float64).square(), x.reshape(-1))
+    return tree_sum(row_sums(lambda a: a.double().square(), x.reshape(-1)))
 
 
 def absolute_sum(x: Tensor) -> Tensor:
     """``‖x‖₁`` as a float64 scalar; ``x`` of any shape."""
-    return _by_rows(lambda row: torch.linalg.vector_norm(row, ord=1, dim=1, dtype=torch.float64), x.reshape(-1))
+    return tree_sum(row_sums(lambda a: a.double().abs(), x.reshape(-1)))
 
 
 def inner_product(x: Tensor, y: Tensor) -> Tensor:
-    """``⟨x, y⟩`` as a float64 scalar; same shape, products rounded to the inputs' type, then added in float64."""
-    return _by_rows(lambda a, b: (a * b).sum(1, dtype=torch.float64), x.reshape(-1), y.reshape(-1))
+    """``⟨x, y⟩`` as a float64 scalar; same shape; products, too, are taken in float64."""
+    return tree_sum(row_sums(lambda a, b: a.double() * b.double(), x.reshape(-1), y.reshape(-1)))
+
+
+def square_root(x: Tensor) -> Tensor:
+    """Of a float64 scalar; on the CPU correctly rounded, which torch's own square root is not for 1 % of numbers."""
+    return torch.tensor(math.sqrt(x), dtype=torch.float64) if x.device.type == "cpu" else x.sqrt()
 
 
 class Products(NamedTuple):
-    """What one step needs to know of a tensor; float64 scalars on the tensor's device."""
+    """What one step needs to know of a tensor, in float64: a scalar each, or one number a row, ``(rows,)``."""
 
     direction_squared: Tensor
     """``‖m‖₂²``"""
@@ -57,34 +86,19 @@ class Products(NamedTuple):
 
 
 def frank_wolfe_products(m: Tensor, theta: Tensor, indices: Tensor | None, values: Tensor) -> Products:
-    """The three sums of a step, in one pass over memory: block by block, while a block is in cache.
+    """The three sums of a step, by row.
 
-    ``θ − v`` is formed entry by entry rather than by ``‖θ‖² − 2⟨θ, v⟩ + ‖v‖²``, which cancels when θ is near v.
+    ``θ − v`` is formed entry by entry, in the tensors' type, rather than by ``‖θ‖² − 2⟨θ, v⟩ + ‖v‖²``, which cancels
+    when θ is near v.
 
     Args:
         m, theta: ``(n,)``, same type.
         indices: int64 ``(s,)`` ascending, where v is nonzero; ``None`` for a dense vertex.
         values: ``(s,)`` the vertex there, or ``(n,)``.
     """
-    total = torch.zeros(3, dtype=torch.float64, device=m.device)
-    for block, inside in _blocks(m, indices):
-        difference = theta[block].clone()
-        if indices is None:
-            difference -= values[block]
-        else:
-            difference[indices[inside] - block.start] -= values[inside]
-        direction = m[block]
-        total += torch.stack([squared_norm(direction), squared_norm(difference), inner_product(direction, difference)])
-    return Products(*total)
-
-
-def _blocks(m: Tensor, indices: Tensor | None) -> Iterator[tuple[slice, slice]]:
-    """Slices of the tensor, each with the slice of ``indices`` that falls into it."""
-    n = m.numel()
-    if n <= _BLOCK or m.device.type != "cpu":  # On a device, where the cuts fall would have to be read back.
-        yield slice(0, n), slice(None)
-        return
-    starts = torch.arange(0, n + _BLOCK, _BLOCK)
-    cuts = (torch.searchsorted(indices, starts) if indices is not None else starts).tolist()
-    for i, start in enumerate(range(0, n, _BLOCK)):
-        yield slice(start, min(start + _BLOCK, n)), slice(cuts[i], cuts[i + 1])
+    difference = theta - values if indices is None else theta.index_add(0, indices, -values)
+    return Products(
+        row_sums(lambda a: a.double().square(), m),
+        row_sums(lambda a: a.double().square(), difference),
+        row_sums(lambda a, b: a.double() * b.double(), m, difference),
+    )

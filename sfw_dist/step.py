@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sfw_dist.constraints import Constraint, LpBall, Unconstrained, Vertex
-from sfw_dist.reduction import frank_wolfe_products
+from sfw_dist.reduction import Products, frank_wolfe_products, square_root, tree_sum
 from sfw_dist.wire import HEADER, VertexFormat
 
 Rescale = Literal["gradient", "fast_gradient", "diameter", "none"]
@@ -17,7 +17,7 @@ Rescale = Literal["gradient", "fast_gradient", "diameter", "none"]
 
 @dataclass
 class Slot:
-    """A tensor in the order of the plan."""
+    """A tensor or, where several ranks share one, the entries ``[start, stop)`` of it, row-major."""
 
     name: str
     parameter: Tensor
@@ -25,101 +25,145 @@ class Slot:
     dtype: torch.dtype
     """In which momentum is kept and the step computed: float32, or float64 for float64 parameters."""
     constraint: Constraint
+    """Of the whole tensor."""
+    start: int
+    stop: int
     format: VertexFormat
+    """Of these entries."""
 
     @classmethod
-    def of(cls, group: dict[str, Any], group_index: int, index: int) -> Slot:
-        """The ``index``-th parameter of a param group; raises ``ValueError`` if its set is not bound."""
-        parameter = group["params"][index]
-        name = group["param_names"][index] if "param_names" in group else f"group{group_index}.param{index}"
-        dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+    def of(cls, name: str, parameter: Tensor, group: dict[str, Any], start: int, stop: int) -> Slot:
+        """Raises ``ValueError`` if the group's set is not bound."""
         constraint, n = group["constraint"], parameter.numel()
+        dtype = step_dtype(parameter)
         radius = constraint.radius(n) if constraint.signs_only else None
-        return cls(name, parameter, group, dtype, constraint, VertexFormat(n, constraint.support(n), dtype, radius))
+        support = min(constraint.support(n), stop - start)
+        return cls(
+            name, parameter, group, dtype, constraint, start, stop, VertexFormat(stop - start, support, dtype, radius)
+        )
 
     @property
-    def cost(self) -> float:
-        """Of its owner's work, in memory passes times entries.
+    def whole(self) -> bool:
+        """Whether these are all entries of the tensor."""
+        return self.stop - self.start == self.parameter.numel()
 
-        3 passes for the momentum (m in and out, g); for a constrained tensor 2 more for the step size (m, θ); and about
-        4 for a selection (magnitudes out, partition in and out, scan) where vertices are sparse.
-        """
-        if isinstance(self.constraint, Unconstrained):
-            return 3.0 * self.format.n
-        dense = isinstance(self.constraint, LpBall) and self.constraint.p != 1
-        return (5.0 if dense else 9.0) * self.format.n
+    def entries(self, x: Tensor) -> Tensor:
+        """These entries of a tensor shaped as the parameter, ``(stop − start,)``; a view where its memory allows."""
+        return x.reshape(-1)[self.start : self.stop]
+
+    def theta(self) -> Tensor:
+        """The parameter's entries in the step's type: a view of them, or a copy."""
+        return self.entries(self.parameter.detach()).to(self.dtype)
 
 
-def answer(slot: Slot, state: dict[str, Any]) -> tuple[Tensor, Vertex]:
+def step_dtype(parameter: Tensor) -> torch.dtype:
+    """In which a parameter's step is computed."""
+    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
+
+
+def cost(n: int, constraint: Constraint) -> float:
+    """Of the owner's work on a tensor of n entries, in memory passes times entries.
+
+    3 passes for the momentum (m in and out, g); for a constrained tensor 2 more for the step size (m, θ); and about
+    4 for a selection (magnitudes out, partition in and out, scan) where vertices are sparse.
+    """
+    if isinstance(constraint, Unconstrained):
+        return 3.0 * n
+    dense = isinstance(constraint, LpBall) and constraint.p != 1
+    return (5.0 if dense else 9.0) * n
+
+
+def answer(slot: Slot, state: dict[str, Any], gradient: Tensor | None) -> tuple[Tensor, Vertex]:
     """The owner's part: header (step size, gap, effective learning rate; float64 ``(3,)``) and vertex.
 
     ``state`` holds ``step`` and ``momentum_buffer``, and is moved on. An unconstrained tensor's "vertex" is its
     momentum, and its step size the learning rate. A step size that is not finite tells of a gradient that was not.
     """
-    m = _momentum(slot, state)
-    if m is None:  # A step of length 0, to a vertex that any rank can decode.
-        header = torch.zeros(HEADER, dtype=torch.float64, device=slot.parameter.device)
-        return header, Vertex(None, torch.zeros(slot.format.n, dtype=slot.dtype, device=slot.parameter.device))
+    m = momentum(slot, state, gradient)
+    if m is None:
+        return no_step(slot)
     if isinstance(slot.constraint, Unconstrained):
         lr = torch.as_tensor(slot.group["lr"], dtype=torch.float64, device=m.device)
-        poison = m.sum(dtype=torch.float64) * 0  # NaN or infinity anywhere in m makes NaN here
-        return torch.stack([lr + poison, poison, lr]), Vertex(None, m.view(-1))
+        poison = torch.where(m.isfinite().all(), 0.0, torch.nan).to(lr)
+        return torch.stack([lr + poison, poison, lr]), Vertex(None, m)
     vertex = slot.constraint.lmo_vertex(m)
-    return _step_size(slot, m, vertex), vertex
+    return step_size(slot, frank_wolfe_products(m, slot.theta(), *vertex)), vertex
+
+
+def no_step(slot: Slot) -> tuple[Tensor, Vertex]:
+    """For a tensor without gradient: a step of length 0, to a vertex that any rank can decode."""
+    header = torch.zeros(HEADER, dtype=torch.float64, device=slot.parameter.device)
+    return header, Vertex(None, torch.zeros(slot.format.n, dtype=slot.dtype, device=slot.parameter.device))
 
 
 def move(slot: Slot, step_size: Tensor, vertex: Vertex) -> None:
     """Every rank's part: ``θ ← (1 − γ)·θ + γ·v``, or ``θ − lr·m``; the same operations on one rank as on many."""
-    parameter = slot.parameter
-    theta = parameter.detach().to(slot.dtype).contiguous().view(-1)
+    theta = slot.theta()
+    shift = vertex.values * step_size.to(slot.dtype)
     if isinstance(slot.constraint, Unconstrained):
-        theta = theta.sub_(vertex.values * step_size.to(slot.dtype))
+        moved = theta - shift
     else:
-        theta.mul_((1 - step_size).to(slot.dtype))
-        shift = vertex.values * step_size.to(slot.dtype)
-        theta = theta.add_(shift) if vertex.indices is None else theta.index_add_(0, vertex.indices, shift)
-    if theta.data_ptr() != parameter.data_ptr():  # another type or memory format: the step was made on a copy
-        parameter.copy_(theta.view(parameter.shape))
+        moved = theta * (1 - step_size).to(slot.dtype)
+        moved = moved.add_(shift) if vertex.indices is None else moved.index_add_(0, vertex.indices, shift)
+    if slot.whole:
+        slot.parameter.copy_(moved.view(slot.parameter.shape))
+    else:
+        # Of a tensor in another memory format, entries() is a copy: they are written where they lie.
+        rows = slot.parameter.detach().contiguous()
+        slot.entries(rows).copy_(moved)
+        if rows.data_ptr() != slot.parameter.data_ptr():
+            slot.parameter.copy_(rows)
 
 
-def _momentum(slot: Slot, state: dict[str, Any]) -> Tensor | None:
-    """The tensor's momentum after this step's gradient, in the step's type; ``None`` without a gradient."""
-    gradient = slot.parameter.grad
+def momentum(slot: Slot, state: dict[str, Any], gradient: Tensor | None) -> Tensor | None:
+    """The momentum's entries ``(n,)`` after this step's gradient, in the step's type; ``None`` without a gradient."""
     if gradient is None:
         return None
-    g = gradient.to(slot.dtype)
+    g = slot.entries(gradient).to(slot.dtype)
     rho = slot.group["momentum"]
     unconstrained = isinstance(slot.constraint, Unconstrained)
     if unconstrained and slot.group["weight_decay"] != 0:
-        g = g.add(slot.parameter, alpha=slot.group["weight_decay"])
-    first = state["step"] == 0
+        g = g + slot.theta() * slot.group["weight_decay"]
+    first = is_first(slot, state)
     state["step"] += 1
     if rho == 0:
-        return g.contiguous()
-    if "momentum_buffer" not in state:  # a scheduler raised the momentum from 0
-        state["momentum_buffer"] = g.clone(memory_format=torch.contiguous_format)
-        return state["momentum_buffer"]
-    m = state["momentum_buffer"]
+        return g
+    m = state["momentum_buffer"].view(-1)
     if first:
         return m.copy_(g)
-    return m.mul_(rho).add_(g, alpha=1.0 if unconstrained else 1 - rho)
+    # Products are rounded before they are added, here and in the fused kernels, so that all agree to the bit.
+    return m.mul_(rho).add_(g if unconstrained else g * (1 - rho))
 
 
-def _step_size(slot: Slot, m: Tensor, vertex: Vertex) -> Tensor:
-    """The header of a constrained tensor: γ, gap and effective learning rate, float64 ``(3,)`` on its device."""
-    theta = slot.parameter.detach().to(slot.dtype).reshape(-1)
-    products = frank_wolfe_products(m.view(-1), theta, *vertex)
-    norm, distance = products.direction_squared.sqrt(), products.distance_squared.sqrt()
+def is_first(slot: Slot, state: dict[str, Any]) -> bool:
+    """Whether momentum starts with this gradient; makes the buffer that it needs."""
+    if slot.group["momentum"] > 0 and "momentum_buffer" not in state:  # a scheduler raised the momentum from 0
+        state["momentum_buffer"] = momentum_buffer(slot)
+        return True
+    return bool(state["step"] == 0)
+
+
+def momentum_buffer(slot: Slot) -> Tensor:
+    """Zeros of the parameter's shape or, of a part of one, ``(stop − start,)``; row-major."""
+    shape = slot.parameter.shape if slot.whole else (slot.stop - slot.start,)
+    return torch.zeros(shape, dtype=slot.dtype, device=slot.parameter.device)
+
+
+def step_size(slot: Slot, rows: Products) -> Tensor:
+    """The header of a constrained tensor, from its sums by row: γ, gap, effective learning rate; float64 ``(3,)``."""
+    direction_squared, distance_squared, gap = (tree_sum(sums) for sums in rows)
+    norm, distance = square_root(direction_squared), square_root(distance_squared)
+    diameter = slot.constraint.diameter(slot.parameter.numel())
     match slot.group["rescale"]:
         case "gradient":
             factor = norm / distance  # θ = v makes it infinite, and γ = 1 then keeps θ
         case "fast_gradient":
-            factor = 2 * norm / slot.constraint.diameter(slot.format.n)
+            factor = 2 * norm / diameter
         case "diameter":
-            factor = torch.full_like(norm, 1 / slot.constraint.diameter(slot.format.n))
+            factor = torch.full_like(norm, 1 / diameter)
         case _:
             factor = torch.ones_like(norm)
     gamma = torch.where(norm == 0, norm, (slot.group["lr"] * factor).clamp(0, 1))
     gamma = torch.where(norm.isfinite(), gamma, torch.nan)
     effective = torch.where(norm == 0, norm, gamma * distance / norm)
-    return torch.stack([gamma, products.gap, effective])
+    return torch.stack([gamma, gap, effective])

@@ -60,15 +60,23 @@ class VertexFormat:
 
     @cached_property
     def nbytes(self) -> int:
-        """Bytes of a slot, its parts padded so that float64 values are aligned."""
+        """Bytes of a slot. Its parts fill words of 8 bytes: values are aligned, and bits can be written by words."""
         _, support, nonzeros = self._parts
-        return _HEADER_BYTES + _aligned(support) + nonzeros
+        return _HEADER_BYTES + _aligned(support) + _aligned(nonzeros)
+
+    @property
+    def support_format(self) -> str:
+        """``mask``, ``indices`` or, when every entry is given, ``all``."""
+        return self._parts[0]
+
+    def _views(self, slot: Tensor) -> tuple[str, Tensor, Tensor]:
+        how, support, nonzeros = self._parts
+        return how, slot[_HEADER_BYTES:][:support], slot[_HEADER_BYTES + _aligned(support) :][:nonzeros]
 
     def encode(self, header: Tensor, vertex: Vertex, slot: Tensor) -> None:
         """Write into ``slot``, uint8 ``(nbytes,)``; ``header`` is float64 ``(3,)``."""
-        how, size, _ = self._parts
+        how, support, nonzeros = self._views(slot)
         slot[:_HEADER_BYTES].view(torch.float64).copy_(header)
-        support, nonzeros = slot[_HEADER_BYTES:][:size], slot[_HEADER_BYTES + _aligned(size) :]
         if how == "all":
             nonzeros.view(self.dtype).copy_(vertex.values)
             return
@@ -90,9 +98,8 @@ class VertexFormat:
 
     def decode(self, slot: Tensor) -> tuple[Tensor, Vertex]:
         """The inverse of :meth:`encode`: header and vertex, bit for bit, the vertex in its canonical form."""
-        how, size, _ = self._parts
+        how, support, nonzeros = self._views(slot)
         header = slot[:_HEADER_BYTES].view(torch.float64)
-        support, nonzeros = slot[_HEADER_BYTES:][:size], slot[_HEADER_BYTES + _aligned(size) :]
         if how == "all":
             return header, Vertex(None, nonzeros.view(self.dtype))
         if how == "mask":

@@ -23,8 +23,8 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     {"errors", "files"},
     # Leaves: the mathematics and the parts of a training that know nothing of one another.
-    {"reduction", "topk", "constraints", "reference", "plan", "wire", "distributed", "models", "prune", "interrupt"},
-    {"binding", "optim", "step"},
+    {"reduction", "topk", "constraints", "reference", "plan", "wire", "fused", "distributed", "models", "prune"},
+    {"interrupt", "binding", "step", "batch", "optim"},
     # `__init__` offers the optimizer's names to scripts that want nothing else.
     {"__init__", "config"},
     {"data", "schedule", "run", "checkpoint", "metrics", "progress"},

@@ -157,7 +157,7 @@ def not_finite(rank: int) -> dict[str, Any]:
     optimizer = CASES["mix"]()
     before = values(optimizer)
     set_gradients(optimizer, 0)
-    owner = optimizer._plan.owners[1]
+    owner = optimizer._parts[1].owner
     if rank == owner:
         parameters(optimizer)[1].grad[5, 5] = torch.nan
     return {"message": error_of(UserError, optimizer.step), "before": before, "after": values(optimizer)}

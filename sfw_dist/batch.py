@@ -1,0 +1,214 @@
+"""The slots whose vertices travel together: in a step all of them or, when steps overlap, those of a DDP bucket."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sfw_dist.constraints import KSparsePolytope, Unconstrained, Vertex
+from sfw_dist.fused import cpu
+from sfw_dist.plan import lay_out
+from sfw_dist.reduction import ROW, Products, frank_wolfe_products
+from sfw_dist.step import Slot, answer, is_first, momentum, momentum_buffer, move, no_step, step_size
+from sfw_dist.topk.across import Share, select_across
+from sfw_dist.wire import HEADER
+
+State = dict[Tensor, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks that share a step's work."""
+
+    group: dist.ProcessGroup | None
+    rank: int
+    size: int
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup | None) -> Ranks:
+        """The group's, the default group's, or this process alone."""
+        if dist.is_available() and dist.is_initialized():
+            return cls(group, dist.get_rank(group), dist.get_world_size(group))
+        return cls(None, 0, 1)
+
+
+class Batch:
+    """Answers, exchanges and applies the vertices of some slots; all buffers are made once.
+
+    Args:
+        slots: in the order of the plan; the parts of one tensor follow each other.
+        owners: rank of each.
+        ranks: who shares the work.
+        fused: whether compiled kernels take what they can; the answers are the same.
+    """
+
+    def __init__(self, slots: Sequence[Slot], owners: Sequence[int], ranks: Ranks, *, fused: bool = True) -> None:
+        self.slots, self._owners, self._ranks = list(slots), list(owners), ranks
+        device = slots[0].parameter.device
+        nbytes = [slot.format.nbytes for slot in slots]
+        layout = lay_out(nbytes, owners, ranks.size)
+        self._segment = torch.zeros(layout.segment, dtype=torch.uint8, device=device)
+        self._gathered = self._segment
+        if ranks.size > 1:
+            self._gathered = torch.zeros(ranks.size * layout.segment, dtype=torch.uint8, device=device)
+        places = list(zip(layout.starts, nbytes, owners, strict=True))
+        self._read = [self._gathered[start:][:size] for start, size, _ in places]
+        self._written = [
+            self._segment[start - owner * layout.segment :][:size] if owner == ranks.rank else None
+            for start, size, owner in places
+        ]
+        firsts = torch.tensor(layout.starts, device=device) // 8
+        self._header_places = firsts[:, None] + torch.arange(HEADER, device=device)
+
+        self._split = [i for i, slot in enumerate(slots) if not slot.whole and _selects(slot)]
+        self._fused = [i for i, slot in enumerate(slots) if fused and _fusible(slot) and cpu.available()]
+        self._plain = [i for i in range(len(slots)) if i not in set(self._fused)]
+        # What the kernels answer; they move all they know, but the LMO of a split tensor takes messages.
+        self._answered = [i for i in self._fused if i not in set(self._split) and self._written[i] is not None]
+        self._kernel = cpu.CPUKernel([self._piece(i) for i in self._fused]) if self._fused else None
+        self._directions: dict[int, Tensor] = {}
+
+    def _piece(self, i: int) -> cpu.Piece:
+        slot = self.slots[i]
+        diameter = 0.0 if isinstance(slot.constraint, Unconstrained) else slot.constraint.diameter(slot.format.n)
+        written = self._written[i] if i in self._answered else None
+        return cpu.Piece(slot.parameter, slot.start, slot.format, diameter, written, self._read[i])
+
+    def answer(self, state: State, gradients: Sequence[Tensor | None]) -> None:
+        """Momentum, LMO and step size of the slots that this rank owns.
+
+        Args:
+            state: ``step`` and ``momentum_buffer`` by parameter; moved on.
+            gradients: one a slot, shaped as its parameter; only those of own slots are looked at.
+        """
+        if self._kernel is not None and self._answered:
+            self._answer_fused(self._kernel, state, gradients)
+        if self._split:
+            self._answer_split(state, gradients)
+        for i in set(range(len(self.slots))).difference(self._answered, self._split):
+            if self._written[i] is not None:
+                slot = self.slots[i]
+                self._write(i, *answer(slot, state[slot.parameter], gradients[i]))
+
+    def _write(self, i: int, header: Tensor, vertex: Vertex) -> None:
+        written = self._written[i]
+        assert written is not None
+        self.slots[i].format.encode(header, vertex, written)
+
+    def _answer_fused(self, kernel: cpu.CPUKernel, state: State, gradients: Sequence[Tensor | None]) -> None:
+        options: list[dict[str, Any]] = []
+        momenta: list[Tensor | None] = []
+        steps: list[Tensor] = []
+        for i in self._answered:
+            slot, own = self.slots[i], state[self.slots[i].parameter]
+            if gradients[i] is None:
+                options.append(slot.group | {"first": True})
+                momenta.append(None)
+                continue
+            keeps = slot.group["momentum"] > 0
+            options.append(slot.group | {"first": not keeps or is_first(slot, own)})
+            momenta.append(own["momentum_buffer"] if keeps else self._direction(i, slot))
+            steps.append(own["step"])
+        kernel.answer([gradients[i] for i in self._answered], momenta, options)
+        if steps:
+            torch._foreach_add_(steps, 1)
+
+    def _direction(self, i: int, slot: Slot) -> Tensor:
+        """Room for the direction of a step without momentum."""
+        if i not in self._directions:
+            self._directions[i] = momentum_buffer(slot)
+        return self._directions[i]
+
+    def _answer_split(self, state: State, gradients: Sequence[Tensor | None]) -> None:
+        """The LMOs of tensors that several ranks share, all of them in the same few messages."""
+        tensors: dict[Tensor, list[int]] = {}
+        for i in self._split:
+            tensors.setdefault(self.slots[i].parameter, []).append(i)
+        own = {
+            parameter: next((i for i in parts if self._written[i] is not None), None)
+            for parameter, parts in tensors.items()
+        }
+        directions = {
+            i: momentum(self.slots[i], state[parameter], gradients[i]) for parameter, i in own.items() if i is not None
+        }
+        for dtype in sorted({self.slots[parts[0]].dtype for parts in tensors.values()}, key=str):
+            same = {p: parts for p, parts in tensors.items() if self.slots[parts[0]].dtype == dtype}
+            self._select_and_size(same, own, directions, dtype)
+
+    def _select_and_size(
+        self,
+        tensors: dict[Tensor, list[int]],
+        own: dict[Tensor, int | None],
+        directions: dict[int, Tensor | None],
+        dtype: torch.dtype,
+    ) -> None:
+        """Vertices and step sizes of split tensors of one type; collective."""
+        shares = []
+        for parameter, parts in tensors.items():
+            support = self.slots[parts[0]].constraint.support(parameter.numel())
+            i = own[parameter]
+            m = None if i is None else directions[i]
+            shares.append(Share(support, len(parts), 0 if i is None else parts.index(i), m))
+        device = self._gathered.device
+        chosen = select_across(shares, dtype, device, self._add_up)
+
+        rows = [-(-parameter.numel() // ROW) for parameter in tensors]
+        sums = torch.zeros(3, sum(rows), dtype=torch.float64, device=device)
+        vertices: dict[int, Vertex] = {}
+        for parameter, share, indices, first_row in zip(
+            tensors, shares, chosen, [sum(rows[:j]) for j in range(len(rows))], strict=True
+        ):
+            i = own[parameter]
+            if i is None or indices is None or share.entries is None:
+                continue
+            slot, m = self.slots[i], share.entries
+            assert slot.format.radius is not None
+            vertices[i] = Vertex(indices, m[indices].sign() * -slot.format.radius)
+            products = torch.stack(list(frank_wolfe_products(m, slot.theta(), *vertices[i])))
+            sums[:, first_row + slot.start // ROW :][:, : products.shape[1]] = products
+        self._add_up(sums)
+        for parameter, count, first_row in zip(tensors, rows, [sum(rows[:j]) for j in range(len(rows))], strict=True):
+            i = own[parameter]
+            if i is None:
+                continue
+            slot = self.slots[i]
+            if i in vertices:
+                self._write(i, step_size(slot, Products(*sums[:, first_row : first_row + count])), vertices[i])
+            else:
+                self._write(i, *no_step(slot))
+
+    def _add_up(self, x: Tensor) -> None:
+        if self._ranks.size > 1:
+            dist.all_reduce(x, group=self._ranks.group)
+
+    def exchange(self) -> None:
+        """One all-gather, after which all vertices are with all ranks."""
+        if self._ranks.size > 1:
+            dist.all_gather_into_tensor(self._gathered, self._segment, group=self._ranks.group)
+
+    def headers(self) -> Tensor:
+        """Step size, gap and effective learning rate of every slot, float64 ``(slots, 3)``."""
+        return self._gathered.view(torch.float64)[self._header_places]
+
+    def move(self) -> None:
+        """All parameters after the step, on every rank, from the same bytes."""
+        if self._kernel is not None:
+            self._kernel.move()
+        for i in self._plain:
+            header, vertex = self.slots[i].format.decode(self._read[i])
+            move(self.slots[i], header[0], vertex)
+
+
+def _selects(slot: Slot) -> bool:
+    return isinstance(slot.constraint, KSparsePolytope)
+
+
+def _fusible(slot: Slot) -> bool:
+    """What the compiled kernels know: sign vertices and plain momentum, in float32, on the CPU."""
+    known = _selects(slot) or isinstance(slot.constraint, Unconstrained)
+    return known and slot.dtype == torch.float32 and slot.parameter.device.type == "cpu"
