@@ -1,8 +1,20 @@
 """sfw_dist: train a network once with stochastic Frank-Wolfe, then prune it to any sparsity without retraining."""
 
 from sfw_dist.binding import constrain
+from sfw_dist.comm_hook import reduce_to_owner
 from sfw_dist.constraints import KSparsePolytope, KSupportBall, LpBall, Unconstrained
 from sfw_dist.optim import SFW
 from sfw_dist.prune import prune
+from sfw_dist.replicas import verify_replicas
 
-__all__ = ["SFW", "KSparsePolytope", "KSupportBall", "LpBall", "Unconstrained", "constrain", "prune"]
+__all__ = [
+    "SFW",
+    "KSparsePolytope",
+    "KSupportBall",
+    "LpBall",
+    "Unconstrained",
+    "constrain",
+    "prune",
+    "reduce_to_owner",
+    "verify_replicas",
+]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-import math
 from collections.abc import Callable, Iterable
-from datetime import timedelta
-from typing import Any, NamedTuple, get_args, overload
+from concurrent.futures import Future as Task
+from typing import Any, NamedTuple, overload
 
 import torch
 import torch.distributed as dist
@@ -14,17 +12,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sfw_dist.batch import Batch, Ranks
-from sfw_dist.constraints import Constraint, KSparsePolytope, Unconstrained, constraint_from_spec
+from sfw_dist.constraints import KSparsePolytope, Unconstrained, constraint_from_spec
 from sfw_dist.errors import UserError
+from sfw_dist.groups import check_group, into_the_set
 from sfw_dist.plan import Item, Part, make_plan
+from sfw_dist.reducer import Received, Reduce, Reducer, strided_as
 from sfw_dist.reduction import ROW
+from sfw_dist.state import check_shapes, gather_state, take_state
 from sfw_dist.step import Rescale, Slot, cost, momentum_buffer
 from sfw_dist.wire import HEADER
-
-logger = logging.getLogger(__name__)
-
-# How long state_dict() waits for ranks that do not call it before it says who is missing.
-_STATE_DICT_TIMEOUT = timedelta(minutes=5)
 
 
 class StepStatistics(NamedTuple):
@@ -72,6 +68,10 @@ class SFW(Optimizer):
         weight_decay: L2 penalty ≥ 0 of the unconstrained tensors.
         split: tensors of more entries than this may be divided between owners, where one owner would have far more
             work than the mean; ``None``: never. Their LMOs take four small messages more a step, all together.
+        overlap: with a communication hook (:mod:`sfw_dist.comm_hook`), start a bucket's LMOs and the exchange of its
+            vertices when its gradients are reduced, while the backward pass goes on. The answers are the same to the
+            bit. Between backward and step nothing may then change the gradients: clipping has no effect, GradScaler is
+            refused, and every parameter must get a gradient.
         fused: compiled kernels on the CPU, where a C++ compiler is at hand; the answers are the same to the bit.
         process_group: ranks that share the work; ``None``: the default group if there is one, else this process.
 
@@ -88,14 +88,17 @@ class SFW(Optimizer):
         weight_decay: float = 0.0,
         *,
         split: int | None = 65_536,
+        overlap: bool = False,
         fused: bool = True,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         self._ranks = Ranks.of(process_group)
-        self._split, self._fused = split, fused
+        self._split, self._fused, self.overlap = split, fused, overlap
         self._slots: list[Slot] = []
         self._parts: tuple[Part, ...] | None = None
-        self._batch: Batch | None = None
+        self._batches: dict[tuple[int, ...], Batch] = {}
+        self._reducer: Reducer | None = None
+        self._begun: list[tuple[Batch, tuple[int, ...], Task[None]]] = []
         self._headers = torch.zeros(0, HEADER, dtype=torch.float64)
         defaults = {
             "lr": lr,
@@ -111,8 +114,8 @@ class SFW(Optimizer):
         """As in torch; with several ranks all of them add the same group. Owners of earlier tensors stay."""
         super().add_param_group(param_group)
         try:
-            _check_group(self.param_groups[-1])
-            _into_the_set(self.param_groups[-1])
+            check_group(self.param_groups[-1])
+            into_the_set(self.param_groups[-1])
         except ValueError:
             self.param_groups.pop()
             raise
@@ -121,8 +124,9 @@ class SFW(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """torch keeps its own attributes only; with ours, copies and pickles of an optimizer step on."""
-        ours = ("_ranks", "_split", "_fused", "_slots", "_parts", "_headers")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in ours}, "_batch": None}
+        ours = ("_ranks", "_split", "_fused", "overlap", "_slots", "_parts", "_headers")
+        fresh: dict[str, Any] = {"_batches": {}, "_reducer": None, "_begun": []}
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in ours}, **fresh}
 
     def _make_plan(self) -> None:
         kept = self._parts or ()
@@ -141,7 +145,7 @@ class SFW(Optimizer):
             group, _, j = tensors[part.item]
             self._slots.append(Slot.of(items[part.item].name, group["params"][j], group, part.start, part.stop))
         self._headers = torch.zeros(len(self._slots), HEADER, dtype=torch.float64)
-        self._batch = None
+        self._batches.clear()
         self._check_agreement(plan.fingerprint)
         known = {part.item for part in kept}
         for slot, part in zip(self._slots, plan.parts, strict=True):
@@ -210,6 +214,8 @@ class SFW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self.__dict__.pop("grad_scale", None) is not None:
+            raise UserError("with overlap the step begins before GradScaler can unscale: take overlap=False, or bf16")
         if self._slots:
             self._step()
         return loss
@@ -218,18 +224,90 @@ class SFW(Optimizer):
         for slot in self._slots:  # by every rank and before any work: an owner that raised alone would hang the others
             if slot.parameter.grad is not None and slot.parameter.grad.is_sparse:
                 raise UserError(f"{slot.name} has a sparse gradient: SFW needs dense ones (nn.Embedding(sparse=False))")
-        if any(slot.constraint is not slot.group["constraint"] for slot in self._slots):
-            self._make_plan()  # someone gave a group another set
-        if self._batch is None:
-            assert self._parts is not None
-            owners = [part.owner for part in self._parts]
-            self._batch = Batch(self._slots, owners, self._ranks, fused=self._fused)
-        self._batch.answer(self.state, [slot.parameter.grad for slot in self._slots])
-        self._batch.exchange()
-        self._headers = self._batch.headers()
+        if self._begun:
+            parts = self._finish_begun()
+        else:
+            self._follow_the_groups()
+            everything = tuple(range(len(self._slots)))
+            batch = self._batch_of(everything, self._ranks)
+            batch.answer(self.state, [slot.parameter.grad for slot in self._slots])
+            batch.exchange()
+            parts = [(batch, everything)]
+        self._headers = torch.zeros(
+            len(self._slots), HEADER, dtype=torch.float64, device=self._slots[0].parameter.device
+        )
+        for batch, indices in parts:
+            self._headers[list(indices)] = batch.headers()
         if self._headers.device.type == "cpu":
             self._check_finite()
-        self._batch.move()
+        for batch, _ in parts:
+            batch.move()
+
+    def _follow_the_groups(self) -> None:
+        if any(slot.constraint is not slot.group["constraint"] for slot in self._slots):
+            self._make_plan()  # someone gave a group another set
+
+    def _batch_of(self, indices: tuple[int, ...], ranks: Ranks) -> Batch:
+        if indices not in self._batches:
+            assert self._parts is not None
+            slots, owners = [self._slots[i] for i in indices], [self._parts[i].owner for i in indices]
+            self._batches[indices] = Batch(slots, owners, ranks, fused=self._fused)
+        return self._batches[indices]
+
+    def receive(self, bucket: dist.GradBucket, reduce: Reduce) -> torch.futures.Future[Tensor]:
+        """For communication hooks: reduce a bucket of gradients and, with ``overlap``, begin the step with them.
+
+        Raises:
+            UserError: a parameter that this optimizer does not have, or with ``overlap`` a second backward pass before
+                the step.
+        """
+        assert self._parts is not None
+        if self._reducer is None:
+            self._reducer = Reducer(self._ranks, bucket.buffer().device)
+        if self.overlap and bucket.index() == 0:
+            if self._begun:
+                raise UserError(
+                    "a second backward pass before the step: accumulate under no_sync, or take overlap=False"
+                )
+            self._follow_the_groups()
+        gradients = {p: strided_as(p, g) for p, g in zip(bucket.parameters(), bucket.gradients(), strict=True)}
+        indices = tuple(i for i, slot in enumerate(self._slots) if slot.parameter in gradients)
+        if len({self._slots[i].parameter for i in indices}) < len(gradients):
+            raise UserError("DDP reduces parameters that SFW does not have: give it all of them, or take no hook")
+        slots = [self._slots[i] for i in indices]
+        received = Received(
+            bucket.buffer(),
+            slots,
+            [self._parts[i].owner for i in indices],
+            [gradients[slot.parameter] for slot in slots],
+        )
+        if not self.overlap:
+            return self._reducer.run(received, reduce, None)[0]
+        batch = self._batch_of(indices, self._reducer.ranks)
+
+        def begin(ranks: Ranks) -> None:
+            batch.answer(self.state, received.gradients)
+            batch.exchange()
+
+        reduced, task = self._reducer.run(received, reduce, begin)
+        self._begun.append((batch, indices, task))
+        return reduced
+
+    def _finish_begun(self) -> list[tuple[Batch, tuple[int, ...]]]:
+        """The batches that the backward pass began, when they are done."""
+        assert self._reducer is not None
+        begun, self._begun = self._begun, []
+        self._reducer.finish([task for _, _, task in begun])
+        for _, indices, _ in begun:
+            for i in indices:
+                if self._slots[i].parameter.grad is None:
+                    raise UserError(f"{self._slots[i].name} got no gradient: with unused parameters take overlap=False")
+        return [(batch, indices) for batch, indices, _ in begun]
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Asked by ``GradScaler``, which then leaves gradients alone and calls :meth:`step` with ``grad_scale`` set."""
+        return self.overlap
 
     def _check_finite(self) -> None:
         bad = self._headers[:, 0].isfinite().logical_not().nonzero().view(-1).tolist()
@@ -270,32 +348,9 @@ class SFW(Optimizer):
         for group in local["param_groups"]:
             group["constraint"] = group["constraint"].spec()
         if self._ranks.size > 1 and self._slots:
-            local["state"] = self._gather_state()
+            assert self._parts is not None
+            local["state"] = gather_state(self._parts, self._slots, self.state, self._ranks)
         return local
-
-    def _gather_state(self) -> dict[int, dict[str, Tensor]]:
-        assert self._parts is not None
-        device, group = self._device(), self._ranks.group
-        if dist.get_backend(group) == "gloo":
-            dist.monitored_barrier(group, timeout=_STATE_DICT_TIMEOUT, wait_all_ranks=True)
-        steps = torch.zeros(len(self._slots), dtype=torch.float64, device=device)
-        for i, slot in enumerate(self._slots):
-            own = self.state[slot.parameter]
-            # Without the buffer that its group's momentum wants, a tensor's next step is as its first.
-            if self._owns(i) and ("momentum_buffer" in own or slot.group["momentum"] == 0):
-                steps[i] = own["step"]
-        dist.all_reduce(steps, group=group)
-        state: dict[int, dict[str, Tensor]] = {}
-        for part, slot, taken in zip(self._parts, self._slots, steps.tolist(), strict=True):
-            whole = state.setdefault(part.item, {"step": torch.tensor(taken, dtype=torch.float32)})
-            if slot.group["momentum"] > 0:
-                if part.start == 0:
-                    whole["momentum_buffer"] = torch.zeros(slot.parameter.shape, dtype=slot.dtype, device=device)
-                entries = slot.entries(whole["momentum_buffer"])
-                if part.owner == self._ranks.rank and "momentum_buffer" in self.state[slot.parameter]:
-                    entries.copy_(self.state[slot.parameter]["momentum_buffer"].view(-1))
-                dist.broadcast(entries, group=group, group_src=part.owner)
-        return state
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -307,11 +362,7 @@ class SFW(Optimizer):
             ValueError: other groups or shapes than those saved.
         """
         assert self._parts is not None
-        for part, slot in zip(self._parts, self._slots, strict=True):  # by every rank and before anything changes
-            saved = state_dict["state"].get(part.item, {}).get("momentum_buffer")
-            if saved is not None and saved.shape != slot.parameter.shape:
-                shape = f"momentum_buffer of shape {tuple(saved.shape)}"
-                raise ValueError(f"the state of {slot.name} has {shape}: load the state of the same model")
+        check_shapes(state_dict["state"], self._parts, self._slots)  # by every rank and before anything changes
         groups = [dict(group) for group in state_dict["param_groups"]]
         if not all("constraint" in group for group in groups):
             raise ValueError("the state is another optimizer's (its groups have no constraint): load one of SFW")
@@ -322,38 +373,4 @@ class SFW(Optimizer):
         self._parts = None
         self._make_plan()
         assert self._parts is not None
-        for part, slot in zip(self._parts, self._slots, strict=True):
-            if part.owner == self._ranks.rank:
-                own, saved = self.state[slot.parameter], state_dict["state"].get(part.item, {})
-                if "step" in saved:
-                    own["step"].copy_(saved["step"])
-                if "momentum_buffer" in saved and "momentum_buffer" in own:
-                    own["momentum_buffer"].view(-1).copy_(slot.entries(saved["momentum_buffer"]))
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    if not 0 < group["lr"] < math.inf:
-        raise ValueError(f"lr must be > 0, got {group['lr']}: write lr=1.0, and lr=0.05 for unconstrained groups")
-    if not 0 <= group["momentum"] < 1:
-        raise ValueError(f"momentum must be in [0, 1), got {group['momentum']}: write momentum=0.9")
-    if not group["weight_decay"] >= 0:
-        raise ValueError(f"weight_decay must be at least 0, got {group['weight_decay']}: write weight_decay=0.0005")
-    if group["rescale"] not in get_args(Rescale):
-        raise ValueError(f"rescale must be one of {', '.join(get_args(Rescale))}, got {group['rescale']!r}")
-    if not isinstance(group["constraint"], Constraint):
-        raise ValueError(f"a group's constraint must be a set such as KSparsePolytope, got {group['constraint']!r}")
-    for parameter in group["params"]:
-        if not parameter.is_floating_point():
-            raise ValueError(f"SFW optimizes real floating-point parameters, got {parameter.dtype}")
-
-
-@torch.no_grad()
-def _into_the_set(group: dict[str, Any]) -> None:
-    """A feasible start: scale by the gauge the tensors that are outside their set."""
-    for parameter in group["params"]:
-        if parameter.numel() == 0:
-            raise ValueError(f"a parameter of shape {tuple(parameter.shape)} has no entries: leave it out")
-        gauge = group["constraint"].gauge(parameter)
-        if gauge > 1:
-            parameter.copy_(parameter.double() / gauge)
-            logger.info("a tensor of shape %s was %.3g times outside its set: scaled", tuple(parameter.shape), gauge)
+        take_state(state_dict["state"], self._parts, self._slots, self.state, self._ranks.rank)

@@ -74,9 +74,9 @@ def assert_same(fused: SFW, plain: SFW) -> None:
         for key, value in plain.state[q].items():
             assert torch.equal(fused.state[p][key], value), f"{key} of tensor {i}"
     assert fused.statistics() == plain.statistics()
-    assert fused._batch is not None and plain._batch is not None
-    assert fused._batch._kernel is not None and plain._batch._kernel is None
-    for slot, mine, theirs in zip(fused._slots, fused._batch._read, plain._batch._read, strict=True):
+    mine_of, theirs_of = next(iter(fused._batches.values())), next(iter(plain._batches.values()))
+    assert mine_of._kernel is not None and theirs_of._kernel is None
+    for slot, mine, theirs in zip(fused._slots, mine_of._read, theirs_of._read, strict=True):
         size = slot.format.nbytes  # beyond the header, whose NaN may have either sign
         assert torch.equal(mine[24:size], theirs[24:size]), slot.name
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.nn.parallel import DistributedDataParallel
 
-from sfw_dist import SFW, KSparsePolytope, KSupportBall, LpBall, Unconstrained, constrain, optim, constrain
+from sfw_dist import SFW, KSparsePolytope, KSupportBall, LpBall, Unconstrained, constrain, state
 from sfw_dist.constraints import Constraint
 from sfw_dist.errors import UserError
 
@@ -237,7 +237,7 @@ def state_dict_on_rank_0_alone(rank: int, world_size: int, store: str) -> str:
     if rank > 0:
         told.wait(["told"], timedelta(minutes=2))
         return ""
-    optim._STATE_DICT_TIMEOUT = timedelta(seconds=1)
+    state.TIMEOUT = timedelta(seconds=1)
     message = error_of(RuntimeError, optimizer.state_dict)
     told.set("told", "")
     return message

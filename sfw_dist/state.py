@@ -1,0 +1,71 @@
+"""The optimizer's state as a whole: gathered from the owners, and taken by the owners of another run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sfw_dist.batch import Ranks
+from sfw_dist.plan import Part
+from sfw_dist.step import Slot
+
+# How long rank 0 waits for ranks that do not call before it says who is missing.
+TIMEOUT = timedelta(minutes=5)
+
+State = Mapping[Tensor, dict[str, Any]]
+
+
+def gather_state(
+    parts: Sequence[Part], slots: Sequence[Slot], state: State, ranks: Ranks
+) -> dict[int, dict[str, Tensor]]:
+    """``step`` and ``momentum_buffer`` of every tensor, by its number; collective, the same on every rank."""
+    device, group = slots[0].parameter.device, ranks.group
+    if dist.get_backend(group) == "gloo":
+        dist.monitored_barrier(group, timeout=TIMEOUT, wait_all_ranks=True)
+    own = [state[slot.parameter] if part.owner == ranks.rank else {} for part, slot in zip(parts, slots, strict=True)]
+    steps = torch.zeros(len(slots), dtype=torch.float64, device=device)
+    for i, (slot, mine) in enumerate(zip(slots, own, strict=True)):
+        # Without the buffer that its group's momentum wants, a tensor's next step is as its first.
+        if mine and ("momentum_buffer" in mine or slot.group["momentum"] == 0):
+            steps[i] = mine["step"]
+    dist.all_reduce(steps, group=group)
+    gathered: dict[int, dict[str, Tensor]] = {}
+    for part, slot, mine, taken in zip(parts, slots, own, steps.tolist(), strict=True):
+        whole = gathered.setdefault(part.item, {"step": torch.tensor(taken, dtype=torch.float32)})
+        if slot.group["momentum"] == 0:
+            continue
+        if part.start == 0:
+            whole["momentum_buffer"] = torch.zeros(slot.parameter.shape, dtype=slot.dtype, device=device)
+        entries = slot.entries(whole["momentum_buffer"])
+        if "momentum_buffer" in mine:
+            entries.copy_(mine["momentum_buffer"].view(-1))
+        dist.broadcast(entries, group=group, group_src=part.owner)
+    return gathered
+
+
+def check_shapes(saved: Mapping[int, dict[str, Tensor]], parts: Sequence[Part], slots: Sequence[Slot]) -> None:
+    """Raises ``ValueError`` where a saved momentum has another shape than its parameter."""
+    for part, slot in zip(parts, slots, strict=True):
+        buffer = saved.get(part.item, {}).get("momentum_buffer")
+        if buffer is not None and buffer.shape != slot.parameter.shape:
+            shape = f"momentum_buffer of shape {tuple(buffer.shape)}"
+            raise ValueError(f"the state of {slot.name} has {shape}: load the state of the same model")
+
+
+def take_state(
+    saved: Mapping[int, dict[str, Tensor]], parts: Sequence[Part], slots: Sequence[Slot], state: State, rank: int
+) -> None:
+    """Copy what is saved of each tensor into what this rank has of it."""
+    for part, slot in zip(parts, slots, strict=True):
+        if part.owner != rank:
+            continue
+        mine, whole = state[slot.parameter], saved.get(part.item, {})
+        if "step" in whole:
+            mine["step"].copy_(whole["step"])
+        if "momentum_buffer" in whole and "momentum_buffer" in mine:
+            mine["momentum_buffer"].view(-1).copy_(slot.entries(whole["momentum_buffer"]))
