@@ -201,6 +201,9 @@ class _Training:
             loss_sum += loss
             position.step += 1
             position.batch += 1
+            checks = self.config.train.verify_replicas
+            if checks and position.step % checks == 0:
+                self.engine.verify_replicas()
             if position.step % self.config.train.log_every == 0:
                 self._log(loss.item(), progress)
             else:

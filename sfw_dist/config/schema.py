@@ -161,6 +161,10 @@ class OptimizerConfig:
     """Which tensors sfw leaves unconstrained and trains by momentum SGD."""
     unconstrained_lr: float = 0.05
     """Initial learning rate of those tensors."""
+    grads: Literal["all_reduce", "reduce_to_owner", "reduce_to_owner_bf16"] = "all_reduce"
+    """To whom gradients go: all ranks, or for sfw the tensor's owner alone, which moves half (docs/distributed.md)."""
+    overlap: bool = False
+    """Select and exchange vertices while the backward pass goes on (sfw, several ranks); the same to the bit."""
 
     def __post_init__(self) -> None:
         remedy = "write 1.0 for sfw or 0.05 for sgd"
@@ -168,6 +172,8 @@ class OptimizerConfig:
         _require(self.unconstrained_lr > 0, "optimizer.unconstrained_lr", self.unconstrained_lr, "> 0", "write 0.05")
         _require(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "in [0, 1)", "write 0.9")
         _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "at least 0", "write 0.0005 or 0")
+        plain = self.name == "sfw" or (self.grads == "all_reduce" and not self.overlap)
+        _require(plain, "optimizer.grads and overlap", f"{self.grads}, {self.overlap}", "for sfw", "leave them out")
 
 
 @dataclass
@@ -205,10 +211,13 @@ class TrainConfig:
     """Steps between two train records."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept, beside the best one."""
+    verify_replicas: int = 0
+    """Steps between two checks that all ranks hold the same bits; 0: none."""
 
     def __post_init__(self) -> None:
         _require(self.epochs > 0, "train.epochs", self.epochs, "at least 1", "write 180 for the published length")
         _require(self.log_every > 0, "train.log_every", self.log_every, "at least 1", "write 20")
+        _require(self.verify_replicas >= 0, "train.verify_replicas", self.verify_replicas, "at least 0", "write 100")
         _require(self.keep_checkpoints > 0, "train.keep_checkpoints", self.keep_checkpoints, "at least 1", "write 2")
 
 
@@ -259,6 +268,7 @@ class Config:
 _OPERATIONAL = {
     *("runs_dir", "data.root", "data.backend", "data.workers", "data.eval_batch_size", "data.stall_timeout"),
     "data.stage_dir",
+    *("optimizer.overlap", "train.verify_replicas"),
     *("train.log_every", "train.keep_checkpoints", "prune.sparsities", "prune.scope", "prune.kind"),
 }
 """Fields that do not change a network's weights: a run may go on with others."""

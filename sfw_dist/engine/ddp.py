@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Optimizer
 
+from sfw_dist import comm_hook
 from sfw_dist.binding import constrain
 from sfw_dist.config import Config, OptimizerConfig
 from sfw_dist.constraints import Unconstrained
 from sfw_dist.distributed import World, broadcast_buffers
 from sfw_dist.errors import UserError
 from sfw_dist.optim import SFW
+from sfw_dist.replicas import verify_replicas
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
@@ -52,6 +54,9 @@ class DDPEngine:
             device_ids = [world.device] if world.device.type == "cuda" else None
             self._replica = DistributedDataParallel(self.model, device_ids=device_ids)
         self.optimizer = build_optimizer(self.model, config.optimizer)
+        hooked = config.optimizer.grads != "all_reduce" or config.optimizer.overlap
+        if isinstance(self._replica, DistributedDataParallel) and hooked:
+            self._replica.register_comm_hook(self.optimizer, getattr(comm_hook, config.optimizer.grads))
 
     def warm_up(self, image_shape: tuple[int, int, int]) -> None:
         """A forward and a backward pass that leave nothing behind; collective, before the first step of a process.
@@ -63,11 +68,15 @@ class DDPEngine:
         if self._world.size == 1:
             return
         buffers = [buffer.clone() for buffer in self.model.buffers()]
+        if isinstance(self.optimizer, SFW):
+            self.optimizer.overlap = False  # no step follows
         self.model.train()
         images = torch.zeros(2, *image_shape, device=self._world.device).to(memory_format=torch.channels_last)
         with autocast(self._config, self._world.device):
             self._replica(self._in_layout(images)).sum().backward()
         self.optimizer.zero_grad()
+        if isinstance(self.optimizer, SFW):
+            self.optimizer.overlap = self._config.optimizer.overlap
         for buffer, before in zip(self.model.buffers(), buffers, strict=True):
             buffer.copy_(before)
 
@@ -80,6 +89,10 @@ class DDPEngine:
         loss.backward()
         self.optimizer.step()
         return loss.detach()
+
+    def verify_replicas(self) -> None:
+        """Raise ``RuntimeError`` where this rank's parameters are not rank 0's; collective."""
+        verify_replicas(dict(self.model.named_parameters()))
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits with the running statistics of BatchNorm, without gradients."""

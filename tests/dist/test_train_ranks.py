@@ -76,6 +76,21 @@ def test_ranks_see_every_sample_once(whole: Config) -> None:
     assert events[0]["world_size"] == RANKS
 
 
+def test_owners_alone_and_overlap_make_the_same_run(whole: Config, tmp_path: Path) -> None:
+    """Gradients summed in another order differ in their last bits: the weights stay close, and bitwise for overlap."""
+    runs = {}
+    for overlap in (False, True):
+        optimizer = replace(whole.optimizer, grads="reduce_to_owner", overlap=overlap)
+        train = replace(whole.train, epochs=2, verify_replicas=3)
+        runs[overlap] = replace(
+            whole, name=f"owner_{overlap}", runs_dir=str(tmp_path / "runs"), optimizer=optimizer, train=train
+        )
+        ended = _train(runs[overlap], RANKS)
+        assert ended.status == 0, ended.stderr
+    weights = {overlap: _weights(config) for overlap, config in runs.items()}
+    assert all(torch.equal(weights[False][name], tensor) for name, tensor in weights[True].items())
+
+
 @pytest.fixture(scope="module")
 def interrupted(whole: Config) -> tuple[Config, Ended]:
     """The same run, with ctrl-C in its third epoch: the terminal sends SIGINT to the launcher and to both ranks."""
