@@ -1,9 +1,11 @@
-"""The optimizer's step alone: SFW against fused SGD and against one torch.topk a tensor, on one rank.
+"""The optimizer's step alone, on gradients of a real training run: SFW against fused SGD and one torch.topk a tensor.
 
     python benchmarks/step.py
-    python benchmarks/step.py --model vgg16 --rounds 20 --out results/step.json
+    python benchmarks/step.py --models vgg16 --rounds 20 --threads 1 --out results/step.json
 
-The three are interleaved in one run, so that a machine whose speed drifts slows all of them.
+"rank of four" is what one of four ranks computes: the answers of the tensors it owns, and the update of all; the mean
+over the four. All take the same gradients and are interleaved in one run; the caches are overwritten before each, as a
+backward pass would. The training goes on between the rounds, so that thresholds move as they do in training.
 """
 
 from __future__ import annotations
@@ -13,104 +15,184 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from gradients import K_FRAC, K_MIN, TAU, training_run
+from torch import Tensor, nn
 
 from sfw_dist import SFW, KSparsePolytope, constrain
+from sfw_dist.batch import Batch, Ranks
 from sfw_dist.files import write_json
-from sfw_dist.models import build_model
+from sfw_dist.plan import make_plan
+from sfw_dist.step import Slot
 
-K_FRAC, K_MIN, TAU = 0.05, 10, 15.0
+Step = Callable[[list[Tensor]], None]
+RANKS = 4
 
 
-def topk_per_tensor(parameters: list[nn.Parameter], radii: list[float]) -> Callable[[], None]:
+def copies(model: nn.Module) -> list[nn.Parameter]:
+    return [nn.Parameter(p.detach().clone()) for p in model.parameters()]
+
+
+def sgd(model: nn.Module) -> Step:
+    parameters = copies(model)
+    optimizer = torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, fused=True)
+    return lambda gradients: with_gradients(parameters, gradients, optimizer.step)
+
+
+def with_gradients(parameters: list[nn.Parameter], gradients: list[Tensor], step: Callable[[], Any]) -> None:
+    for p, g in zip(parameters, gradients, strict=True):
+        p.grad = g
+    step()
+
+
+def topk_per_tensor(parameters: list[nn.Parameter], radii: list[float], lr: float) -> Step:
     """The step as published: momentum, torch.topk, a dense vertex and the update, tensor by tensor."""
     momenta = [torch.zeros_like(p) for p in parameters]
 
     @torch.no_grad()
-    def step() -> None:
-        for p, m, radius in zip(parameters, momenta, radii, strict=True):
-            assert p.grad is not None
-            m.mul_(0.9).add_(p.grad, alpha=0.1)
+    def step(gradients: list[Tensor]) -> None:
+        for p, g, m, radius in zip(parameters, gradients, momenta, radii, strict=True):
+            m.mul_(0.9).add_(g, alpha=0.1)
             k = min(max(K_MIN, int(K_FRAC * p.numel())), p.numel())
             chosen = m.abs().flatten().topk(k).indices
             vertex = torch.zeros_like(p).flatten()
             vertex[chosen] = -radius * m.flatten()[chosen].sign()
             vertex = vertex.view_as(p)
-            gamma = min(float(m.norm() / (p - vertex).norm()), 1.0)
+            gamma = min(lr * float(m.norm() / (p - vertex).norm()), 1.0)
             p.mul_(1 - gamma).add_(vertex, alpha=gamma)
 
     return step
 
 
-def copies(model: nn.Module) -> list[nn.Parameter]:
-    """The model's parameters, with gradients of the size that training has."""
-    parameters = [nn.Parameter(p.detach().clone()) for p in model.parameters()]
-    for p in parameters:
-        p.grad = 1e-3 * torch.randn_like(p)
-    return parameters
-
-
-def contenders(model: nn.Module) -> dict[str, Callable[[], Any]]:
+def groups_of(model: nn.Module) -> list[dict[str, Any]]:
     groups = constrain(model, KSparsePolytope(k_frac=K_FRAC, k_min=K_MIN, tau=TAU))
-    for p in model.parameters():
-        p.grad = 1e-3 * torch.randn_like(p)
-    radii = [group["constraint"].radius(group["params"][0][1].numel()) for group in groups]
-    return {
-        "SGD, momentum, fused": torch.optim.SGD(copies(model), lr=1e-3, momentum=0.9, fused=True).step,
-        "SFW": SFW(groups, lr=1e-3).step,
-        "torch.topk per tensor": topk_per_tensor(copies(model), radii),
+    for group in groups:
+        group["params"] = [(name, nn.Parameter(p.detach().clone())) for name, p in group["params"]]
+    return groups
+
+
+def sfw(model: nn.Module) -> Step:
+    optimizer = SFW(groups_of(model), lr=1e-3)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return lambda gradients: with_gradients(parameters, gradients, optimizer.step)
+
+
+def rank_of_four(model: nn.Module, rank: int) -> Step:
+    """What a rank computes, without the messages: its vertices are in the gathered buffer, others' are 0."""
+    optimizer = SFW(groups_of(model), lr=1e-3)
+    items = [optimizer._item(group, i, 0) for i, group in enumerate(optimizer.param_groups)]
+    parts = make_plan(items, RANKS).parts
+    slots = []
+    for part in parts:
+        group = optimizer.param_groups[part.item]
+        slots.append(Slot.of(items[part.item].name, group["params"][0], group, part.start, part.stop))
+    batch = Batch(slots, [part.owner for part in parts], Ranks(None, rank, RANKS))
+    segment = batch._segment
+
+    def step(gradients: list[Tensor]) -> None:
+        batch.answer(optimizer.state, [gradients[part.item] for part in parts])
+        batch._gathered.view(RANKS, -1)[rank] = segment
+        batch.move()
+
+    return torch.no_grad()(step)
+
+
+def measure(name: str, rounds: int, batch_size: int, skip: int) -> dict[str, list[float]]:
+    """Milliseconds of each step, one of each a round, after three rounds that do not count."""
+    run = training_run(name, batch_size, skip)
+    model, _ = next(run)
+    radii = [group["constraint"].size for group in groups_of(model)]
+    steps = {
+        "SGD, momentum, fused": sgd(model),
+        "SFW": sfw(model),
+        "torch.topk per tensor": topk_per_tensor(copies(model), radii, lr=1e-3),
     }
-
-
-def measure(steps: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each step, one of each a round, after two rounds that do not count."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for round_ in range(rounds + 2):
-        for name, step in steps.items():
-            began = time.perf_counter()
-            step()
-            if round_ >= 2:
-                times[name].append(1e3 * (time.perf_counter() - began))
+    ranks = [rank_of_four(model, rank) for rank in range(RANKS)]
+    times: dict[str, list[float]] = {key: [] for key in [*steps, "SFW, rank of four"]}
+    for round_, (_, gradients) in enumerate(islice(run, rounds + 3)):
+        taken = {key: timed(step, gradients) for key, step in steps.items()}
+        taken["SFW, rank of four"] = statistics.mean(timed(step, gradients) for step in ranks)
+        if round_ >= 3:
+            for key, value in taken.items():
+                times[key].append(value)
     return times
+
+
+def timed(step: Step, gradients: list[Tensor]) -> float:
+    torch.ones(16_000_000).add_(1)  # 64 MB: nothing of the last step is in the cache
+    began = time.perf_counter()
+    step(gradients)
+    return 1e3 * (time.perf_counter() - began)
+
+
+def first_step(name: str) -> float:
+    """Seconds from the end of the imports to the end of the first step, in a new process, its kernels compiled."""
+    code = f"""
+import time, torch
+from sfw_dist import SFW, KSparsePolytope, constrain
+from sfw_dist.models import build_model
+model = build_model({name!r}, num_classes=10)
+groups = constrain(model, KSparsePolytope(k_frac={K_FRAC}, k_min={K_MIN}, tau={TAU}))
+for p in model.parameters():
+    p.grad = torch.randn_like(p)
+began = time.perf_counter()
+SFW(groups).step()
+print(time.perf_counter() - began)
+"""
+    return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="resnet18", help="network whose shapes are used (default: resnet18)")
-    parser.add_argument("--rounds", type=int, default=10, help="counted rounds (default: 10)")
+    parser.add_argument("--models", nargs="+", default=["resnet18", "vgg16"], help="networks (default: both)")
+    parser.add_argument("--rounds", type=int, default=30, help="counted rounds (default: 30)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch and of the kernels")
+    parser.add_argument("--batch-size", type=int, default=128, help="of the training run (default: 128, as published)")
+    parser.add_argument("--skip", type=int, default=20, help="training steps before the first round (default: 20)")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
 
-    torch.manual_seed(0)
-    model = build_model(arguments.model, num_classes=10)
-    times = measure(contenders(model), arguments.rounds)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    base = medians["SGD, momentum, fused"]
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"{arguments.model}, {parameters:,} parameters, float32, {torch.get_num_threads()} threads, torch "
-          f"{torch.__version__}, {platform.processor() or platform.machine()}, n = {arguments.rounds}")  # fmt: skip
-    print(f"{'step':24} {'median ms':>10} {'min':>8} {'max':>8} {'x SGD':>8}")
-    for name, values in times.items():
-        print(f"{name:24} {medians[name]:10.1f} {min(values):8.1f} {max(values):8.1f} {medians[name] / base:8.1f}")
-    result = {
-        "model": arguments.model,
-        "parameters": parameters,
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "milliseconds": times,
-        "median_milliseconds": medians,
-    }
+    results = []
+    for name in arguments.models:
+        times = measure(name, arguments.rounds, arguments.batch_size, arguments.skip)
+        medians = {key: statistics.median(values) for key, values in times.items()}
+        base = times["SGD, momentum, fused"]
+        ratios = {
+            key: statistics.median(mine / theirs for mine, theirs in zip(values, base, strict=True))
+            for key, values in times.items()
+        }
+        first = first_step(name)
+        machine = platform.processor() or platform.machine()
+        print(f"{name}, float32, {arguments.threads} threads, torch {torch.__version__}, {machine}, "
+              f"n = {arguments.rounds}, first step {first:.2f} s")  # fmt: skip
+        print(f"{'step':24} {'median ms':>10} {'min':>8} {'max':>8} {'x SGD':>8}")
+        for key, values in times.items():
+            print(f"{key:24} {medians[key]:10.2f} {min(values):8.2f} {max(values):8.2f} {ratios[key]:8.2f}")
+        results.append(
+            {
+                "model": name,
+                "threads": arguments.threads,
+                "cores": os.cpu_count(),
+                "torch": torch.__version__,
+                "milliseconds": times,
+                "median_milliseconds": medians,
+                "median_ratio_to_sgd": ratios,
+                "first_step_seconds": first,
+            }
+        )
     if arguments.out:
-        write_json(arguments.out, result)
+        write_json(arguments.out, results)
     else:
-        print(json.dumps({"median_milliseconds": {k: round(v, 2) for k, v in medians.items()}}))
+        print(json.dumps({r["model"]: {k: round(v, 2) for k, v in r["median_ratio_to_sgd"].items()} for r in results}))
 
 
 if __name__ == "__main__":

@@ -23,8 +23,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from gradients import K_FRAC, K_MIN, TAU
 from images import MEAN, STD, image_folder_loader, make_images
-from step import K_FRAC, K_MIN, TAU, topk_per_tensor
+from step import topk_per_tensor
 from torch import Tensor
 
 from sfw_dist import KSparsePolytope, constrain
@@ -63,9 +64,9 @@ def published(raw: Path, side: int, batch: int) -> tuple[Callable[[Times], None]
         fetched = time.perf_counter()
         model.zero_grad()
         F.cross_entropy(model(images), labels).backward()
-        update = update or topk_per_tensor(parameters, radii)
+        update = update or topk_per_tensor(parameters, radii, lr=1.0)
         computed = time.perf_counter()
-        update()
+        update([p.grad for p in parameters if p.grad is not None])
         ended = time.perf_counter()
         add(times, ended - began, fetched - began, ended - computed)
 

@@ -26,7 +26,7 @@ _TASK = np.dtype(
         *((name, np.float32) for name in ("threshold", "drift")),
         *((name, np.int32) for name in ("missed", "sampled")),
         ("row", np.int64),
-        *((name, np.int32) for name in ("low", "high", "shift", "range")),
+        *((name, np.int32) for name in ("low", "high", "shift", "range", "bound")),
         ("wanted", np.int64),
     ],
     align=True,
@@ -34,7 +34,7 @@ _TASK = np.dtype(
 _KINDS = {"mask": 0, "indices": 1, "all": 2}
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _RESCALES = {"gradient": 0, "fast_gradient": 1, "diameter": 2, "none": 3}
-_ROW, _BLOCKS, _CANDIDATES, _RANGES, _BINS, _WAVE = 8192, 128, 1024, 64, 2048, 320
+_ROW, _BLOCKS, _CANDIDATES, _RANGES, _SAMPLES, _BINS, _WAVE = 8192, 128, 2048, 64, 32, 2048, 320
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,7 @@ class _Scratch:
             np.zeros(wave * _BLOCKS, np.uint64),
             np.zeros(wave * _CANDIDATES, np.uint64),
             np.zeros(wave * _RANGES, np.int32),
+            np.zeros(wave * _SAMPLES, np.int32),
             np.zeros(2 * sum(rows), np.int64),
             np.zeros(3 * wave, np.float64),
         ]

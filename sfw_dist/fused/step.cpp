@@ -4,11 +4,12 @@
 // A tensor is cut into rows of 8,192 entries, which the threads share; a row into blocks of 64, one word of a bitmap
 // each. Several tensors make a wave, small enough for its momentum to stay in the processor's cache. Of a wave
 //
-//   A  reads g, reads and writes m; marks |m| >= hi, and lists the candidates lo <= |m| < hi          12 bytes an entry
-//   S  takes from the candidates what is missing to K; where the bracket [lo, hi) missed, a radix search finds the K-th
+//   A  reads g, reads and writes m; counts |m| >= high, and lists the candidates low <= |m| < high    12 bytes an entry
+//   S  marks those of the candidates that are missing to K; where the bracket [low, high) missed, a sample tells where to
+//      look in another pass over m (in the cache), and where it misled, a radix search
 //   P  reads θ (and m again, from the cache); sums; writes bitmap and signs                             4 bytes
 //
-// and move() then updates all tensors, the last first, whose θ is still in the cache                    8 bytes
+// and move() then updates all tensors                                                                   8 bytes
 //
 // The bracket is where the K-th magnitude was a step ago, as wide as it lately moved. It decides how fast the answer is
 // found and never what it is.
@@ -30,8 +31,10 @@
 namespace {
 
 constexpr int64_t BLOCK = 64, ROW = 8192, BLOCKS = ROW / BLOCK, LANES = 16;
-constexpr int64_t CANDIDATES = 1024;  // of one row; more of them are a miss
+constexpr int64_t CANDIDATES = 2048;  // of one row; more of them are a miss
 constexpr int RANGES = 64;           // of magnitude, within a bracket
+constexpr float WIDEST = 0.1f;        // of a bracket, to either side, relative to the K-th magnitude
+constexpr int64_t SAMPLES = 32, MOST_SAMPLES = 8192;  // magnitudes kept of a row, and looked at of a tensor
 constexpr int64_t WAVE = 320;        // rows: 10 MB of float32 momentum
 constexpr int64_t AHEAD = 4096;     // bytes: the processor's own prefetching ends at a page, and then waits
 constexpr int64_t HEADER = 24;       // bytes: γ, gap, effective learning rate
@@ -59,11 +62,11 @@ struct Task {
     // How the K-th magnitude moves; kept from step to step.
     float threshold, drift;
     // Set and used within a step: the first row in the scratch memory; the bracket, as bit patterns, cut into ranges of
-    // 2^shift; the range with the K-th, and how many of it are wanted; or that the
+    // 2^shift; the range with the K-th, its upper bound, and how many of it are wanted; or that the
     // bracket missed, and a sample has to say where to look.
     int32_t missed, sampled;
     int64_t row;
-    int32_t low, high, shift, range;
+    int32_t low, high, shift, range, bound;
     int64_t wanted;
 };
 
@@ -71,6 +74,7 @@ struct Scratch {  // as many rows as the longest wave
     uint64_t* marks;       // [rows][BLOCKS] bitmap of the vertex
     uint64_t* candidates;  // [rows][CANDIDATES] magnitude and index
     int32_t* ranges;       // [rows][RANGES] how many of them are in each
+    int32_t* samples;      // [rows][SAMPLES] some magnitudes of every row
     int64_t* counts;       // [rows][2] nonzeros and candidates, then the row's first nonzero
     double* sums;          // [rows][3] ‖m‖², ‖θ − v‖², ⟨m, θ − v⟩
     int64_t* histogram;    // [threads + 1][BINS]
@@ -301,55 +305,55 @@ void set_bracket(Task& t, int32_t low, int32_t high) {
     for (t.shift = 0; (high - low) >> t.shift >= RANGES;) t.shift++;
 }
 
-// Where the K-th magnitude is looked for at first: about where it was, three times as wide as it lately moved.
+// Where the K-th magnitude is looked for at first: about where it was, three times as wide as it lately moved. Nowhere,
+// if that is so wide that a sample will do better.
 void bracket_by_last(Task& t) {
-    const float width = std::min(std::max(3 * t.drift, 0.01f), 0.05f), kth = t.threshold;
-    if (kth > 0)
+    const float width = std::max(3 * t.drift, 0.01f), kth = t.threshold;
+    if (kth > 0 && (width < WIDEST || rows_of(t) == 1))
         set_bracket(t, std::max(1, bits_of(kth * (1 - width))), bits_of(kth * (1 + width)));
     else
         set_bracket(t, INT32_MAX, INT32_MAX);
 }
 
-// And where, if it is not there: between two order statistics of a sample, four standard deviations to either side.
-void bracket_by_sample(Task& t) {
-    constexpr int64_t SAMPLES = 4096;
-    int32_t sample[SAMPLES];
-    const int64_t stride = t.n / SAMPLES;
-    assert(stride > 0);
-    for (int64_t i = 0; i < SAMPLES; i++)  // the hash keeps clear of the periods that tensors have
-        sample[i] = magnitude(t.m[i * stride + int64_t((uint64_t(i) * 0x9e3779b97f4a7c15 >> 32) % uint64_t(stride))]);
-    const double rank = double(t.support) / double(t.n) * SAMPLES, deviation = 4 * std::sqrt(rank) + 1;
+// And where, if it is not there: between two order statistics of the sample that the rows have taken, three standard
+// deviations to either side.
+void bracket_by_sample(Task& t, const Scratch& s) {
+    const int64_t rows = rows_of(t), size = std::min((rows - 1) * SAMPLES, MOST_SAMPLES);  // the last row may be short
+    int32_t sample[MOST_SAMPLES];
+    const int64_t every = (rows - 1) * SAMPLES / size;
+    for (int64_t i = 0; i < size; i++) sample[i] = s.samples[t.row * SAMPLES + i * every];
+    const double rank = double(t.support) / double(t.n) * double(size), deviation = 3 * std::sqrt(rank) + 1;
     const auto at = [&](double rank) {
-        const int64_t i = std::min(int64_t(rank), SAMPLES - 1);
-        std::nth_element(sample, sample + i, sample + SAMPLES, std::greater<>());
+        const auto i = int64_t(rank);
+        std::nth_element(sample, sample + i, sample + size, std::greater<>());
         return sample[i];
     };
     const int32_t high = rank > deviation ? at(rank - deviation) : INT32_MAX;
-    const int32_t low = rank + deviation < SAMPLES ? at(rank + deviation) : 1;
+    const int32_t low = rank + deviation < double(size) ? at(rank + deviation) : 1;
     set_bracket(t, std::max(1, low), std::max(high, std::max(1, low)));
 }
 
-// Marks what is above the bracket and lists what is inside, block by block.
+// Counts what is above the bracket and lists what is inside, block by block.
 struct Marker {
     const Task& t;
-    uint64_t* marks;
+    const int32_t low, high;
     int32_t listed[ROW + 4];
-    int64_t marked = 0, waiting = 0;
+    int64_t above = 0, waiting = 0;
 
-    Marker(const Task& t, const Scratch& s, int64_t row) : t(t), marks(marks_of(t, s, row)) {}
+    explicit Marker(const Task& t) : t(t), low(t.low), high(t.high) {}
 
     void add(int64_t block, const Floats* directions) {
-        uint64_t above = 0, between = 0;
+        uint64_t over = 0, between = 0;
         for (int i = 0; i < 4; i++) {
-            above |= at_least(magnitude(directions[i]), t.high) << (16 * i);
-            between |= at_least(magnitude(directions[i]), t.low) << (16 * i);
+            over |= at_least(magnitude(directions[i]), high) << (16 * i);
+            between |= at_least(magnitude(directions[i]), low) << (16 * i);
         }
-        marks[block] = above;
-        marked += count(above);
-        waiting += list(between & ~above, int32_t(block * BLOCK), listed + waiting);
+        above += count(over);
+        waiting += list(between & ~over, int32_t(block * BLOCK), listed + waiting);
     }
     void finish(const Scratch& s, int64_t row) const {
-        s.counts[2 * (t.row + row)] = marked;
+        std::fill_n(marks_of(t, s, row), blocks_of(t, row), 0);
+        s.counts[2 * (t.row + row)] = above;
         s.counts[2 * (t.row + row) + 1] = waiting;
         int32_t* ranges = s.ranges + (t.row + row) * RANGES;
         uint64_t* candidates = s.candidates + (t.row + row) * CANDIDATES;
@@ -366,7 +370,7 @@ template <class T>
 void momentum_row(Task& t, const Scratch& s, int64_t row) {
     const float rho = float(t.momentum), fresh = float(1 - t.momentum);
     const bool first = t.first;
-    Marker marker(t, s, row);
+    Marker marker(t);
     RowSum squares;
     const int64_t blocks = blocks_of(t, row);
     for (int64_t b = 0; b < blocks; b++) {
@@ -386,10 +390,15 @@ void momentum_row(Task& t, const Scratch& s, int64_t row) {
     }
     marker.finish(s, row);
     s.sums[3 * (t.row + row)] = squares.total(blocks);
+    if (blocks == BLOCKS)
+        for (int64_t i = 0; i < SAMPLES; i++) {  // one of every 256, at places that follow no period
+            const uint64_t hash = uint64_t(row * SAMPLES + i) * 0x9e3779b97f4a7c15;
+            s.samples[(t.row + row) * SAMPLES + i] = magnitude(t.m[row * ROW + i * (ROW / SAMPLES) + int64_t(hash >> 56)]);
+        }
 }
 
 void mark_row(const Task& t, const Scratch& s, int64_t row) {
-    Marker marker(t, s, row);
+    Marker marker(t);
     for (int64_t b = 0; b < blocks_of(t, row); b++) {
         const int64_t begin = row * ROW + b * BLOCK;
         const Block<const float> m(t.m + begin, std::min(BLOCK, t.n - begin));
@@ -428,38 +437,40 @@ void select_plainly(Task& t, const Scratch& s) {
         if (magnitude(t.m[i])) nonzeros[number++] = candidate(magnitude(t.m[i]), i);
     std::fill_n(marks_of(t, s, 0), blocks_of(t, 0), 0);
     s.counts[2 * t.row] = 0;
+    t.bound = INT32_MAX;
     take(t, s, nonzeros, number, std::min(t.support, number));
 }
 
 // Whether the bracket has the K-th magnitude, and then the range that has it.
 bool finds_range(Task& t, const Scratch& s) {
-    int64_t marked = 0, waiting = 0;
+    int64_t above = 0, waiting = 0;
     int32_t ranges[RANGES] = {};
     for (int64_t row = t.row; row < t.row + rows_of(t); row++) {
         if (s.counts[2 * row + 1] > CANDIDATES) return false;
-        marked += s.counts[2 * row];
+        above += s.counts[2 * row];
         waiting += s.counts[2 * row + 1];
         for (int range = 0; range < RANGES; range++) ranges[range] += s.ranges[row * RANGES + range];
     }
-    t.wanted = t.support - marked;
+    t.wanted = t.support - above;
     if (t.low == 1) t.wanted = std::min(t.wanted, waiting);  // all nonzeros
     t.range = RANGES - 1;
     if (t.wanted < 0 || t.wanted > waiting) return false;
     for (; t.range > 0 && ranges[t.range] < t.wanted; t.range--) t.wanted -= ranges[t.range];
+    t.bound = int32_t(std::min(int64_t(t.high), t.low + (int64_t(t.range + 1) << t.shift)));
     return true;
 }
 
-// Candidates above the range are in the vertex; those in it come to the front.
-void mark_candidates(const Task& t, const Scratch& s, int64_t row) {
+// Counts the row's candidates above the range as entries of the vertex; those in the range come to the front.
+void keep_range(const Task& t, const Scratch& s, int64_t row) {
     uint64_t* candidates = s.candidates + (t.row + row) * CANDIDATES;
     const int64_t number = s.counts[2 * (t.row + row) + 1];
+    for (int range = t.range + 1; range < RANGES; range++)
+        s.counts[2 * (t.row + row)] += s.ranges[(t.row + row) * RANGES + range];
     int64_t left = 0;
     for (int64_t i = 0; i < number; i++) {
         const uint64_t here = candidates[i];
-        const int32_t range = (magnitude_of(here) - t.low) >> t.shift;
-        if (range > t.range) mark(t, s, index_of(here));
         candidates[left] = here;
-        left += range == t.range;
+        left += (magnitude_of(here) - t.low) >> t.shift == t.range;
     }
     s.counts[2 * (t.row + row) + 1] = left;
 }
@@ -487,26 +498,17 @@ void histogram_row(const Task& t, int64_t row, int level, int32_t prefix, int64_
     }
 }
 
-// What lies above the K-th magnitude; returns how many lie at it.
-int64_t mark_above(const Task& t, const Scratch& s, int64_t row, int32_t kth) {
-    uint64_t* marks = marks_of(t, s, row);
-    int64_t marked = 0, ties = 0;
-    const int64_t blocks = blocks_of(t, row);
-    for (int64_t b = 0; b < blocks; b++) {
-        const int64_t begin = row * ROW + b * BLOCK;
-        const Block<float> m(t.m + begin, std::min(BLOCK, t.n - begin));
-        uint64_t at = 0, above = 0;
-        for (int i = 0; i < 4; i++) {
-            at |= at_least(magnitude(m[i]), std::max(kth, 1)) << (16 * i);
-            above |= at_least(magnitude(m[i]), kth + 1) << (16 * i);
-        }
-        marks[b] = above;
-        marked += count(above);
-        ties += count(at & ~above);
+// How many lie above the K-th magnitude, and how many at it.
+void count_above(const Task& t, const Scratch& s, int64_t row, int32_t kth) {
+    int64_t above = 0, at = 0;
+    const int64_t end = std::min(t.n, (row + 1) * ROW);
+    for (int64_t i = row * ROW; i < end; i++) {
+        above += magnitude(t.m[i]) > kth;
+        at += magnitude(t.m[i]) == kth;
     }
-    s.counts[2 * (t.row + row)] = marked;
-    s.counts[2 * (t.row + row) + 1] = ties;
-    return ties;
+    std::fill_n(marks_of(t, s, row), blocks_of(t, row), 0);
+    s.counts[2 * (t.row + row)] = above;
+    s.counts[2 * (t.row + row) + 1] = at;
 }
 
 // The first entries at the K-th magnitude, as many as there is room for.
@@ -541,9 +543,10 @@ void search(Task& t, Scratch& s) {
 #pragma omp barrier
     }
 #pragma omp for schedule(static)
-    for (int64_t row = 0; row < rows; row++) mark_above(t, s, row, prefix);
+    for (int64_t row = 0; row < rows; row++) count_above(t, s, row, prefix);
 #pragma omp single
     {
+        t.bound = prefix + 1;
         if (prefix > 0) mark_ties(t, s, prefix, room);
         found(t, prefix);
     }
@@ -580,8 +583,9 @@ struct BitWriter {
 
 template <class T>
 void products_row(const Task& t, const Scratch& s, int64_t row) {
-    const uint64_t* marks = marks_of(t, s, row);
+    uint64_t* marks = marks_of(t, s, row);
     const int64_t blocks = blocks_of(t, row), first = s.counts[2 * (t.row + row)];
+    const int32_t bound = t.bound;
     BitWriter written(signs_of(t), first);
     int32_t* indices = (int32_t*)(t.slot + HEADER) + first;
     RowSum distance, gap;
@@ -590,6 +594,8 @@ void products_row(const Task& t, const Scratch& s, int64_t row) {
         const Block<const T> theta((const T*)t.theta + begin, length);
         const Block<float> m(t.m + begin, length);
         uint64_t marked = marks[b], below = 0;
+        for (int i = 0; i < 4; i++) marked |= at_least(magnitude(m[i]), bound) << (16 * i);
+        marks[b] = marked;
         Doubles directions[4], differences[4];
         for (int i = 0; i < 4; i++) {
             const Ints magnitudes = lanes_of(marked >> (16 * i)) & bits_of(t.radius), sign = Ints(m[i]) & int32_t(0x80000000);
@@ -753,14 +759,19 @@ void of_type(const Task& t, F&& f) {
     }
 }
 
+// The task that has a row of the scratch memory.
+Task& task_of(Task* tasks, int64_t begin, int64_t end, int64_t row) {
+    return *(std::upper_bound(tasks + begin, tasks + end, row, [](int64_t row, const Task& t) { return row < t.row; }) - 1);
+}
+
 // Runs f(task, row) for all rows of a range of tasks that follow each other in the scratch memory.
 template <class F>
 void over_rows(Task* tasks, int64_t begin, int64_t end, int64_t rows, F&& f) {
     // Static, so that a thread meets the same rows in every phase, in its own cache.
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < rows; i++) {
-        const Task* t = std::upper_bound(tasks + begin, tasks + end, i, [](int64_t i, const Task& t) { return i < t.row; }) - 1;
-        f(*const_cast<Task*>(t), i - t->row);
+        Task& t = task_of(tasks, begin, end, i);
+        f(t, i - t.row);
     }
 }
 
@@ -807,7 +818,7 @@ void answer(Task* tasks, int64_t number, Scratch* scratch, int32_t threads) {
             Task& t = tasks[i];
             t.missed = selects(t) && !finds_range(t, s);
             t.sampled = t.missed && rows_of(t) > 1;
-            if (t.sampled) bracket_by_sample(t);
+            if (t.sampled) bracket_by_sample(t, s);
             if (t.missed && !t.sampled) select_plainly(t, s);
         }
         over_rows(tasks, begin, end, total, [&](Task& t, int64_t row) {
@@ -817,7 +828,7 @@ void answer(Task* tasks, int64_t number, Scratch* scratch, int32_t threads) {
         for (int64_t i = begin; i < end; i++)
             if (tasks[i].sampled) tasks[i].missed = !finds_range(tasks[i], s);
         over_rows(tasks, begin, end, total, [&](Task& t, int64_t row) {
-            if (selects(t) && !t.missed) mark_candidates(t, s, row);
+            if (selects(t) && !t.missed) keep_range(t, s, row);
         });
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = begin; i < end; i++)
