@@ -1,0 +1,356 @@
+"""What a step costs between hosts: DDP with SGD against SFW and its exchanges of gradients, interleaved in one run.
+
+    sudo python benchmarks/hosts.py
+    sudo python benchmarks/hosts.py --hosts 4 --gbit 1 --rounds 20 --out results/hosts.json
+    sudo python benchmarks/hosts.py --contenders sfw
+
+The hosts are network namespaces of this machine, one rank in each (benchmarks/network.py): that needs root and
+iproute2. Measured for every contender, on the model's shapes, float32, gloo:
+
+- *sent*, *received*: bytes of a host in a step, from the counters of its network interface. They count the headers of
+  TCP once for each packet that the kernel hands to the device, up to 64 KB; the wire carries about 4 % more.
+- *step*: from the start of the backward pass to the end of `optimizer.step()`, on the slowest rank; all start together.
+  The loss is Σ⟨θ, g⟩ with a constant g on each rank: gradients reach DDP's buckets as in training, last layers first,
+  but next to no computing hides their exchange. The ranks compete for this machine's cores, so SFW's LMOs and its
+  update take longer here than on as many hosts.
+- *communication* = gradients + vertices, which excludes that computing:
+  *gradients*: the backward pass less the same without an exchange (under DDP's `no_sync()`), measured right after it.
+  What is computed for the exchange's sake counts: copies to and from buckets, sums, conversions to bfloat16.
+  *vertices*: the all-gather of SFW's step. The ranks start it together, so that a slower LMO does not count.
+- *floor*: the bytes of the busiest host, sent or received, at the link's rate. Communication close to it shows that the
+  network is the limit, and not the cores.
+- *state*: bytes of momentum on the fullest rank, over a W-th of one whole copy, with W ranks.
+
+Ratios are those of a step to the baseline's step of the same round; rounds go through the contenders in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from network import DEVICE, FailedRanksError, hosts, run_ranks
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD, Optimizer
+
+from sfw_dist import SFW, KSparsePolytope, constrain
+from sfw_dist.errors import UserError, reports_user_errors
+from sfw_dist.files import write_json
+from sfw_dist.models import build_model
+
+K_FRAC, K_MIN, TAU = 0.05, 10, 15.0
+WARM_UP = 3  # DDP lays its buckets out anew after the first backward pass
+BASELINE = "sgd"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to train, and what we want of it in comparison with DDP + SGD."""
+
+    title: str
+    hook: str | None = None
+    """Name in ``sfw_dist.comm_hook``."""
+    wanted: dict[str, float] = field(default_factory=dict)
+    """Greatest ratio by quantity."""
+
+
+_OWNER = {"sent": 0.56, "communication": 0.85, "state": 1.15}
+CONTENDERS = {
+    "sgd": Contender("DDP + SGD"),
+    "sfw": Contender("DDP + SFW, all_reduce", wanted={"sent": 1.08, "state": 1.15}),
+    "reduce_to_owner": Contender("DDP + SFW, reduce_to_owner", "reduce_to_owner", _OWNER),
+    "reduce_to_owner_bf16": Contender("DDP + SFW, reduce_to_owner_bf16", "reduce_to_owner_bf16", _OWNER),
+}
+
+
+class GivenGradients(nn.Module):
+    """A loss Σ⟨θ, g⟩ over the parameters of ``model``, whose gradients are the given g."""
+
+    def __init__(self, model: nn.Module, gradients: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self._gradients = gradients
+
+    def forward(self) -> Tensor:
+        pairs = zip(self.model.parameters(), self._gradients, strict=True)
+        return torch.stack([torch.dot(p.flatten(), g.flatten()) for p, g in pairs]).sum()
+
+
+def build(contender: Contender, model_name: str) -> tuple[DistributedDataParallel, Optimizer]:
+    """The contender's replica and optimizer on this rank, the same on every rank but for the gradients."""
+    model = build_model(model_name, num_classes=10)
+    generator = torch.Generator().manual_seed(1 + dist.get_rank())
+    gradients = [1e-3 * torch.randn(p.shape, generator=generator) for p in model.parameters()]
+    optimizer: Optimizer
+    if contender is CONTENDERS["sgd"]:
+        optimizer = SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    else:
+        optimizer = SFW(constrain(model, KSparsePolytope(k_frac=K_FRAC, k_min=K_MIN, tau=TAU)), lr=1e-3, momentum=0.9)
+    # BatchNorm's buffers (0.1 % of the bytes) would travel in the forward pass, which is not measured.
+    replica = DistributedDataParallel(GivenGradients(model, gradients), broadcast_buffers=False)
+    if contender.hook:
+        replica.register_comm_hook(optimizer, _hook(contender.hook))
+    return replica, optimizer
+
+
+def _hook(name: str) -> Callable[..., Any]:
+    try:
+        return getattr(importlib.import_module("sfw_dist.comm_hook"), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"no hook {name!r} ({error}): choose --contenders sgd sfw") from error
+
+
+class Measured:
+    """One contender on this rank, and what was measured of it."""
+
+    def __init__(self, contender: Contender, model_name: str) -> None:
+        self._replica, self._optimizer = build(contender, model_name)
+        self._gather_seconds = 0.0
+        self._gathered_bytes = 0
+        self.samples: dict[str, list[float]] = defaultdict(list)
+
+    def warm_up(self) -> None:
+        for _ in range(WARM_UP):
+            self._step()
+        with self._replica.no_sync():
+            sent = self._step()["sent"]
+        world_size = dist.get_world_size()
+        expected = self._gathered_bytes * (world_size - 1) / world_size
+        if sent > 1.05 * expected + 100_000:
+            raise RuntimeError(f"SFW's step sent {sent} bytes, its all-gathers {expected:.0f}: time the others, too")
+
+    def measure(self) -> None:
+        """One step, and its backward pass without an exchange."""
+        for what, value in self._step().items():
+            self.samples[what].append(value)
+        with self._replica.no_sync():
+            self.samples["local_backward"].append(self._backward())
+
+    def state_bytes(self) -> int:
+        momenta = [state["momentum_buffer"] for state in self._optimizer.state.values() if "momentum_buffer" in state]
+        return sum(m.nbytes for m in momenta)
+
+    def _backward(self) -> float:
+        """Seconds of a backward pass that all ranks start together."""
+        self._optimizer.zero_grad()
+        loss = self._replica()
+        dist.barrier()
+        began = time.perf_counter()
+        loss.backward()
+        return time.perf_counter() - began
+
+    def _step(self) -> dict[str, float]:
+        self._gather_seconds, self._gathered_bytes = 0.0, 0
+        sent, received = _counters()
+        backward = self._backward()
+        began = time.perf_counter()
+        with self._gathers_timed():
+            self._optimizer.step()
+        update = time.perf_counter() - began
+        dist.barrier()  # every rank has what was sent to it
+        now_sent, now_received = _counters()
+        return {
+            "step": backward + update,
+            "backward": backward,
+            "vertices": self._gather_seconds,
+            "sent": now_sent - sent,
+            "received": now_received - received,
+        }
+
+    @contextmanager
+    def _gathers_timed(self) -> Iterator[None]:
+        gather = dist.all_gather_into_tensor
+
+        def timed(output: Tensor, *args: Any, **kwargs: Any) -> None:
+            assert not kwargs.get("async_op"), "only the start of an asynchronous all-gather would be timed"
+            dist.barrier()
+            began = time.perf_counter()
+            gather(output, *args, **kwargs)
+            self._gather_seconds += time.perf_counter() - began
+            self._gathered_bytes += output.nbytes
+
+        with mock.patch.object(dist, "all_gather_into_tensor", timed):
+            yield
+
+
+def _counters() -> tuple[int, int]:
+    """Bytes that this host has sent and received."""
+    folder = Path("/sys/class/net") / DEVICE / "statistics"
+    return int((folder / "tx_bytes").read_text()), int((folder / "rx_bytes").read_text())
+
+
+def work(options: argparse.Namespace) -> None:
+    """One rank; rank 0 prints the results of all, by contender and rank, as the last line."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    dist.init_process_group("gloo")
+    measured = {name: Measured(CONTENDERS[name], options.model) for name in options.contenders}
+    for contender in measured.values():
+        contender.warm_up()
+    for round_ in range(options.rounds):
+        order = list(measured.values())
+        for contender in order[round_ % len(order) :] + order[: round_ % len(order)]:
+            contender.measure()
+    gathered: list[Any] = [None] * dist.get_world_size()
+    mine = {name: {**m.samples, "state_bytes": m.state_bytes()} for name, m in measured.items()}
+    dist.all_gather_object(gathered, mine)
+    if dist.get_rank() == 0:
+        print(json.dumps({name: [rank[name] for rank in gathered] for name in measured}))
+    dist.destroy_process_group()
+
+
+def summarize(ranks: dict[str, list[dict[str, Any]]], whole_copy: int, gbit: float) -> dict[str, Any]:
+    """By contender: the spread of every quantity and of its ratio to the baseline, and which limits are met."""
+    samples = {name: _samples(of_ranks, whole_copy, gbit) for name, of_ranks in ranks.items()}
+    summary: dict[str, Any] = {}
+    for name, quantities in samples.items():
+        ratios = {
+            what: [a / b for a, b in zip(quantities[what], samples[BASELINE][what], strict=True)]
+            for what in ("sent", "greatest", "communication", "step")
+        }
+        ratios["state"] = quantities["state"]  # of 1/W of a copy, not of SGD's
+        summary[name] = {
+            "title": CONTENDERS[name].title,
+            **{what: _spread(values) for what, values in quantities.items()},
+            "ratios": {what: _spread(values) for what, values in ratios.items()},
+            "wanted": {
+                what: {"limit": limit, "met": statistics.median(ratios[what]) <= limit}
+                for what, limit in CONTENDERS[name].wanted.items()
+            },
+        }
+    return summary
+
+
+def _samples(ranks: list[dict[str, Any]], whole_copy: int, gbit: float) -> dict[str, list[float]]:
+    """Of each round: seconds of the slowest rank, bytes by host."""
+
+    def rounds(key: str) -> list[tuple[float, ...]]:
+        return list(zip(*(rank[key] for rank in ranks), strict=True))
+
+    step, backward, local, vertices = (
+        [max(r) for r in rounds(key)] for key in ("step", "backward", "local_backward", "vertices")
+    )
+    gradients = [whole - own for whole, own in zip(backward, local, strict=True)]
+    sent, received = rounds("sent"), rounds("received")
+    greatest = [max(*s, *r) for s, r in zip(sent, received, strict=True)]
+    return {
+        "step": step,
+        "gradients": gradients,
+        "vertices": vertices,
+        "communication": [g + v for g, v in zip(gradients, vertices, strict=True)],
+        "floor": [8 * most / (1e9 * gbit) for most in greatest],
+        "sent": [statistics.fmean(s) for s in sent],
+        "received": [statistics.fmean(r) for r in received],
+        "greatest": greatest,
+        "state": [max(rank["state_bytes"] for rank in ranks) * len(ranks) / whole_copy],
+    }
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"n": len(values), "median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def show(result: dict[str, Any]) -> None:
+    print(f"{result['hosts']} hosts at {result['gbit_per_second']:g} Gbit/s on {result['cores']} cores of "
+          f"{result['processor']}, {result['model']}, {result['parameters']:,} parameters, float32, gloo, "
+          f"1 thread a rank, torch {result['torch']}, n = {result['rounds']}")  # fmt: skip
+    units = {"sent": 1e-6, "received": 1e-6, "greatest": 1e-6}  # MB; all others from seconds to ms
+    columns = ["sent", "received", "greatest", "floor", "gradients", "vertices", "communication", "step"]
+    print(f"{'a step, MB and ms':32}" + "".join(f" {name:>13}" for name in columns) + f" {'min':>9} {'max':>9}")
+    for row in result["contenders"].values():
+        medians = "".join(f" {row[name]['median'] * units.get(name, 1e3):13.2f}" for name in columns)
+        print(f"{row['title']:32}{medians} {1e3 * row['step']['min']:9.1f} {1e3 * row['step']['max']:9.1f}")
+    print(f"{'over DDP + SGD':32} {'median':>8} {'min':>8} {'max':>8} {'wanted':>8}")
+    names = {
+        "sent": "bytes sent",
+        "greatest": "bytes of the busiest host",
+        "step": "whole step",
+        "state": f"state, over 1/{result['hosts']} of a copy",
+    }
+    for row in result["contenders"].values():
+        print(row["title"])
+        for what, ratio in row["ratios"].items():
+            wanted = row["wanted"].get(what)
+            verdict = f"   ≤ {wanted['limit']:.2f} {'met' if wanted['met'] else 'NOT MET'}" if wanted else ""
+            print(
+                f"  {names.get(what, what):30} {ratio['median']:8.3f} {ratio['min']:8.3f} {ratio['max']:8.3f}{verdict}"
+            )
+
+
+@reports_user_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="resnet18", help="network whose shapes are used (default: resnet18)")
+    parser.add_argument("--hosts", type=int, default=4, help="hosts, with one rank each (default: 4)")
+    parser.add_argument("--gbit", type=float, default=1.0, help="rate of each host's link in Gbit/s (default: 1)")
+    parser.add_argument("--rounds", type=int, default=10, help="counted rounds (default: 10)")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="NAME",
+                        help=f"of {', '.join(CONTENDERS)} (default: all); {BASELINE} always runs")  # fmt: skip
+    parser.add_argument("--timeout", type=float, default=600, help="seconds until hanging ranks end (default: 600)")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.hosts < 2 or options.rounds < 1 or not options.gbit > 0:
+        raise UserError("--hosts must be at least 2, --rounds at least 1 and --gbit > 0")
+    if options.worker:
+        work(options)
+        return 0
+
+    chosen = [name for name in CONTENDERS if name == BASELINE or name in options.contenders]
+    worker = ["--worker", "--model", options.model, "--rounds", str(options.rounds), "--contenders", *chosen]
+    with hosts(options.hosts, options.gbit) as found:
+        try:
+            printed = run_ranks(found, [sys.executable, __file__, *worker], options.timeout, {"OMP_NUM_THREADS": "1"})
+        except FailedRanksError as failure:
+            print(f"error: {failure}", file=sys.stderr)
+            return 1
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in build_model(options.model, num_classes=10).parameters())
+    ranks = json.loads(printed.splitlines()[-1])
+    result = {
+        "model": options.model,
+        "parameters": parameters,
+        "hosts": options.hosts,
+        "gbit_per_second": options.gbit,
+        "rounds": options.rounds,
+        "cores": len(os.sched_getaffinity(0)),
+        "processor": _processor(),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "iproute2": subprocess.run(["ip", "-V"], capture_output=True, text=True, check=True).stdout.strip(),
+        "contenders": summarize(ranks, 4 * parameters, options.gbit),
+        "by_rank": ranks,
+    }
+    show(result)
+    if options.out:
+        write_json(options.out, result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
