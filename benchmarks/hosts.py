@@ -85,11 +85,12 @@ class GivenGradients(nn.Module):
 
     def __init__(self, model: nn.Module, gradients: Sequence[Tensor]) -> None:
         super().__init__()
-        self.model = model
+        # Without BatchNorm's buffers, which DDP would send in the forward pass, which is not measured.
+        self._parameters_of_model = nn.ParameterList(model.parameters())
         self._gradients = gradients
 
     def forward(self) -> Tensor:
-        pairs = zip(self.model.parameters(), self._gradients, strict=True)
+        pairs = zip(self._parameters_of_model, self._gradients, strict=True)
         return torch.stack([torch.dot(p.flatten(), g.flatten()) for p, g in pairs]).sum()
 
 
@@ -103,14 +104,13 @@ def build(contender: Contender, model_name: str) -> tuple[DistributedDataParalle
         optimizer = SGD(model.parameters(), lr=1e-3, momentum=0.9)
     else:
         optimizer = SFW(constrain(model, KSparsePolytope(k_frac=K_FRAC, k_min=K_MIN, tau=TAU)), lr=1e-3, momentum=0.9)
-    # BatchNorm's buffers (0.1 % of the bytes) would travel in the forward pass, which is not measured.
-    replica = DistributedDataParallel(GivenGradients(model, gradients), broadcast_buffers=False)
+    replica = DistributedDataParallel(GivenGradients(model, gradients))
     if contender.hook:
-        replica.register_comm_hook(optimizer, _hook(contender.hook))
+        replica.register_comm_hook(optimizer, comm_hook(contender.hook))
     return replica, optimizer
 
 
-def _hook(name: str) -> Callable[..., Any]:
+def comm_hook(name: str) -> Callable[..., Any]:
     try:
         return getattr(importlib.import_module("sfw_dist.comm_hook"), name)
     except (ImportError, AttributeError) as error:
@@ -321,6 +321,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
     chosen = [name for name in CONTENDERS if name == BASELINE or name in options.contenders]
+    for name in chosen:
+        if hook := CONTENDERS[name].hook:
+            comm_hook(hook)  # if it is missing, say so before any rank starts
     worker = ["--worker", "--model", options.model, "--rounds", str(options.rounds), "--contenders", *chosen]
     with hosts(options.hosts, options.gbit) as found:
         try:
