@@ -16,7 +16,8 @@ iproute2. Measured for every contender, on the model's shapes, float32, gloo:
 - *communication* = gradients + vertices, which excludes that computing:
   *gradients*: the backward pass less the same without an exchange (under DDP's `no_sync()`), measured right after it.
   What is computed for the exchange's sake counts: copies to and from buckets, sums, conversions to bfloat16.
-  *vertices*: the all-gather of SFW's step. The ranks start it together, so that a slower LMO does not count.
+  *vertices*: the all-gather of SFW's step, and the all-reduces for tensors that are divided between ranks. The ranks
+  start each together, so that a slower LMO does not count.
 - *floor*: the bytes of the busiest host, sent or received, at the link's rate. Communication close to it shows that the
   network is the limit, and not the cores.
 - *state*: bytes of momentum on the fullest rank, over a W-th of one whole copy, with W ranks.
@@ -27,7 +28,6 @@ Ratios are those of a step to the baseline's step of the same round; rounds go t
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
 import platform
@@ -37,7 +37,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Optimizer
 
 from sfw_dist import SFW, KSparsePolytope, constrain
+from sfw_dist.comm_hook import reduce_to_owner, reduce_to_owner_bf16
 from sfw_dist.errors import UserError, reports_user_errors
 from sfw_dist.files import write_json
 from sfw_dist.models import build_model
@@ -58,6 +59,8 @@ from sfw_dist.models import build_model
 K_FRAC, K_MIN, TAU = 0.05, 10, 15.0
 WARM_UP = 3  # DDP lays its buckets out anew after the first backward pass
 BASELINE = "sgd"
+COLLECTIVES = {"all_gather_into_tensor": 1, "all_reduce": 2}
+"""Those of an optimizer's step, and how often each of W hosts sends (W − 1)/W of the whole tensor."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,8 @@ class Contender:
     """One way to train, and what we want of it in comparison with DDP + SGD."""
 
     title: str
-    hook: str | None = None
-    """Name in ``sfw_dist.comm_hook``."""
+    hook: Callable[..., Any] | None = None
+    """How gradients travel, if not by DDP's all-reduce."""
     wanted: dict[str, float] = field(default_factory=dict)
     """Greatest ratio by quantity."""
 
@@ -75,8 +78,8 @@ _OWNER = {"sent": 0.56, "communication": 0.85, "state": 1.15}
 CONTENDERS = {
     "sgd": Contender("DDP + SGD"),
     "sfw": Contender("DDP + SFW, all_reduce", wanted={"sent": 1.08, "state": 1.15}),
-    "reduce_to_owner": Contender("DDP + SFW, reduce_to_owner", "reduce_to_owner", _OWNER),
-    "reduce_to_owner_bf16": Contender("DDP + SFW, reduce_to_owner_bf16", "reduce_to_owner_bf16", _OWNER),
+    "reduce_to_owner": Contender("DDP + SFW, reduce_to_owner", reduce_to_owner, _OWNER),
+    "reduce_to_owner_bf16": Contender("DDP + SFW, reduce_to_owner_bf16", reduce_to_owner_bf16, _OWNER),
 }
 
 
@@ -106,15 +109,8 @@ def build(contender: Contender, model_name: str) -> tuple[DistributedDataParalle
         optimizer = SFW(constrain(model, KSparsePolytope(k_frac=K_FRAC, k_min=K_MIN, tau=TAU)), lr=1e-3, momentum=0.9)
     replica = DistributedDataParallel(GivenGradients(model, gradients))
     if contender.hook:
-        replica.register_comm_hook(optimizer, comm_hook(contender.hook))
+        replica.register_comm_hook(optimizer, contender.hook)
     return replica, optimizer
-
-
-def comm_hook(name: str) -> Callable[..., Any]:
-    try:
-        return getattr(importlib.import_module("sfw_dist.comm_hook"), name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"no hook {name!r} ({error}): choose --contenders sgd sfw") from error
 
 
 class Measured:
@@ -122,8 +118,8 @@ class Measured:
 
     def __init__(self, contender: Contender, model_name: str) -> None:
         self._replica, self._optimizer = build(contender, model_name)
-        self._gather_seconds = 0.0
-        self._gathered_bytes = 0
+        self._exchange_seconds = 0.0
+        self._expected_bytes = 0.0
         self.samples: dict[str, list[float]] = defaultdict(list)
 
     def warm_up(self) -> None:
@@ -131,10 +127,8 @@ class Measured:
             self._step()
         with self._replica.no_sync():
             sent = self._step()["sent"]
-        world_size = dist.get_world_size()
-        expected = self._gathered_bytes * (world_size - 1) / world_size
-        if sent > 1.05 * expected + 100_000:
-            raise RuntimeError(f"SFW's step sent {sent} bytes, its all-gathers {expected:.0f}: time the others, too")
+        if sent > 1.1 * self._expected_bytes + 100_000:
+            raise RuntimeError(f"a step sent {sent} bytes, {self._expected_bytes:.0f} by what is timed: time the rest")
 
     def measure(self) -> None:
         """One step, and its backward pass without an exchange."""
@@ -157,11 +151,11 @@ class Measured:
         return time.perf_counter() - began
 
     def _step(self) -> dict[str, float]:
-        self._gather_seconds, self._gathered_bytes = 0.0, 0
+        self._exchange_seconds, self._expected_bytes = 0.0, 0.0
         sent, received = _counters()
         backward = self._backward()
         began = time.perf_counter()
-        with self._gathers_timed():
+        with self._collectives_timed():
             self._optimizer.step()
         update = time.perf_counter() - began
         dist.barrier()  # every rank has what was sent to it
@@ -169,25 +163,30 @@ class Measured:
         return {
             "step": backward + update,
             "backward": backward,
-            "vertices": self._gather_seconds,
+            "vertices": self._exchange_seconds,
             "sent": now_sent - sent,
             "received": now_received - received,
         }
 
     @contextmanager
-    def _gathers_timed(self) -> Iterator[None]:
-        gather = dist.all_gather_into_tensor
+    def _collectives_timed(self) -> Iterator[None]:
+        with ExitStack() as patches:
+            for name in COLLECTIVES:
+                patches.enter_context(mock.patch.object(dist, name, self._timed(name, getattr(dist, name))))
+            yield
 
-        def timed(output: Tensor, *args: Any, **kwargs: Any) -> None:
-            assert not kwargs.get("async_op"), "only the start of an asynchronous all-gather would be timed"
+    def _timed(self, name: str, collective: Callable[..., Any]) -> Callable[..., None]:
+        world_size = dist.get_world_size()
+
+        def timed(whole: Tensor, *args: Any, **kwargs: Any) -> None:
+            assert not kwargs.get("async_op"), "only the start of an asynchronous collective would be timed"
             dist.barrier()
             began = time.perf_counter()
-            gather(output, *args, **kwargs)
-            self._gather_seconds += time.perf_counter() - began
-            self._gathered_bytes += output.nbytes
+            collective(whole, *args, **kwargs)
+            self._exchange_seconds += time.perf_counter() - began
+            self._expected_bytes += COLLECTIVES[name] * whole.nbytes * (world_size - 1) / world_size
 
-        with mock.patch.object(dist, "all_gather_into_tensor", timed):
-            yield
+        return timed
 
 
 def _counters() -> tuple[int, int]:
@@ -321,9 +320,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
     chosen = [name for name in CONTENDERS if name == BASELINE or name in options.contenders]
-    for name in chosen:
-        if hook := CONTENDERS[name].hook:
-            comm_hook(hook)  # if it is missing, say so before any rank starts
     worker = ["--worker", "--model", options.model, "--rounds", str(options.rounds), "--contenders", *chosen]
     with hosts(options.hosts, options.gbit) as found:
         try:
