@@ -2,7 +2,7 @@
 
     sudo python benchmarks/hosts.py
     sudo python benchmarks/hosts.py --hosts 4 --gbit 1 --rounds 20 --out results/hosts.json
-    sudo python benchmarks/hosts.py --contenders sfw
+    sudo python benchmarks/hosts.py --contenders sfw reduce_to_owner --bucket-mb 100
 
 The hosts are network namespaces of this machine, one rank in each (benchmarks/network.py): that needs root and
 iproute2. Measured for every contender, on the model's shapes, float32, gloo:
@@ -38,86 +38,32 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
+from contenders import BASELINE, CONTENDERS, build
 from network import DEVICE, FailedRanksError, hosts, run_ranks
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 
-from sfw_dist import SFW, KSparsePolytope, constrain
-from sfw_dist.comm_hook import reduce_to_owner, reduce_to_owner_bf16
 from sfw_dist.errors import UserError, reports_user_errors
 from sfw_dist.files import write_json
 from sfw_dist.models import build_model
 
-K_FRAC, K_MIN, TAU = 0.05, 10, 15.0
 WARM_UP = 3  # DDP lays its buckets out anew after the first backward pass
-BASELINE = "sgd"
 COLLECTIVES = {"all_gather_into_tensor": 1, "all_reduce": 2}
 """Those of an optimizer's step, and how often each of W hosts sends (W − 1)/W of the whole tensor."""
-
-
-@dataclass(frozen=True)
-class Contender:
-    """One way to train, and what we want of it in comparison with DDP + SGD."""
-
-    title: str
-    hook: Callable[..., Any] | None = None
-    """How gradients travel, if not by DDP's all-reduce."""
-    wanted: dict[str, float] = field(default_factory=dict)
-    """Greatest ratio by quantity."""
-
-
-_OWNER = {"sent": 0.56, "communication": 0.85, "state": 1.15}
-CONTENDERS = {
-    "sgd": Contender("DDP + SGD"),
-    "sfw": Contender("DDP + SFW, all_reduce", wanted={"sent": 1.08, "state": 1.15}),
-    "reduce_to_owner": Contender("DDP + SFW, reduce_to_owner", reduce_to_owner, _OWNER),
-    "reduce_to_owner_bf16": Contender("DDP + SFW, reduce_to_owner_bf16", reduce_to_owner_bf16, _OWNER),
-}
-
-
-class GivenGradients(nn.Module):
-    """A loss Σ⟨θ, g⟩ over the parameters of ``model``, whose gradients are the given g."""
-
-    def __init__(self, model: nn.Module, gradients: Sequence[Tensor]) -> None:
-        super().__init__()
-        # Without BatchNorm's buffers, which DDP would send in the forward pass, which is not measured.
-        self._parameters_of_model = nn.ParameterList(model.parameters())
-        self._gradients = gradients
-
-    def forward(self) -> Tensor:
-        pairs = zip(self._parameters_of_model, self._gradients, strict=True)
-        return torch.stack([torch.dot(p.flatten(), g.flatten()) for p, g in pairs]).sum()
-
-
-def build(contender: Contender, model_name: str) -> tuple[DistributedDataParallel, Optimizer]:
-    """The contender's replica and optimizer on this rank, the same on every rank but for the gradients."""
-    model = build_model(model_name, num_classes=10)
-    generator = torch.Generator().manual_seed(1 + dist.get_rank())
-    gradients = [1e-3 * torch.randn(p.shape, generator=generator) for p in model.parameters()]
-    optimizer: Optimizer
-    if contender is CONTENDERS["sgd"]:
-        optimizer = SGD(model.parameters(), lr=1e-3, momentum=0.9)
-    else:
-        optimizer = SFW(constrain(model, KSparsePolytope(k_frac=K_FRAC, k_min=K_MIN, tau=TAU)), lr=1e-3, momentum=0.9)
-    replica = DistributedDataParallel(GivenGradients(model, gradients))
-    if contender.hook:
-        replica.register_comm_hook(optimizer, contender.hook)
-    return replica, optimizer
 
 
 class Measured:
     """One contender on this rank, and what was measured of it."""
 
-    def __init__(self, contender: Contender, model_name: str) -> None:
-        self._replica, self._optimizer = build(contender, model_name)
+    def __init__(self, replica: DistributedDataParallel, optimizer: Optimizer) -> None:
+        self._replica, self._optimizer = replica, optimizer
         self._exchange_seconds = 0.0
         self._expected_bytes = 0.0
         self.samples: dict[str, list[float]] = defaultdict(list)
@@ -200,15 +146,16 @@ def work(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     dist.init_process_group("gloo")
-    measured = {name: Measured(CONTENDERS[name], options.model) for name in options.contenders}
+    measured = {
+        name: Measured(*build(CONTENDERS[name], options.model, options.bucket_mb)) for name in options.contenders
+    }
     for contender in measured.values():
         contender.warm_up()
     for round_ in range(options.rounds):
-        order = list(measured.values())
-        for contender in order[round_ % len(order) :] + order[: round_ % len(order)]:
-            contender.measure()
-    gathered: list[Any] = [None] * dist.get_world_size()
+        for turn in range(len(measured)):
+            list(measured.values())[(round_ + turn) % len(measured)].measure()
     mine = {name: {**m.samples, "state_bytes": m.state_bytes()} for name, m in measured.items()}
+    gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, mine)
     if dist.get_rank() == 0:
         print(json.dumps({name: [rank[name] for rank in gathered] for name in measured}))
@@ -277,27 +224,26 @@ def show(result: dict[str, Any]) -> None:
     print(f"{result['hosts']} hosts at {result['gbit_per_second']:g} Gbit/s on {result['cores']} cores of "
           f"{result['processor']}, {result['model']}, {result['parameters']:,} parameters, float32, gloo, "
           f"1 thread a rank, torch {result['torch']}, n = {result['rounds']}")  # fmt: skip
-    units = {"sent": 1e-6, "received": 1e-6, "greatest": 1e-6}  # MB; all others from seconds to ms
-    columns = ["sent", "received", "greatest", "floor", "gradients", "vertices", "communication", "step"]
-    print(f"{'a step, MB and ms':32}" + "".join(f" {name:>13}" for name in columns) + f" {'min':>9} {'max':>9}")
+    in_mb = ["sent", "received", "greatest"]
+    in_ms = ["floor", "gradients", "vertices", "communication", "step"]
+    names = {"floor": "floor ms", "communication": "comm. ms", "step": "step ms"}
+    header = "".join(f" {names.get(name, name):>9}" for name in [*in_mb, *in_ms])
+    print(f"{'a step, MB and ms':32}{header} {'min':>7} {'max':>7}")
     for row in result["contenders"].values():
-        medians = "".join(f" {row[name]['median'] * units.get(name, 1e3):13.2f}" for name in columns)
-        print(f"{row['title']:32}{medians} {1e3 * row['step']['min']:9.1f} {1e3 * row['step']['max']:9.1f}")
-    print(f"{'over DDP + SGD':32} {'median':>8} {'min':>8} {'max':>8} {'wanted':>8}")
-    names = {
-        "sent": "bytes sent",
-        "greatest": "bytes of the busiest host",
-        "step": "whole step",
-        "state": f"state, over 1/{result['hosts']} of a copy",
-    }
+        megabytes = "".join(f" {row[name]['median'] / 1e6:9.2f}" for name in in_mb)
+        milliseconds = "".join(f" {1e3 * row[name]['median']:9.1f}" for name in in_ms)
+        spread = "".join(f" {1e3 * row['step'][which]:7.1f}" for which in ("min", "max"))
+        print(f"{row['title']:32}{megabytes}{milliseconds}{spread}")
+    print(f"{'ratio to ' + CONTENDERS[BASELINE].title:32} {'median':>9} {'min':>9} {'max':>9}    wanted")
+    names = {"sent": "bytes sent", "greatest": "bytes of the busiest host", "step": "whole step"}
+    names["state"] = f"state, to 1/{result['hosts']} of a copy"
     for row in result["contenders"].values():
         print(row["title"])
         for what, ratio in row["ratios"].items():
             wanted = row["wanted"].get(what)
-            verdict = f"   ≤ {wanted['limit']:.2f} {'met' if wanted['met'] else 'NOT MET'}" if wanted else ""
-            print(
-                f"  {names.get(what, what):30} {ratio['median']:8.3f} {ratio['min']:8.3f} {ratio['max']:8.3f}{verdict}"
-            )
+            verdict = f"    ≤ {wanted['limit']:.2f} {'met' if wanted['met'] else 'NOT MET'}" if wanted else ""
+            spread = "".join(f" {ratio[which]:9.3f}" for which in ("median", "min", "max"))
+            print(f"  {names.get(what, what):30}{spread}{verdict}")
 
 
 @reports_user_errors
@@ -306,6 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="resnet18", help="network whose shapes are used (default: resnet18)")
     parser.add_argument("--hosts", type=int, default=4, help="hosts, with one rank each (default: 4)")
     parser.add_argument("--gbit", type=float, default=1.0, help="rate of each host's link in Gbit/s (default: 1)")
+    parser.add_argument("--bucket-mb", type=float, help="size of DDP's buckets (default: DDP's own)")
     parser.add_argument("--rounds", type=int, default=10, help="counted rounds (default: 10)")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="NAME",
                         help=f"of {', '.join(CONTENDERS)} (default: all); {BASELINE} always runs")  # fmt: skip
@@ -321,20 +268,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     chosen = [name for name in CONTENDERS if name == BASELINE or name in options.contenders]
     worker = ["--worker", "--model", options.model, "--rounds", str(options.rounds), "--contenders", *chosen]
+    if options.bucket_mb is not None:
+        worker += ["--bucket-mb", str(options.bucket_mb)]
+    with torch.device("meta"):  # a name that is wrong is found before a rank starts
+        parameters = sum(p.numel() for p in build_model(options.model, num_classes=10).parameters())
     with hosts(options.hosts, options.gbit) as found:
         try:
             printed = run_ranks(found, [sys.executable, __file__, *worker], options.timeout, {"OMP_NUM_THREADS": "1"})
         except FailedRanksError as failure:
             print(f"error: {failure}", file=sys.stderr)
             return 1
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in build_model(options.model, num_classes=10).parameters())
     ranks = json.loads(printed.splitlines()[-1])
     result = {
         "model": options.model,
         "parameters": parameters,
         "hosts": options.hosts,
         "gbit_per_second": options.gbit,
+        "bucket_mb": options.bucket_mb,
         "rounds": options.rounds,
         "cores": len(os.sched_getaffinity(0)),
         "processor": _processor(),
