@@ -16,7 +16,7 @@ READY := $(VENV)/.sfw-dist-ready
 
 export PATH := $(abspath $(VENV))/bin:$(PATH):/usr/sbin
 
-.PHONY: setup system-packages slurm-packages demo test test-dist lint format bench clean
+.PHONY: setup system-packages slurm-packages demo test test-dist lint format bench bench-hosts clean
 
 setup: $(READY)
 
@@ -71,7 +71,11 @@ format: setup
 	ruff format .
 
 bench: setup
-	@for script in benchmarks/*.py; do python $$script || exit $$?; done
+	@for script in $(filter-out benchmarks/hosts.py,$(wildcard benchmarks/*.py)); do python $$script || exit $$?; done
+
+# Makes network namespaces: as root, or with sudo.
+bench-hosts: setup
+	@if [ "$$(id -u)" = 0 ]; then python benchmarks/hosts.py; else sudo "$(abspath $(BIN))/python" benchmarks/hosts.py; fi
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
