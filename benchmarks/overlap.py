@@ -5,7 +5,7 @@
 
 The hosts are network namespaces of this machine (benchmarks/network.py: root and iproute2), one rank with one thread
 each. A step is forward, backward and optimizer on a batch of noise, the slowest rank's time; the contenders take turns
-in every round. Overlap changes when things are done and nothing else: the parameters of both ways are compared at the end.
+in every round. Overlap changes when things are done and nothing else: the parameters are compared at the end.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 def report(result: dict[str, Any]) -> None:
     times = result["milliseconds"]
     base = times["DDP + SGD"]
-    print(f"{result['model']}, {result['hosts']} hosts at {result['gbit']} Gbit/s, batch {result['batch_size']} a rank, "
-          f"torch {torch.__version__}, {result['machine']}, {result['cores']} cores, n = {len(base)}")  # fmt: skip
+    print(f"{result['model']}, {result['hosts']} hosts at {result['gbit']} Gbit/s, batch {result['batch_size']} a "
+          f"rank, torch {result['torch']}, {result['machine']}, {result['cores']} cores, n = {len(base)}")  # fmt: skip
     print(f"{'step':34} {'median ms':>10} {'min':>8} {'max':>8} {'x SGD':>8}")
     for name, values in times.items():
         ratio = statistics.median(mine / theirs for mine, theirs in zip(values, base, strict=True))
@@ -112,7 +112,9 @@ def main() -> None:
     parser.add_argument("--gbit", type=float, default=1.0, help="rate of every link, Gbit/s (default: 1)")
     parser.add_argument("--batch-size", type=int, default=16, help="images of a rank (default: 16)")
     parser.add_argument("--rounds", type=int, default=15, help="counted rounds (default: 15)")
-    parser.add_argument("--timeout", type=float, default=600, help="seconds until hanging ranks are ended (default: 600)")
+    parser.add_argument(
+        "--timeout", type=float, default=600, help="seconds until hanging ranks are ended (default: 600)"
+    )
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -22,20 +22,20 @@ import torch
 from torch import nn
 
 from sfw_dist import KSparsePolytope
-from sfw_dist.batch import Batch, Ranks
+from sfw_dist.batch import Batch, Ranks, State
 from sfw_dist.files import write_json
 from sfw_dist.step import Slot, move
 
 FRACTIONS = [0.003, 0.01, 0.05, 0.2]
 
 
-def one_batch(n: int, k_frac: float) -> tuple[Batch, Slot, dict[torch.Tensor, dict[str, Any]]]:
+def one_batch(n: int, k_frac: float) -> tuple[Batch, Slot, State]:
     """A tensor with its state, as one rank has it."""
     constraint = KSparsePolytope(k_frac=k_frac, radius=0.1)
     parameter = nn.Parameter(0.01 * torch.randn(n))
     group = {"constraint": constraint, "lr": 1e-3, "momentum": 0.9, "rescale": "gradient", "weight_decay": 0.0}
     slot = Slot.of("tensor", parameter, group, 0, n)
-    state = {parameter: {"step": torch.zeros(()), "momentum_buffer": torch.zeros(n)}}
+    state: State = {parameter: {"step": torch.zeros(()), "momentum_buffer": torch.zeros(n)}}
     return Batch([slot], [0], Ranks(None, 0, 1)), slot, state
 
 

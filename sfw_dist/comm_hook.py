@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from sfw_dist.reducer import all_reduced, reduced_to_owner
+from sfw_dist.reducer import Reduction
 
 if TYPE_CHECKING:
     from sfw_dist.optim import SFW
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 def all_reduce(optimizer: "SFW", bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     """What DDP does by itself; as a hook it lets the optimizer overlap its step with the backward pass."""
-    return optimizer.receive(bucket, all_reduced)
+    return optimizer.receive(bucket, Reduction(to_owners=False))
 
 
 def reduce_to_owner(optimizer: "SFW", bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     """Each gradient to its owner alone."""
-    return optimizer.receive(bucket, reduced_to_owner)
+    return optimizer.receive(bucket, Reduction(to_owners=True))
 
 
 def reduce_to_owner_bf16(optimizer: "SFW", bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     """As :func:`reduce_to_owner`, with the ranks' gradients rounded to bfloat16 on the wire, and added in float32."""
-    return optimizer.receive(bucket, lambda received, ranks: reduced_to_owner(received, ranks, torch.bfloat16))
+    return optimizer.receive(bucket, Reduction(to_owners=True, wire_type=torch.bfloat16))

@@ -16,7 +16,7 @@ from sfw_dist.constraints import KSparsePolytope, Unconstrained, constraint_from
 from sfw_dist.errors import UserError
 from sfw_dist.groups import check_group, into_the_set
 from sfw_dist.plan import Item, Part, make_plan
-from sfw_dist.reducer import Received, Reduce, Reducer, strided_as
+from sfw_dist.reducer import Received, Reducer, Reduction, strided_as
 from sfw_dist.reduction import ROW
 from sfw_dist.state import check_shapes, gather_state, take_state
 from sfw_dist.step import Rescale, Slot, cost, momentum_buffer
@@ -254,7 +254,7 @@ class SFW(Optimizer):
             self._batches[indices] = Batch(slots, owners, ranks, fused=self._fused)
         return self._batches[indices]
 
-    def receive(self, bucket: dist.GradBucket, reduce: Reduce) -> torch.futures.Future[Tensor]:
+    def receive(self, bucket: dist.GradBucket, reduction: Reduction) -> torch.futures.Future[Tensor]:
         """For communication hooks: reduce a bucket of gradients and, with ``overlap``, begin the step with them.
 
         Raises:
@@ -280,16 +280,17 @@ class SFW(Optimizer):
             slots,
             [self._parts[i].owner for i in indices],
             [gradients[slot.parameter] for slot in slots],
+            bucket.index(),
         )
         if not self.overlap:
-            return self._reducer.run(received, reduce, None)[0]
+            return self._reducer.run(received, reduction, None)[0]
         batch = self._batch_of(indices, self._reducer.ranks)
 
-        def begin(ranks: Ranks) -> None:
+        def begin() -> None:
             batch.answer(self.state, received.gradients)
             batch.exchange()
 
-        reduced, task = self._reducer.run(received, reduce, begin)
+        reduced, task = self._reducer.run(received, reduction, begin)
         self._begun.append((batch, indices, task))
         return reduced
 

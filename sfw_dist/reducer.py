@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future as Task
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,8 +14,13 @@ from torch import Tensor
 from torch.futures import Future
 
 from sfw_dist.batch import Ranks
-from sfw_dist.reduction import squared_norm, tree_sum
+from sfw_dist.reduction import ROW, tree_sum
 from sfw_dist.step import Slot
+
+_BUCKETS_AT_ONCE = 8
+
+Room = Callable[[str, int, torch.dtype], Tensor]
+"""A buffer by name, entries and type: the same one in every step."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,8 @@ class Received:
     owners: list[int]
     gradients: list[Tensor]
     """One a slot, that of its whole tensor; views of ``flat``."""
+    number: int
+    """Of the bucket in the backward pass."""
 
 
 def strided_as(parameter: Tensor, gradient: Tensor) -> Tensor:
@@ -36,18 +44,23 @@ def strided_as(parameter: Tensor, gradient: Tensor) -> Tensor:
     return gradient.as_strided(parameter.size(), parameter.stride(), gradient.storage_offset())
 
 
-Reduce = Callable[[Received, Ranks], None]
-"""Puts the mean over the ranks into the bucket's memory, in place; collective."""
+@dataclass(frozen=True)
+class Reduction:
+    """How a bucket's gradients become means over the ranks, in the bucket's memory; collective."""
+
+    to_owners: bool
+    wire_type: torch.dtype | None = None
+
+    def __call__(self, received: Received, ranks: Ranks, room: Room) -> None:
+        if self.to_owners:
+            _reduce_to_owners(received, ranks, self.wire_type, room)
+        else:
+            received.flat.div_(ranks.size)
+            if ranks.size > 1:
+                dist.all_reduce(received.flat, group=ranks.group)
 
 
-def all_reduced(received: Received, ranks: Ranks) -> None:
-    """The mean gradients on all ranks."""
-    received.flat.div_(ranks.size)
-    if ranks.size > 1:
-        dist.all_reduce(received.flat, group=ranks.group)
-
-
-def reduced_to_owner(received: Received, ranks: Ranks, wire_type: torch.dtype | None = None) -> None:
+def _reduce_to_owners(received: Received, ranks: Ranks, wire_type: torch.dtype | None, room: Room) -> None:
     """The mean gradients with their owners; elsewhere 0 and, in one entry, the norm of what the others have.
 
     Gradients are added in float32 (float64 ones in float64) in a tree of adjacent ranks, so that equal ones have
@@ -62,49 +75,77 @@ def reduced_to_owner(received: Received, ranks: Ranks, wire_type: torch.dtype | 
     for slot, i in zip(slots, order, strict=True):
         lengths[received.owners[i]] += slot.format.n
 
-    sent = torch.empty(sum(lengths), dtype=wire_type or received.flat.dtype, device=received.flat.device)
+    sent = room("sent", sum(lengths), wire_type or received.flat.dtype)
     for slot, gradient, part in zip(slots, gradients, sent.split([s.format.n for s in slots]), strict=True):
         part.copy_(slot.entries(gradient))
-    mean = _sum_at_owner(sent, lengths, ranks, slots[0].dtype) / ranks.size
+    mean = _sum_at_owner(sent, lengths, ranks, slots[0].dtype, received.number, room).div_(ranks.size)
 
     received.flat.zero_()
     mine = [(slot, gradient) for slot, gradient, own in zip(slots, gradients, owned, strict=True) if own]
     for (slot, gradient), part in zip(mine, mean.split([slot.format.n for slot, _ in mine]), strict=True):
         _write(slot, gradient, part)
-    norms = torch.zeros(ranks.size, dtype=torch.float64, device=sent.device)
-    norms[ranks.rank] = squared_norm(mean)
-    dist.all_reduce(norms, group=ranks.group)
-    norms[ranks.rank] = 0
+    norms = _tell_others(_squared_norm(mean), ranks, received.number)
     elsewhere = next((j for j, own in enumerate(owned) if not own), None)
     if elsewhere is not None:
         slot, gradient = slots[elsewhere], gradients[elsewhere]
         gradient[torch.unravel_index(torch.tensor(slot.start), gradient.shape)] = tree_sum(norms).sqrt().to(gradient)
 
 
-def _sum_at_owner(sent: Tensor, lengths: list[int], ranks: Ranks, dtype: torch.dtype) -> Tensor:
+def _squared_norm(x: Tensor) -> Tensor:
+    """By rows, which no number of threads divides, and in their own order; float64."""
+    whole = x.numel() // ROW * ROW
+    rows = [x[:whole].view(-1, ROW), x[whole:].view(1, -1)]
+    return tree_sum(torch.cat([torch.linalg.vector_norm(part, dim=1, dtype=torch.float64).square() for part in rows]))
+
+
+def _sum_at_owner(sent: Tensor, lengths: list[int], ranks: Ranks, dtype: torch.dtype, tag: int, room: Room) -> Tensor:
     """The sum over the ranks of this rank's part of ``sent``, which has ``lengths[r]`` entries for rank r."""
     mine = lengths[ranks.rank]
     if dist.get_backend(ranks.group) == "nccl":
-        total = torch.empty(mine, dtype=sent.dtype, device=sent.device)
+        total = room("total", mine, sent.dtype)
         dist.reduce_scatter(total, list(sent.split(lengths)), group=ranks.group)
         return total.to(dtype)
-    # gloo's own reduce_scatter moves as much as an all_reduce; here every entry crosses the wire once.
-    arrived = torch.empty(ranks.size * mine, dtype=sent.dtype, device=sent.device)
-    size = sent.element_size()
-    dist.all_to_all_single(
-        arrived.view(torch.uint8),
-        sent.view(torch.uint8),
-        [size * mine] * ranks.size,
-        [size * length for length in lengths],
-        group=ranks.group,
-    )
-    parts = arrived.view(ranks.size, mine).to(dtype)
+    # gloo's own reduce_scatter moves as much as an all_reduce. Here every entry crosses the wire once; and in a round
+    # every rank sends to another one, for three that send to one at once take half as long again.
+    parts = sent.split(lengths)
+    arrived = room("arrived", ranks.size * mine, sent.dtype).view(ranks.size, mine)
+    arrived[ranks.rank] = parts[ranks.rank]
+    for distance in range(1, ranks.size):
+        to, source = (ranks.rank + distance) % ranks.size, (ranks.rank - distance) % ranks.size
+        _exchange(parts[to], to, arrived[source], source, ranks, 2 * tag)
+    sums = arrived.to(dtype)
     step = 1
     while step < ranks.size:  # the tree of `reduction`, in place
         for i in range(0, ranks.size - step, 2 * step):
-            parts[i] += parts[i + step]
+            sums[i] += sums[i + step]
         step *= 2
-    return parts[0]
+    return sums[0]
+
+
+def _exchange(sent: Tensor, to: int, received: Tensor, source: int, ranks: Ranks, tag: int) -> None:
+    """Send to one rank and receive from another; both sides know the lengths, and of length 0 there is no message."""
+    works = []
+    if received.numel():
+        works.append(dist.irecv(received.view(torch.uint8), group=ranks.group, group_src=source, tag=tag))
+    if sent.numel():
+        works.append(dist.isend(sent.view(torch.uint8), group=ranks.group, group_dst=to, tag=tag))
+    for work in works:
+        assert work is not None
+        work.wait()
+
+
+def _tell_others(x: Tensor, ranks: Ranks, tag: int) -> Tensor:
+    """The other ranks' float64 scalars, by rank; 0 at this one's place."""
+    everyone = torch.zeros(ranks.size, dtype=torch.float64, device=x.device)
+    if dist.get_backend(ranks.group) == "nccl":
+        everyone[ranks.rank] = x
+        dist.all_reduce(everyone, group=ranks.group)
+        everyone[ranks.rank] = 0
+        return everyone
+    for distance in range(1, ranks.size):
+        to, source = (ranks.rank + distance) % ranks.size, (ranks.rank - distance) % ranks.size
+        _exchange(x.view(1), to, everyone[source : source + 1], source, ranks, 2 * tag + 1)
+    return everyone
 
 
 def _write(slot: Slot, gradient: Tensor, entries: Tensor) -> None:
@@ -119,24 +160,36 @@ def _write(slot: Slot, gradient: Tensor, entries: Tensor) -> None:
 
 
 class Reducer:
-    """Works on bucket after bucket, in a thread and a process group of its own, in the order in which DDP gives them.
+    """Reduces buckets, and does what follows from them, in threads and process groups of its own.
 
-    On the script's own group others may send meanwhile, in an order that is not the same on every rank.
+    What follows is done bucket after bucket, in the order in which DDP gives them, the same on every rank; so are
+    reductions by collectives. Those to owners by gloo are messages between pairs of ranks, of which each bucket has a
+    thread: one whose tensors all belong to one rank leaves the other links to the next.
     """
 
     def __init__(self, ranks: Ranks, device: torch.device) -> None:
-        self.ranks = ranks
-        if ranks.size > 1:
-            members = dist.get_process_group_ranks(ranks.group or dist.group.WORLD)
-            group = dist.new_group(members, use_local_synchronization=True)
-            assert isinstance(group, dist.ProcessGroup)
-            self.ranks = Ranks(group, ranks.rank, ranks.size)
+        self._for_gradients, self.ranks = self._own_group(ranks), self._own_group(ranks)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._pairwise = ranks.size > 1 and dist.get_backend(ranks.group) == "gloo"
         # A new thread has as many OpenMP threads as there are cores, whatever the script has set.
-        self._thread = ThreadPoolExecutor(1, "sfw-reducer", torch.set_num_threads, (torch.get_num_threads(),))
+        threads: dict[str, Any] = {"initializer": torch.set_num_threads, "initargs": (torch.get_num_threads(),)}
+        self._one_by_one = ThreadPoolExecutor(1, "sfw-reduce", **threads)
+        self._at_once = ThreadPoolExecutor(_BUCKETS_AT_ONCE, "sfw-exchange", **threads)
+        self._buffers: dict[tuple[int, str, torch.dtype], Tensor] = {}
+        self._following = ThreadPoolExecutor(1, "sfw-follow", **threads)
+
+    @staticmethod
+    def _own_group(ranks: Ranks) -> Ranks:
+        """On the script's own group others may send meanwhile, in an order that is not the same on every rank."""
+        if ranks.size == 1:
+            return ranks
+        members = dist.get_process_group_ranks(ranks.group or dist.group.WORLD)
+        group = dist.new_group(members, use_local_synchronization=True)
+        assert isinstance(group, dist.ProcessGroup)
+        return Ranks(group, ranks.rank, ranks.size)
 
     def run(
-        self, received: Received, reduce: Reduce, then: Callable[[Ranks], None] | None
+        self, received: Received, reduction: Reduction, then: Callable[[], None] | None
     ) -> tuple[Future[Tensor], Task[None]]:
         """Reduce a bucket, and go on with what follows from it.
 
@@ -148,20 +201,37 @@ class Reducer:
         ready = torch.cuda.current_stream(device).record_event() if self._stream else None
 
         @torch.no_grad()
-        def work() -> None:
+        def reduce() -> None:
             with torch.cuda.stream(self._stream):  # no stream: no effect
                 if self._stream and ready:
                     self._stream.wait_event(ready)
                 try:
-                    reduce(received, self.ranks)
+                    reduction(received, self._for_gradients, self._room_of(received))
                 except Exception as error:
                     reduced.set_exception(error)  # type: ignore[arg-type]  # or DDP would wait for ever
                     raise
                 reduced.set_result(received.flat)
-                if then is not None:
-                    then(self.ranks)
 
-        return reduced, self._thread.submit(work)
+        pool = self._at_once if self._pairwise and reduction.to_owners else self._one_by_one
+        task = pool.submit(reduce)
+        return reduced, task if then is None else self._following.submit(self._follow, task, then)
+
+    def _room_of(self, received: Received) -> Room:
+        """Memory for a bucket, made once: new pages in every step would take as long as the sums."""
+
+        def room(name: str, entries: int, dtype: torch.dtype) -> Tensor:
+            key = (received.number, name, dtype)
+            if key not in self._buffers or self._buffers[key].numel() != entries:
+                self._buffers[key] = torch.empty(entries, dtype=dtype, device=received.flat.device)
+            return self._buffers[key]
+
+        return room
+
+    @torch.no_grad()
+    def _follow(self, reduced: Task[None], then: Callable[[], None]) -> None:
+        reduced.result()
+        with torch.cuda.stream(self._stream):
+            then()
 
     def finish(self, tasks: Sequence[Task[None]]) -> None:
         """Wait for tasks; an error of one is raised."""
