@@ -70,12 +70,16 @@ format: setup
 	ruff check --fix .
 	ruff format .
 
-bench: setup
-	@for script in $(filter-out benchmarks/hosts.py,$(wildcard benchmarks/*.py)); do python $$script || exit $$?; done
+BENCHMARKS := step wire balance loader training
+# These make network namespaces: as root, or with sudo.
+HOST_BENCHMARKS := hosts overlap
 
-# Makes network namespaces: as root, or with sudo.
+bench: setup
+	@for name in $(BENCHMARKS); do python benchmarks/$$name.py || exit $$?; done
+
 bench-hosts: setup
-	@if [ "$$(id -u)" = 0 ]; then python benchmarks/hosts.py; else sudo "$(abspath $(BIN))/python" benchmarks/hosts.py; fi
+	@if [ "$$(id -u)" = 0 ]; then as_root=; else as_root=sudo; fi; \
+	for name in $(HOST_BENCHMARKS); do $$as_root "$(abspath $(BIN))/python" benchmarks/$$name.py || exit $$?; done
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
