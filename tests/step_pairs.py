@@ -176,8 +176,8 @@ def run_ties(pair: Pair) -> None:
 
 
 def tied() -> list[Slot]:
-    ks = (1, 7, 100, 5 * ROW + 3)
-    return [tensor(5 * ROW + 3, sparse(k), momentum=0.5, lr=0.1) for k in ks]
+    ks = (1, 7, 100, 3 * ROW + 3)
+    return [tensor(3 * ROW + 3, sparse(k), momentum=0.5, lr=0.1) for k in ks]
 
 
 def run_missing(pair: Pair) -> None:

@@ -10,6 +10,7 @@ import functools
 import multiprocessing
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
@@ -24,7 +25,7 @@ from step_pairs import (
     Pair,
     header_of,
     mixed,
-    run_missing,
+    parts,
     run_not_finite,
     run_ranks,
     run_steps,
@@ -33,6 +34,8 @@ from step_pairs import (
     tensor,
     tied,
 )
+from step_runs import Twins, parameters, run_missing, run_mixed, run_schedules
+from step_runs import run_not_finite as run_whole_not_finite
 
 from sfw_dist.constraints import KSparsePolytope, Unconstrained
 
@@ -109,13 +112,7 @@ def test_step_sizes_by_every_rule(rescale: str) -> None:
     pair.move()
 
 
-@in_process(interpreted=True)
-def test_a_missing_gradient_leaves_a_tensor_as_it_is() -> None:
-    """A parameter or its momentum moves without a gradient, or its slot keeps an old vertex."""
-    run_missing(Pair(mixed()))
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 @in_process(interpreted=True)
 def test_a_gradient_that_is_not_finite_makes_the_step_size_nan(value: float) -> None:
     """An overflow goes unnoticed, spoils other tensors, or leaves something behind for the next step."""
@@ -180,6 +177,80 @@ def test_more_rows_than_are_added_up_at_a_time() -> None:
     with mock.patch.object(cuda_layout, "SPAN", few), mock.patch.object(cuda_kernels, "SPAN", few):
         run_steps(Pair(mixed()[:5]))
         run_ties(Pair(tied()[2:]))
+
+
+@in_process(interpreted=True)
+def test_parts_of_tensors() -> None:
+    """A part is stepped from the tensor's first entry on, or over its end."""
+    starts = (0, 2 * ROW, 3 * ROW)
+    run_steps(
+        Pair(
+            [
+                *parts(4 * ROW + 5, sparse(20), starts),
+                *parts(4 * ROW + 5, sparse(2), starts, dtype=torch.bfloat16),
+                *parts(4 * ROW + 5, Unconstrained(), starts, lr=0.1, weight_decay=0.1),
+            ]
+        )
+    )
+
+
+@in_process(interpreted=True)
+def test_nothing_is_sent_when_nothing_changed() -> None:
+    """Every step sends a table to the GPU, or none does."""
+    pair = Pair([tensor(ROW, sparse(3)), tensor(ROW, Unconstrained())])
+    pair.answer(pair.gradients())
+    given, options = pair.given(pair.gradients()), pair.options()
+    tables = []
+    for lr in (0.5, 0.5, 0.4):
+        pair.kernel.answer(*given, [values | {"lr": lr} for values in options])
+        pair.kernel.move()
+        tables.append((pair.kernel._steps._sent, pair.kernel._parameters._sent))
+    assert tables[1][0] is tables[0][0] and tables[2][0] is not tables[1][0]
+    assert tables[2][1] is tables[0][1]
+
+
+@pytest.mark.parametrize("run", [run_mixed, run_missing, run_whole_not_finite, run_schedules])
+@in_process(interpreted=True)
+def test_whole_steps_are_those_of_torch(run: Callable[[Twins], None]) -> None:
+    """The optimizer gives the kernels the wrong gradient, momentum, option or memory."""
+    run(Twins())
+
+
+@in_process(interpreted=True)
+def test_channels_last() -> None:
+    """Memory order is not the order of indices: the copies in which the kernels work must come back."""
+    twins = Twins(channels_last=True)
+    twins.run(range(2))
+    assert not all(p.is_contiguous() for p in parameters(twins.fused))
+
+
+@in_process(interpreted=True)
+def test_two_ranks_with_divided_tensors() -> None:
+    """Vertices of a tensor that ranks share are moved by wrong parts, or what others answered is not read."""
+    fork = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [fork.Process(target=_rank, args=(rank, f"file://{folder}/store")) for rank in range(2)]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join(100)
+            rank.kill()
+    assert [rank.exitcode for rank in ranks] == [0, 0]
+
+
+def _rank(rank: int, store: str) -> None:
+    torch.distributed.init_process_group("gloo", store, rank=rank, world_size=2)
+    half = KSparsePolytope(k_frac=0.05, radius=0.3)
+    groups = [
+        ((5, 5_000), torch.float32, {"constraint": half}),
+        ((130, 70), torch.bfloat16, {"constraint": half}),
+        ((20_000,), torch.float32, {"weight_decay": 0.01}),
+        ((60,), torch.float32, {}),
+    ]
+    twins = Twins(row=4096, groups=groups, split=8192)
+    assert any(not slot.whole for slot in twins.fused._slots)
+    twins.run(range(2))
+    torch.distributed.destroy_process_group()
 
 
 SIGNATURE = {
