@@ -11,10 +11,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sfw_dist.constraints import KSparsePolytope, Unconstrained, Vertex
-from sfw_dist.fused import cpu
+from sfw_dist.fused import kernel_for
+from sfw_dist.fused.piece import Kernel, Piece
 from sfw_dist.plan import lay_out
 from sfw_dist.reduction import ROW, Products, frank_wolfe_products
-from sfw_dist.step import Slot, answer, is_first, momentum, momentum_buffer, move, no_step, step_size
+from sfw_dist.step import Slot, answer, forgets, is_first, momentum, momentum_buffer, move, no_step, step_size
 from sfw_dist.topk.across import Share, select_across
 from sfw_dist.wire import HEADER
 
@@ -66,18 +67,19 @@ class Batch:
         self._header_places = firsts[:, None] + torch.arange(HEADER, device=device)
 
         self._split = [i for i, slot in enumerate(slots) if not slot.whole and _selects(slot)]
-        self._fused = [i for i, slot in enumerate(slots) if fused and _fusible(slot) and cpu.available()]
+        kernel = kernel_for(device) if fused else None
+        self._fused = [i for i, slot in enumerate(slots) if kernel and _fusible(slot, device)]
         self._plain = [i for i in range(len(slots)) if i not in set(self._fused)]
         # What the kernels answer; they move all they know, but the LMO of a split tensor takes messages.
         self._answered = [i for i in self._fused if i not in set(self._split) and self._written[i] is not None]
-        self._kernel = cpu.CPUKernel([self._piece(i) for i in self._fused]) if self._fused else None
+        self._kernel = kernel([self._piece(i) for i in self._fused]) if kernel and self._fused else None
         self._directions: dict[int, Tensor] = {}
 
-    def _piece(self, i: int) -> cpu.Piece:
+    def _piece(self, i: int) -> Piece:
         slot = self.slots[i]
         diameter = 0.0 if isinstance(slot.constraint, Unconstrained) else slot.constraint.diameter(slot.format.n)
         written = self._written[i] if i in self._answered else None
-        return cpu.Piece(slot.parameter, slot.start, slot.format, diameter, written, self._read[i])
+        return Piece(slot.parameter, slot.start, slot.format, diameter, written, self._read[i])
 
     def answer(self, state: State, gradients: Sequence[Tensor | None]) -> None:
         """Momentum, LMO and step size of the slots that this rank owns.
@@ -100,7 +102,7 @@ class Batch:
         assert written is not None
         self.slots[i].format.encode(header, vertex, written)
 
-    def _answer_fused(self, kernel: cpu.CPUKernel, state: State, gradients: Sequence[Tensor | None]) -> None:
+    def _answer_fused(self, kernel: Kernel, state: State, gradients: Sequence[Tensor | None]) -> None:
         options: list[dict[str, Any]] = []
         momenta: list[Tensor | None] = []
         steps: list[Tensor] = []
@@ -113,7 +115,10 @@ class Batch:
             keeps = slot.group["momentum"] > 0
             options.append(slot.group | {"first": not keeps or is_first(slot, own)})
             momenta.append(own["momentum_buffer"] if keeps else self._direction(i, slot))
-            steps.append(own["step"])
+            if forgets(slot, own):
+                own["step"].zero_()
+            else:
+                steps.append(own["step"])
         kernel.answer([gradients[i] for i in self._answered], momenta, options)
         if steps:
             torch._foreach_add_(steps, 1)
@@ -192,7 +197,7 @@ class Batch:
             dist.all_gather_into_tensor(self._gathered, self._segment, group=self._ranks.group)
 
     def headers(self) -> Tensor:
-        """Step size, gap and effective learning rate of every slot, float64 ``(slots, 3)``."""
+        """Step size, gap and effective learning rate of every slot, float64 ``(slots, 3)``; waits for nothing."""
         return self._gathered.view(torch.float64)[self._header_places]
 
     def move(self) -> None:
@@ -208,7 +213,7 @@ def _selects(slot: Slot) -> bool:
     return isinstance(slot.constraint, KSparsePolytope)
 
 
-def _fusible(slot: Slot) -> bool:
-    """What the compiled kernels know: sign vertices and plain momentum, in float32, on the CPU."""
+def _fusible(slot: Slot, device: torch.device) -> bool:
+    """What the compiled kernels know: sign vertices and plain momentum, in float32, on one device."""
     known = _selects(slot) or isinstance(slot.constraint, Unconstrained)
-    return known and slot.dtype == torch.float32 and slot.parameter.device.type == "cpu"
+    return known and slot.dtype == torch.float32 and slot.parameter.device == device

@@ -72,7 +72,8 @@ class SFW(Optimizer):
             vertices when its gradients are reduced, while the backward pass goes on. The answers are the same to the
             bit. Between backward and step nothing may then change the gradients: clipping has no effect, GradScaler is
             refused, and every parameter must get a gradient.
-        fused: compiled kernels on the CPU, where a C++ compiler is at hand; the answers are the same to the bit.
+        fused: compiled kernels: on the CPU, where a C++ compiler is at hand, the answers are the same to the bit; on a
+            GPU, where Triton is installed, up to the last bit of the step sizes.
         process_group: ranks that share the work; ``None``: the default group if there is one, else this process.
 
     Raises:
@@ -100,6 +101,7 @@ class SFW(Optimizer):
         self._reducer: Reducer | None = None
         self._begun: list[tuple[Batch, tuple[int, ...], Task[None]]] = []
         self._headers = torch.zeros(0, HEADER, dtype=torch.float64)
+        self._headers_of: list[int] = []
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -124,7 +126,7 @@ class SFW(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """torch keeps its own attributes only; with ours, copies and pickles of an optimizer step on."""
-        ours = ("_ranks", "_split", "_fused", "overlap", "_slots", "_parts", "_headers")
+        ours = ("_ranks", "_split", "_fused", "overlap", "_slots", "_parts", "_headers", "_headers_of")
         fresh: dict[str, Any] = {"_batches": {}, "_reducer": None, "_begun": []}
         return {**super().__getstate__(), **{name: getattr(self, name) for name in ours}, **fresh}
 
@@ -145,6 +147,7 @@ class SFW(Optimizer):
             group, _, j = tensors[part.item]
             self._slots.append(Slot.of(items[part.item].name, group["params"][j], group, part.start, part.stop))
         self._headers = torch.zeros(len(self._slots), HEADER, dtype=torch.float64)
+        self._headers_of = list(range(len(self._slots)))
         self._batches.clear()
         self._check_agreement(plan.fingerprint)
         known = {part.item for part in kept}
@@ -233,13 +236,11 @@ class SFW(Optimizer):
             batch.answer(self.state, [slot.parameter.grad for slot in self._slots])
             batch.exchange()
             parts = [(batch, everything)]
-        self._headers = torch.zeros(
-            len(self._slots), HEADER, dtype=torch.float64, device=self._slots[0].parameter.device
-        )
-        for batch, indices in parts:
-            self._headers[list(indices)] = batch.headers()
+        # One copy, on their device: nothing here waits for a GPU, so that the step can be captured in a CUDA graph.
+        self._headers = torch.cat([batch.headers() for batch, _ in parts])
+        self._headers_of = [i for _, indices in parts for i in indices]
         if self._headers.device.type == "cpu":
-            self._check_finite()
+            self._check_finite(self._read_headers())
         for batch, _ in parts:
             batch.move()
 
@@ -310,8 +311,14 @@ class SFW(Optimizer):
         """Asked by ``GradScaler``, which then leaves gradients alone and calls :meth:`step` with ``grad_scale`` set."""
         return self.overlap
 
-    def _check_finite(self) -> None:
-        bad = self._headers[:, 0].isfinite().logical_not().nonzero().view(-1).tolist()
+    def _read_headers(self) -> Tensor:
+        """The last step's, float64 ``(slots, 3)`` in the order of the slots, on the CPU."""
+        headers = torch.zeros(len(self._slots), HEADER, dtype=torch.float64)
+        headers[self._headers_of] = self._headers.cpu()
+        return headers
+
+    def _check_finite(self, headers: Tensor) -> None:
+        bad = headers[:, 0].isfinite().logical_not().nonzero().view(-1).tolist()
         for i in bad:
             if self._owns(i):
                 self.state[self._slots[i].parameter]["step"].zero_()  # its momentum starts anew, with the next gradient
@@ -327,12 +334,11 @@ class SFW(Optimizer):
 
         They travelled with the vertices. On a GPU this waits for the step. Before the first step all are 0.
         """
-        self._headers = self._headers.cpu()
-        self._check_finite()
-        rows = self._headers.tolist()
+        headers = self._read_headers()
+        self._check_finite(headers)
         return {
             slot.name: StepStatistics(gap=gap, gamma=gamma, effective_lr=effective)
-            for slot, (gamma, gap, effective) in zip(self._slots, rows, strict=True)
+            for slot, (gamma, gap, effective) in zip(self._slots, headers.tolist(), strict=True)
             if not isinstance(slot.constraint, Unconstrained)
         }
 

@@ -67,5 +67,7 @@ def take_state(
         mine, whole = state[slot.parameter], saved.get(part.item, {})
         if "step" in whole:
             mine["step"].copy_(whole["step"])
-        if "momentum_buffer" in whole and "momentum_buffer" in mine:
+        if "momentum_buffer" in mine and "momentum_buffer" in whole:
             mine["momentum_buffer"].view(-1).copy_(slot.entries(whole["momentum_buffer"]))
+        elif "momentum_buffer" in mine:
+            mine["step"].zero_()  # saved before a momentum that a scheduler raised from 0 had started

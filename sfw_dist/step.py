@@ -125,7 +125,10 @@ def momentum(slot: Slot, state: dict[str, Any], gradient: Tensor | None) -> Tens
     if unconstrained and slot.group["weight_decay"] != 0:
         g = g + slot.theta() * slot.group["weight_decay"]
     first = is_first(slot, state)
-    state["step"] += 1
+    if forgets(slot, state):
+        state["step"].zero_()
+    else:
+        state["step"] += 1
     if rho == 0:
         return g
     m = state["momentum_buffer"].view(-1)
@@ -141,6 +144,14 @@ def is_first(slot: Slot, state: dict[str, Any]) -> bool:
         state["momentum_buffer"] = momentum_buffer(slot)
         return True
     return bool(state["step"] == 0)
+
+
+def forgets(slot: Slot, state: dict[str, Any]) -> bool:
+    """Whether a scheduler took the momentum away: ``step`` then stays 0, and a later momentum starts anew.
+
+    The buffer stays too, for a state dict has the same keys before and after.
+    """
+    return slot.group["momentum"] == 0 and "momentum_buffer" in state
 
 
 def momentum_buffer(slot: Slot) -> Tensor:

@@ -5,8 +5,8 @@ unit imports only from its own layer or an earlier one, and no modules import ea
 can be read, tested and used without configuration, data or training, and whoever changes a layer knows that only the
 later ones can break. Apart from the layers stands ``report``, which reads the files of a run and may be copied out.
 
-Third parties are kept where they can be missing: FFCV in ``data/ffcv.py``, DeepSpeed in ``engine/deepspeed.py``, and
-submitit in ``launch``, which ``sfw_dist`` does not know.
+Third parties are kept where they can be missing: FFCV in ``data/ffcv.py``, DeepSpeed in ``engine/deepspeed.py``, Triton
+in ``fused``, and submitit in ``launch``, which ``sfw_dist`` does not know.
 """
 
 from __future__ import annotations
@@ -121,6 +121,7 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
         ("submitit", set()),
         ("ffcv", {"sfw_dist.data.ffcv"}),
         ("deepspeed", {"sfw_dist.engine.deepspeed"}),
+        ("triton", {"sfw_dist.fused.cuda_kernels", "sfw_dist.fused.cuda_layout"}),
     ],
 )
 def test_optional_parts_are_imported_in_one_place(name: str, allowed: set[str]) -> None:

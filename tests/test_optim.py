@@ -576,6 +576,29 @@ def test_a_momentum_that_a_scheduler_raises_from_zero_starts_with_the_gradient()
     assert torch.equal(optimizer.state[p]["momentum_buffer"], p.grad)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("constraint", [KSparsePolytope(k=3, radius=1.0), Unconstrained()], ids=repr)
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_momentum_that_a_scheduler_took_away_starts_anew(resumed: bool, constraint: Constraint, fused: bool) -> None:
+    """The momentum of long ago came back, or not, as the run had been resumed in between or not."""
+    p = torch.nn.Parameter(torch.zeros(30))
+    optimizer = SFW([{"params": [p], "constraint": constraint}], lr=0.1, momentum=0.9, fused=fused)
+    before = keys(optimizer.state_dict())
+    for momentum, sign in ((0.9, 1.0), (0.9, 1.0), (0.0, 1.0), (0.0, 1.0), (0.9, -1.0)):
+        optimizer.param_groups[0]["momentum"] = momentum
+        p.grad = sign * torch.arange(30.0)
+        if resumed:
+            state = saved_and_loaded(optimizer.state_dict())
+            optimizer = SFW([{"params": [p], "constraint": constraint}], lr=0.1, momentum=0.9, fused=fused)
+            optimizer.load_state_dict(state)
+        optimizer.step()
+        assert resumed or keys(optimizer.state_dict()) == before
+    assert torch.equal(optimizer.state[p]["momentum_buffer"], p.grad)
+    optimizer.step()
+    expected = p.grad * (1.9 if constraint == Unconstrained() else 1.0)
+    torch.testing.assert_close(optimizer.state[p]["momentum_buffer"], expected)
+
+
 def test_the_state_of_another_optimizer_is_refused_in_one_line() -> None:
     p = torch.nn.Parameter(torch.zeros(30))
     optimizer = SFW([{"params": [p], "constraint": KSparsePolytope(k=3, radius=1.0)}])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sfw_dist.fused.build import library
-from sfw_dist.wire import VertexFormat
+from sfw_dist.fused.piece import Piece
 
 # As in step.cpp.
 _TASK = np.dtype(
@@ -37,31 +36,13 @@ _RESCALES = {"gradient": 0, "fast_gradient": 1, "diameter": 2, "none": 3}
 _ROW, _BLOCKS, _CANDIDATES, _RANGES, _SAMPLES, _BINS, _WAVE = 8192, 128, 2048, 64, 32, 2048, 320
 
 
-@dataclass(frozen=True)
-class Piece:
-    """What is fixed of a tensor, or of the part of one, from step to step."""
-
-    parameter: Tensor
-    """The whole tensor, of any shape and memory format, float32, bfloat16 or float16."""
-    start: int
-    """First of the piece's entries, row-major; there are ``format.n``."""
-    format: VertexFormat
-    """Of the vertex: of a K-sparse polytope's ("mask", "indices"), or an unconstrained tensor's momentum ("all")."""
-    diameter: float
-    """L2 diameter of the set."""
-    written: Tensor | None
-    """uint8 ``(format.nbytes,)``, where the answer goes; ``None`` if another rank gives it."""
-    read: Tensor
-    """uint8 ``(format.nbytes,)``, where the answer is found; for one rank the same memory as ``written``."""
-
-
 def available() -> bool:
     """Whether the kernels are compiled, or can be."""
     return library() is not None
 
 
 class CPUKernel:
-    """The kernels over a fixed list of pieces, with all memory they work in."""
+    """A :class:`~sfw_dist.fused.piece.Kernel`, with all memory that it works in."""
 
     def __init__(self, pieces: Sequence[Piece]) -> None:
         compiled = library()
@@ -90,13 +71,7 @@ class CPUKernel:
         momenta: Sequence[Tensor | None],
         options: Sequence[dict[str, Any]],
     ) -> None:
-        """Momentum, vertex and header of all own pieces, written where they go.
-
-        Args:
-            gradients: of the own pieces, in their order, shaped as the parameter; ``None``: the piece stays as it is.
-            momenta: float32, contiguous, of the pieces' own entries; moved on. Where there is a gradient.
-            options: ``lr``, ``momentum``, ``weight_decay``, ``rescale``, ``first`` (of which m is g).
-        """
+        """Momentum, vertex and header; gradients have their parameters' types."""
         tasks = self._answers
         for task, i, gradient, m, values in zip(tasks, self._own, gradients, momenta, options, strict=True):
             task["theta"] = self._address("theta", i, self._pieces[i].parameter)
@@ -108,7 +83,7 @@ class CPUKernel:
         self._call(self._library.answer, tasks)
 
     def move(self) -> None:
-        """Every piece's parameter after the step, from the answers that are there to read."""
+        """Every piece's parameter after the step."""
         for i, (task, piece) in enumerate(zip(self._moves, self._pieces, strict=True)):
             task["theta"] = self._address("theta", i, piece.parameter)
         self._call(self._library.move, self._moves)
