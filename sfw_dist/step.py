@@ -143,7 +143,7 @@ def is_first(slot: Slot, state: dict[str, Any]) -> bool:
     if slot.group["momentum"] > 0 and "momentum_buffer" not in state:  # a scheduler raised the momentum from 0
         state["momentum_buffer"] = momentum_buffer(slot)
         return True
-    return bool(state["step"] == 0)
+    return bool(state["step"].item() == 0)
 
 
 def forgets(slot: Slot, state: dict[str, Any]) -> bool:

@@ -73,21 +73,22 @@ class CPUKernel:
     ) -> None:
         """Momentum, vertex and header; gradients have their parameters' types."""
         tasks = self._answers
-        for task, i, gradient, m, values in zip(tasks, self._own, gradients, momenta, options, strict=True):
-            task["theta"] = self._address("theta", i, self._pieces[i].parameter)
-            task["gradient"] = 0 if gradient is None else self._address("gradient", i, gradient)
-            task["m"] = 0 if m is None else m.data_ptr()
-            for name in ("lr", "momentum", "weight_decay", "first"):
-                task[name] = values[name]
-            task["rescale"] = _RESCALES[values["rescale"]]
+        tasks["theta"] = [self._address("theta", i, self._pieces[i].parameter) for i in self._own]
+        tasks["gradient"] = [
+            0 if gradient is None else self._address("gradient", i, gradient)
+            for i, gradient in zip(self._own, gradients, strict=True)
+        ]
+        tasks["m"] = [0 if m is None else m.data_ptr() for m in momenta]
+        for name in ("lr", "momentum", "weight_decay", "first"):
+            tasks[name] = [values[name] for values in options]
+        tasks["rescale"] = [_RESCALES[values["rescale"]] for values in options]
         self._call(self._library.answer, tasks)
 
     def move(self) -> None:
         """Every piece's parameter after the step."""
-        for i, (task, piece) in enumerate(zip(self._moves, self._pieces, strict=True)):
-            task["theta"] = self._address("theta", i, piece.parameter)
+        self._moves["theta"] = [self._address("theta", i, piece.parameter) for i, piece in enumerate(self._pieces)]
         self._call(self._library.move, self._moves)
-        for piece in self._pieces:
+        for piece in self._pieces if self._staged else ():
             staged = self._staged.get(("theta", id(piece.parameter)))
             if staged is not None:
                 piece.parameter.copy_(staged)
@@ -106,9 +107,9 @@ class CPUKernel:
     def _call(self, function: Any, tasks: NDArray[Any]) -> None:
         threads = torch.get_num_threads()
         function(
-            tasks.ctypes.data_as(ctypes.c_void_p),
+            ctypes.c_void_p(tasks.ctypes.data),
             ctypes.c_int64(len(tasks)),
-            self._scratch.addresses(threads).ctypes.data_as(ctypes.c_void_p),
+            ctypes.c_void_p(self._scratch.addresses(threads).ctypes.data),
             ctypes.c_int32(threads),
         )
 
@@ -128,8 +129,11 @@ class _Scratch:
             np.zeros(3 * wave, np.float64),
         ]
         self._histogram = np.zeros(0, np.int64)
+        self._addresses = np.zeros(0, np.uint64)
 
     def addresses(self, threads: int) -> NDArray[np.uint64]:
         if self._histogram.size < (threads + 1) * _BINS:
             self._histogram = np.zeros((threads + 1) * _BINS, np.int64)
-        return np.array([array.ctypes.data for array in (*self._arrays, self._histogram)], np.uint64)
+            arrays = (*self._arrays, self._histogram)
+            self._addresses = np.array([array.ctypes.data for array in arrays], np.uint64)
+        return self._addresses
