@@ -86,8 +86,11 @@ def sfw(model: nn.Module) -> Step:
 
 
 def rank_of_four(model: nn.Module, rank: int) -> Step:
-    """What a rank computes, without the messages: its vertices are in the gathered buffer, others' are 0."""
-    optimizer = SFW(groups_of(model), lr=1e-3)
+    """What a rank computes, without the messages: its vertices are in the gathered buffer, others' are 0.
+
+    Every tensor has one owner here, for the LMO of a divided one waits for messages.
+    """
+    optimizer = SFW(groups_of(model), lr=1e-3, split=None)
     items = [optimizer._item(group, i, 0) for i, group in enumerate(optimizer.param_groups)]
     parts = make_plan(items, RANKS).parts
     slots = []

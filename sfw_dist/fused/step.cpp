@@ -323,13 +323,18 @@ void bracket_by_sample(Task& t, const Scratch& s) {
     const int64_t every = (rows - 1) * SAMPLES / size;
     for (int64_t i = 0; i < size; i++) sample[i] = s.samples[t.row * SAMPLES + i * every];
     const double rank = double(t.support) / double(t.n) * double(size), deviation = 3 * std::sqrt(rank) + 1;
-    const auto at = [&](double rank) {
-        const auto i = int64_t(rank);
-        std::nth_element(sample, sample + i, sample + size, std::greater<>());
-        return sample[i];
-    };
-    const int32_t high = rank > deviation ? at(rank - deviation) : INT32_MAX;
-    const int32_t low = rank + deviation < double(size) ? at(rank + deviation) : 1;
+    int32_t low = 1, high = INT32_MAX;
+    int64_t greatest = size;  // of the sample, once they are together at the front
+    if (rank + deviation < double(size)) {
+        greatest = int64_t(rank + deviation);
+        std::nth_element(sample, sample + greatest, sample + size, std::greater<>());
+        low = sample[greatest];
+    }
+    if (rank > deviation) {
+        const auto above = int64_t(rank - deviation);
+        std::nth_element(sample, sample + above, sample + greatest, std::greater<>());
+        high = sample[above];
+    }
     set_bracket(t, std::max(1, low), std::max(high, std::max(1, low)));
 }
 
