@@ -195,6 +195,35 @@ def errors(rank: int) -> dict[str, str]:
     return found
 
 
+class TwoHeads(nn.Module):
+    """Every second rank uses the other head; a third one is for nobody."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Linear(12, 130)
+        self.heads = nn.ModuleList(nn.Linear(130, 5) for _ in range(3))
+
+    def forward(self, x: Tensor, head: int) -> Tensor:
+        return self.heads[head](self.body(x).tanh())
+
+
+def unused(rank: int, hook: Any) -> list[Tensor]:
+    net = TwoHeads().double()
+    optimizer = SFW(constrain(net, KSparsePolytope(k_frac=0.1, k_min=3, tau=5.0)), lr=0.1)
+    replica = DistributedDataParallel(net, find_unused_parameters=True)
+    if hook is not None:
+        replica.register_comm_hook(optimizer, hook)
+    generator = torch.Generator().manual_seed(rank)
+    for _ in range(5):
+        optimizer.zero_grad()
+        inputs = torch.randn(24, 12, generator=generator, dtype=torch.float64)
+        F.cross_entropy(replica(inputs, rank % 2), inputs[:, :5].argmax(1)).backward()
+        optimizer.step()
+    verify_replicas(dict(net.named_parameters()))
+    return [p.detach().clone() for p in net.parameters()]
+
+
 def differing(rank: int) -> str:
     """One entry of one tensor differs on the last rank, by its sign bit."""
     tensors = {"a": torch.zeros(7), "b": torch.zeros(3_000_000), "c": torch.zeros(3, dtype=torch.bfloat16)}
@@ -229,6 +258,7 @@ def on_every_rank(rank: int) -> dict[str, Any]:
         "clipped": train(rank, size, reduce_to_owner, change=clip),
         "rounded": train(rank, size, reduce_to_owner_bf16, steps=3),
         "scaled": scaled(rank),
+        "unused": {name: unused(rank, hook) for name, hook in HOOKS.items()},
     }
     if size > 1:
         results["errors"] = errors(rank)
@@ -339,6 +369,19 @@ def test_grad_scaler_skips_on_every_rank(world: World, size: int) -> None:
     for rank in world(size):
         assert rank["scaled"]["scales"] == [1024.0, 512.0, 512.0]
         assert_bitwise(rank["scaled"]["parameters"], [p.detach() for p in net.parameters()])
+
+
+@on_each
+def test_parameters_that_some_ranks_or_all_do_not_use(world: World, size: int) -> None:
+    """An owner without a gradient of its own must take the others'; what nobody uses stays."""
+    before = [p.detach() for p in TwoHeads().double().parameters()]
+    for rank in world(size):
+        plain = rank["unused"]["plain"]
+        for name in ("all_reduce", "reduce_to_owner"):
+            for a, e in zip(rank["unused"][name], plain, strict=True):
+                torch.testing.assert_close(a, e, rtol=1e-7, atol=1e-10)
+        moved = [not torch.equal(a, b) for a, b in zip(plain, before, strict=True)]
+        assert moved == [True, True, True, True, size > 1, size > 1, False, False]
 
 
 @on_several
