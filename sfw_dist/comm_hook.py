@@ -32,5 +32,8 @@ def reduce_to_owner(optimizer: "SFW", bucket: dist.GradBucket) -> torch.futures.
 
 
 def reduce_to_owner_bf16(optimizer: "SFW", bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """As :func:`reduce_to_owner`, with the ranks' gradients rounded to bfloat16 on the wire, and added in float32."""
+    """As :func:`reduce_to_owner`, with the ranks' gradients rounded to bfloat16 on the wire.
+
+    By gloo they are added in float32; NCCL adds them in bfloat16.
+    """
     return optimizer.receive(bucket, Reduction(to_owners=True, wire_type=torch.bfloat16))

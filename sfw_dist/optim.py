@@ -51,6 +51,7 @@ class SFW(Optimizer):
 
         phase                                    each rank                                   bytes sent
         0  gradients all-reduced (by DDP)        all tensors                                 ~ 8·n
+           or each reduced to its owner (hook)                                               ~ 4·n
         1  momentum, LMO, step size              the tensors it owns, n / world_size         -
         2  all-gather of the vertices            writes its own segment, reads all           ~ 0.13·n at k_frac 5 %
         3  θ ← (1 − γ)·θ + γ·v                   all tensors, from the same bytes            -
@@ -67,7 +68,7 @@ class SFW(Optimizer):
         rescale: how the learning rate becomes a step size, see above.
         weight_decay: L2 penalty ≥ 0 of the unconstrained tensors.
         split: tensors of more entries than this may be divided between owners, where one owner would have far more
-            work than the mean; ``None``: never. Their LMOs take four small messages more a step, all together.
+            work than the mean; ``None``: never. Their LMOs take five small messages more a step, all together.
         overlap: with a communication hook (:mod:`sfw_dist.comm_hook`), start a bucket's LMOs and the exchange of its
             vertices when its gradients are reduced, while the backward pass goes on. The answers are the same to the
             bit. Between backward and step nothing may then change the gradients: clipping has no effect, GradScaler is
