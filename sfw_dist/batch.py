@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,25 @@ class Ranks:
         return cls(None, 0, 1)
 
 
+@dataclass(frozen=True)
+class Divided:
+    """A tensor that several ranks share, as this one sees it."""
+
+    parts: list[int]
+    """Its slots, in the order of their entries."""
+    own: int | None
+    """This rank's slot."""
+    support: int
+    """K, of the whole tensor."""
+    rows: slice
+    """Its rows among those of all divided tensors of its type."""
+
+    @property
+    def place(self) -> int:
+        """Of this rank's part among the parts."""
+        return 0 if self.own is None else self.parts.index(self.own)
+
+
 class Batch:
     """Answers, exchanges and applies the vertices of some slots; all buffers are made once.
 
@@ -68,14 +88,29 @@ class Batch:
         firsts = torch.tensor(layout.starts, device=device) // 8
         self._header_places = firsts[:, None] + torch.arange(HEADER, device=device)
 
-        self._split = [i for i, slot in enumerate(slots) if not slot.whole and _selects(slot)]
+        divided = {i for i, slot in enumerate(slots) if not slot.whole and _selects(slot)}
+        own_whole = [i for i in range(len(slots)) if self._written[i] is not None and i not in divided]
+        self._divided = self._divided_tensors(sorted(divided))
         kernel = kernel_for(device) if fused else None
         self._fused = [i for i, slot in enumerate(slots) if kernel and _fusible(slot, device)]
-        self._plain = [i for i in range(len(slots)) if i not in set(self._fused)]
-        # What the kernels answer; they move all they know, but the LMO of a split tensor takes messages.
-        self._answered = [i for i in self._fused if i not in set(self._split) and self._written[i] is not None]
+        self._moved_plainly = [i for i in range(len(slots)) if i not in set(self._fused)]
+        # The kernels move all they know, but the LMO of a divided tensor takes messages.
+        self._answered = [i for i in own_whole if i in set(self._fused)]
+        self._answered_plainly = [i for i in own_whole if i not in set(self._fused)]
         self._kernel = kernel([self._piece(i) for i in self._fused]) if kernel and self._fused else None
         self._directions: dict[int, Tensor] = {}
+
+    def _divided_tensors(self, slots: Sequence[int]) -> dict[torch.dtype, list[Divided]]:
+        """By the type of their step; the parts of a tensor follow each other among the slots."""
+        tensors: dict[torch.dtype, list[Divided]] = {}
+        for _, group in groupby(slots, key=lambda i: id(self.slots[i].parameter)):
+            parts = list(group)
+            slot, n = self.slots[parts[0]], self.slots[parts[0]].parameter.numel()
+            own = next((i for i in parts if self._written[i] is not None), None)
+            same = tensors.setdefault(slot.dtype, [])
+            first = same[-1].rows.stop if same else 0
+            same.append(Divided(parts, own, slot.constraint.support(n), slice(first, first - (-n // ROW))))
+        return tensors
 
     def _piece(self, i: int) -> Piece:
         slot = self.slots[i]
@@ -92,12 +127,11 @@ class Batch:
         """
         if self._kernel is not None and self._answered:
             self._answer_fused(self._kernel, state, gradients)
-        if self._split:
-            self._answer_split(state, gradients)
-        for i in set(range(len(self.slots))).difference(self._answered, self._split):
-            if self._written[i] is not None:
-                slot = self.slots[i]
-                self._write(i, *answer(slot, state[slot.parameter], gradients[i]))
+        for dtype, tensors in self._divided.items():
+            self._answer_divided(tensors, dtype, state, gradients)
+        for i in self._answered_plainly:
+            slot = self.slots[i]
+            self._write(i, *answer(slot, state[slot.parameter], gradients[i]))
 
     def _write(self, i: int, header: Tensor, vertex: Vertex) -> None:
         written = self._written[i]
@@ -131,63 +165,40 @@ class Batch:
             self._directions[i] = momentum_buffer(slot)
         return self._directions[i]
 
-    def _answer_split(self, state: State, gradients: Sequence[Tensor | None]) -> None:
-        """The LMOs of tensors that several ranks share, all of them in the same few messages."""
-        tensors: dict[Tensor, list[int]] = {}
-        for i in self._split:
-            tensors.setdefault(self.slots[i].parameter, []).append(i)
-        own = {
-            parameter: next((i for i in parts if self._written[i] is not None), None)
-            for parameter, parts in tensors.items()
-        }
-        directions = {
-            i: momentum(self.slots[i], state[parameter], gradients[i]) for parameter, i in own.items() if i is not None
-        }
-        for dtype in sorted({self.slots[parts[0]].dtype for parts in tensors.values()}, key=str):
-            same = {p: parts for p, parts in tensors.items() if self.slots[parts[0]].dtype == dtype}
-            self._select_and_size(same, own, directions, dtype)
-
-    def _select_and_size(
-        self,
-        tensors: dict[Tensor, list[int]],
-        own: dict[Tensor, int | None],
-        directions: dict[int, Tensor | None],
-        dtype: torch.dtype,
+    def _answer_divided(
+        self, tensors: Sequence[Divided], dtype: torch.dtype, state: State, gradients: Sequence[Tensor | None]
     ) -> None:
-        """Vertices and step sizes of split tensors of one type; collective."""
-        shares = []
-        for parameter, parts in tensors.items():
-            support = self.slots[parts[0]].constraint.support(parameter.numel())
-            i = own[parameter]
-            m = None if i is None else directions[i]
-            shares.append(Share(support, len(parts), 0 if i is None else parts.index(i), m))
+        """The LMOs of tensors that several ranks share, of one type, all of them in the same five messages."""
+        directions = [
+            None if i is None else momentum(self.slots[i], state[self.slots[i].parameter], gradients[i])
+            for i in (tensor.own for tensor in tensors)
+        ]
+        shares = [
+            Share(tensor.support, len(tensor.parts), tensor.place, m)
+            for tensor, m in zip(tensors, directions, strict=True)
+        ]
         device = self._gathered.device
         chosen = select_across(shares, dtype, device, self._add_up)
 
-        rows = [-(-parameter.numel() // ROW) for parameter in tensors]
-        sums = torch.zeros(3, sum(rows), dtype=torch.float64, device=device)
-        vertices: dict[int, Vertex] = {}
-        for parameter, share, indices, first_row in zip(
-            tensors, shares, chosen, [sum(rows[:j]) for j in range(len(rows))], strict=True
-        ):
-            i = own[parameter]
-            if i is None or indices is None or share.entries is None:
+        sums = torch.zeros(3, tensors[-1].rows.stop, dtype=torch.float64, device=device)
+        vertices: list[Vertex | None] = []
+        for tensor, m, indices in zip(tensors, directions, chosen, strict=True):
+            if tensor.own is None or m is None or indices is None:
+                vertices.append(None)
                 continue
-            slot, m = self.slots[i], share.entries
+            slot = self.slots[tensor.own]
             assert slot.format.radius is not None
-            vertices[i] = Vertex(indices, m[indices].sign() * -slot.format.radius)
-            products = torch.stack(list(frank_wolfe_products(m, slot.theta(), *vertices[i])))
-            sums[:, first_row + slot.start // ROW :][:, : products.shape[1]] = products
+            vertex = Vertex(indices, m[indices].sign() * -slot.format.radius)
+            vertices.append(vertex)
+            products = torch.stack(list(frank_wolfe_products(m, slot.theta(), *vertex)))  # (3, rows of the part)
+            first = tensor.rows.start + slot.start // ROW
+            sums[:, first : first + products.shape[1]] = products
         self._add_up(sums)
-        for parameter, count, first_row in zip(tensors, rows, [sum(rows[:j]) for j in range(len(rows))], strict=True):
-            i = own[parameter]
-            if i is None:
-                continue
-            slot = self.slots[i]
-            if i in vertices:
-                self._write(i, step_size(slot, Products(*sums[:, first_row : first_row + count])), vertices[i])
-            else:
-                self._write(i, *no_step(slot))
+        for tensor, found in zip(tensors, vertices, strict=True):
+            if tensor.own is not None:
+                slot = self.slots[tensor.own]
+                header = None if found is None else step_size(slot, Products(*sums[:, tensor.rows]))
+                self._write(tensor.own, *(no_step(slot) if header is None or found is None else (header, found)))
 
     def _add_up(self, x: Tensor) -> None:
         if self._ranks.size > 1:
@@ -206,7 +217,7 @@ class Batch:
         """All parameters after the step, on every rank, from the same bytes."""
         if self._kernel is not None:
             self._kernel.move()
-        for i in self._plain:
+        for i in self._moved_plainly:
             header, vertex = self.slots[i].format.decode(self._read[i])
             move(self.slots[i], header[0], vertex)
 
