@@ -1,12 +1,12 @@
-// The step of many tensors at once, in few passes over memory. What it computes is defined by ../step.py, ../wire.py and
-// ../reduction.py, to the bit; cpu.py compiles this file, fills in the tasks, and must know the same structs.
+// The step of many tensors at once, in few passes over memory. What it computes is defined by ../step.py, ../wire.py
+// and ../reduction.py, to the bit; build.py compiles this file, cpu.py fills in the tasks and knows the same structs.
 //
 // A tensor is cut into rows of 8,192 entries, which the threads share; a row into blocks of 64, one word of a bitmap
 // each. Several tensors make a wave, small enough for its momentum to stay in the processor's cache. Of a wave
 //
 //   A  reads g, reads and writes m; counts |m| >= high, and lists the candidates low <= |m| < high    12 bytes an entry
-//   S  marks those of the candidates that are missing to K; where the bracket [low, high) missed, a sample tells where to
-//      look in another pass over m (in the cache), and where it misled, a radix search
+//   S  marks those of the candidates that are missing to K; where the bracket [low, high) missed, a sample tells where
+//      to look in another pass over m (in the cache), and where it misled, a radix search finds the K-th
 //   P  reads θ (and m again, from the cache); sums; writes bitmap and signs                             4 bytes
 //
 // and move() then updates all tensors                                                                   8 bytes
@@ -31,14 +31,15 @@
 namespace {
 
 constexpr int64_t BLOCK = 64, ROW = 8192, BLOCKS = ROW / BLOCK, LANES = 16;
-constexpr int64_t CANDIDATES = 2048;  // of one row; more of them are a miss
-constexpr int RANGES = 64;           // of magnitude, within a bracket
+constexpr int64_t HEADER = 24;        // bytes: γ, gap, effective learning rate
+constexpr int64_t WAVE = 320;         // rows: 10 MB of float32 momentum
+constexpr int64_t AHEAD = 4096;       // bytes: the processor's own prefetching ends at a page, and then waits
 constexpr float WIDEST = 0.1f;        // of a bracket, to either side, relative to the K-th magnitude
-constexpr int64_t SAMPLES = 32, MOST_SAMPLES = 8192;  // magnitudes kept of a row, and looked at of a tensor
-constexpr int64_t WAVE = 320;        // rows: 10 MB of float32 momentum
-constexpr int64_t AHEAD = 4096;     // bytes: the processor's own prefetching ends at a page, and then waits
-constexpr int64_t HEADER = 24;       // bytes: γ, gap, effective learning rate
-constexpr int BITS[] = {11, 10, 10};  // of a magnitude's 31, from the top: the levels of the radix search
+constexpr int64_t CANDIDATES = 2048;  // of one row; more of them are a miss
+constexpr int RANGES = 64;            // of magnitude, within a bracket
+constexpr int64_t SAMPLES = 32;       // magnitudes kept of a row
+constexpr int64_t MOST_SAMPLES = 8192;  // of them looked at
+constexpr int BITS[] = {11, 10, 10};    // of a magnitude's 31, from the top: the levels of the radix search
 constexpr int SHIFTS[] = {20, 10, 0};
 constexpr int BINS = 2048;
 
@@ -61,13 +62,12 @@ struct Task {
     int32_t kind, type, rescale, first;  // first: m ← g
     // How the K-th magnitude moves; kept from step to step.
     float threshold, drift;
-    // Set and used within a step: the first row in the scratch memory; the bracket, as bit patterns, cut into ranges of
-    // 2^shift; the range with the K-th, its upper bound, and how many of it are wanted; or that the
-    // bracket missed, and a sample has to say where to look.
-    int32_t missed, sampled;
-    int64_t row;
-    int32_t low, high, shift, range, bound;
-    int64_t wanted;
+    // Set and used within a step.
+    int32_t missed, sampled;    // the bracket did, and a sample has to say where to look
+    int64_t row;                // the first in the scratch memory
+    int32_t low, high, shift;   // the bracket, as bit patterns, cut into ranges of 2^shift
+    int32_t range, bound;       // that with the K-th magnitude, and where the next one begins
+    int64_t wanted;             // of its entries
 };
 
 struct Scratch {  // as many rows as the longest wave
@@ -85,7 +85,7 @@ namespace {
 
 // ------------------------------------------------------------------------------------------------------- 16 entries
 
-// Vectors of 16, which the compiler maps to whatever registers there are. Only what has no operator is written for them.
+// Vectors of 16, which the compiler maps to whatever registers there are. Only what has no operator is written by hand.
 using Floats = float __attribute__((vector_size(64)));
 using Ints = int32_t __attribute__((vector_size(64)));
 using EightDoubles = double __attribute__((vector_size(64)));
@@ -202,7 +202,8 @@ struct Block {
     std::remove_const_t<T> padded[BLOCK];
 
     Block(T* memory, int64_t length) : memory(memory), entries(memory), length(length) {
-        for (int line = 0; line < int(sizeof padded) / 64; line++) __builtin_prefetch((const char*)memory + AHEAD + 64 * line);
+        for (int line = 0; line < int(sizeof padded) / 64; line++)
+            __builtin_prefetch((const char*)memory + AHEAD + 64 * line);
         if (length == BLOCK) return;
         std::memset((void*)padded, 0, sizeof padded);
         std::memcpy((void*)padded, memory, length * sizeof(T));
@@ -226,7 +227,8 @@ Doubles operator+(Doubles x, Doubles y) { return {x.low + y.low, x.high + y.high
 Doubles wide(Floats x) {
 #ifdef __AVX512F__
     const __m512 all = __m512(x);
-    return {EightDoubles(_mm512_cvtps_pd(_mm512_castps512_ps256(all))), EightDoubles(_mm512_cvtps_pd(_mm512_extractf32x8_ps(all, 1)))};
+    return {EightDoubles(_mm512_cvtps_pd(_mm512_castps512_ps256(all))),
+            EightDoubles(_mm512_cvtps_pd(_mm512_extractf32x8_ps(all, 1)))};
 #else
     using EightFloats = float __attribute__((vector_size(32)));
     EightFloats half[2];
@@ -247,7 +249,8 @@ Doubles multiply_add(Doubles x, Doubles y, Doubles z) {
 
 Doubles product_sum(const Doubles* x, const Doubles* y) {  // of four vectors
     const Doubles zero{};
-    return multiply_add(x[1], y[1], multiply_add(x[0], y[0], zero)) + multiply_add(x[3], y[3], multiply_add(x[2], y[2], zero));
+    return multiply_add(x[1], y[1], multiply_add(x[0], y[0], zero)) +
+           multiply_add(x[3], y[3], multiply_add(x[2], y[2], zero));
 }
 
 struct RowSum {
@@ -285,7 +288,9 @@ uint64_t* marks_of(const Task& t, const Scratch& s, int64_t row) {
 }
 
 // Greater: of larger magnitude or, at the same, of lower index.
-uint64_t candidate(int32_t magnitude, int64_t index) { return uint64_t(magnitude) << 32 | (0xffffffff - uint32_t(index)); }
+uint64_t candidate(int32_t magnitude, int64_t index) {
+    return uint64_t(magnitude) << 32 | (0xffffffff - uint32_t(index));
+}
 int32_t magnitude_of(uint64_t candidate) { return int32_t(candidate >> 32); }
 int64_t index_of(uint64_t candidate) { return 0xffffffff - uint32_t(candidate); }
 
@@ -298,7 +303,7 @@ int64_t list(uint64_t word, int32_t begin, int32_t* out) {
     return number;
 }
 
-// ------------------------------------------------------------------------------------- A: momentum, marks, candidates
+// -------------------------------------------------------------------------------------------- A: momentum, candidates
 
 void set_bracket(Task& t, int32_t low, int32_t high) {
     t.low = low, t.high = high;
@@ -398,7 +403,8 @@ void momentum_row(Task& t, const Scratch& s, int64_t row) {
     if (blocks == BLOCKS)
         for (int64_t i = 0; i < SAMPLES; i++) {  // one of every 256, at places that follow no period
             const uint64_t hash = uint64_t(row * SAMPLES + i) * 0x9e3779b97f4a7c15;
-            s.samples[(t.row + row) * SAMPLES + i] = magnitude(t.m[row * ROW + i * (ROW / SAMPLES) + int64_t(hash >> 56)]);
+            const int64_t place = i * (ROW / SAMPLES) + int64_t(hash >> 56);
+            s.samples[(t.row + row) * SAMPLES + i] = magnitude(t.m[row * ROW + place]);
         }
 }
 
@@ -540,7 +546,7 @@ void search(Task& t, Scratch& s) {
         int bin = (1 << BITS[level]) - 1;
         for (;; bin--) {
             int64_t here = 0;
-            for (int thread = 0; thread < omp_get_num_threads(); thread++) here += s.histogram[(thread + 1) * BINS + bin];
+            for (int thread = 1; thread <= omp_get_num_threads(); thread++) here += s.histogram[thread * BINS + bin];
             if (here >= room || bin == 0) break;
             room -= here;
         }
@@ -603,7 +609,8 @@ void products_row(const Task& t, const Scratch& s, int64_t row) {
         marks[b] = marked;
         Doubles directions[4], differences[4];
         for (int i = 0; i < 4; i++) {
-            const Ints magnitudes = lanes_of(marked >> (16 * i)) & bits_of(t.radius), sign = Ints(m[i]) & int32_t(0x80000000);
+            const Ints magnitudes = lanes_of(marked >> (16 * i)) & bits_of(t.radius);
+            const Ints sign = Ints(m[i]) & int32_t(0x80000000);
             const Floats away = theta[i] + Floats(magnitudes | sign);  // θ − v, v = −radius·sign(m)
             below |= signs(Ints(m[i])) << (16 * i);
             differences[i] = wide(away);
@@ -766,7 +773,8 @@ void of_type(const Task& t, F&& f) {
 
 // The task that has a row of the scratch memory.
 Task& task_of(Task* tasks, int64_t begin, int64_t end, int64_t row) {
-    return *(std::upper_bound(tasks + begin, tasks + end, row, [](int64_t row, const Task& t) { return row < t.row; }) - 1);
+    const auto before = [](int64_t row, const Task& t) { return row < t.row; };
+    return *(std::upper_bound(tasks + begin, tasks + end, row, before) - 1);
 }
 
 // Runs f(task, row) for all rows of a range of tasks that follow each other in the scratch memory.
