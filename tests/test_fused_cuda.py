@@ -295,8 +295,10 @@ def test_the_kernels_compile_for_a_gpu(capability: int) -> None:
         options = {"num_warps": cuda._WARPS, "enable_fp_fusion": False}
         try:
             compiled = triton.compile(source, target, options)
-        except (FileNotFoundError, RuntimeError) as error:
-            pytest.skip(f"Triton cannot compile for a GPU here: {error}")
+        except RuntimeError as error:
+            if not str(error).startswith("Cannot find"):  # of a kernel, and not of the machine
+                raise
+            pytest.skip(f"Triton has no assembler here: {error}")
         ptx = compiled.asm["ptx"]
         assert compiled.asm["cubin"] and "depot" not in ptx, f"{name} has local memory"
         assert "fma" not in ptx, f"{name} contracts"

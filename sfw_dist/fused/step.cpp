@@ -216,8 +216,6 @@ struct Block {
     }
 };
 
-// A sum in the order of reduction.py: adjacent vectors of 16 lanes are added, then adjacent sums, and so on; at last
-// the lanes likewise. Products of two float32 are exact in float64, so nothing else is rounded.
 struct Doubles {
     EightDoubles low, high;
 };
@@ -253,6 +251,8 @@ Doubles product_sum(const Doubles* x, const Doubles* y) {  // of four vectors
            multiply_add(x[3], y[3], multiply_add(x[2], y[2], zero));
 }
 
+// A sum in the order of reduction.py: adjacent vectors of 16 lanes are added, then adjacent sums, and so on; at last
+// the lanes likewise. Products of two float32 are exact in float64, so nothing else is rounded.
 struct RowSum {
     Doubles lanes[BLOCKS + 1];
 

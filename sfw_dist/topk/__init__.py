@@ -1,7 +1,8 @@
 """Exact selection of the K entries of largest magnitude, the heart of the sparse LMOs.
 
-:func:`select` is the one entry point. It answers the same on every device, at any number of threads or ranks:
-ties at the K-th magnitude go to the lowest flat index.
+:func:`select` is the entry point for a whole tensor, :mod:`sfw_dist.topk.across` for one whose parts lie with several
+ranks. The answer is the same on every device, at any number of threads or ranks: ties at the K-th magnitude go to the
+lowest flat index. The kernels of :mod:`sfw_dist.fused` select by themselves, and alike.
 """
 
 from __future__ import annotations
