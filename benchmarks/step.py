@@ -96,7 +96,8 @@ def rank_of_four(model: nn.Module, rank: int) -> Step:
     slots = []
     for part in parts:
         group = optimizer.param_groups[part.item]
-        slots.append(Slot.of(items[part.item].name, group["params"][0], group, part.start, part.stop))
+        name, parameter = items[part.item].name, group["params"][0]
+        slots.append(Slot.of(name, parameter, group, group["constraint"], part.start, part.stop))
     batch = Batch(slots, [part.owner for part in parts], Ranks(None, rank, RANKS))
     segment = batch._segment
 

@@ -34,7 +34,7 @@ def one_batch(n: int, k_frac: float) -> tuple[Batch, Slot, State]:
     constraint = KSparsePolytope(k_frac=k_frac, radius=0.1)
     parameter = nn.Parameter(0.01 * torch.randn(n))
     group = {"constraint": constraint, "lr": 1e-3, "momentum": 0.9, "rescale": "gradient", "weight_decay": 0.0}
-    slot = Slot.of("tensor", parameter, group, 0, n)
+    slot = Slot.of("tensor", parameter, group, constraint, 0, n)
     state: State = {parameter: {"step": torch.zeros(()), "momentum_buffer": torch.zeros(n)}}
     return Batch([slot], [0], Ranks(None, 0, 1)), slot, state
 
@@ -58,7 +58,7 @@ def measure(n: int, k_frac: float, rounds: int) -> dict[str, Any]:
     header, vertex = slot.format.decode(written)
     other, target = torch.randn(n), torch.empty(n)
     plain = nn.Parameter(slot.parameter.detach().clone())
-    plain_slot = Slot.of("tensor", plain, slot.group, 0, n)
+    plain_slot = Slot.of("tensor", plain, slot.group, slot.constraint, 0, n)
 
     def decoded_and_moved() -> None:
         found, decoded = slot.format.decode(written)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -18,6 +18,7 @@ from sfw_dist.fused import kernel_for
 from sfw_dist.fused.piece import Kernel, Piece
 from sfw_dist.plan import lay_out
 from sfw_dist.reduction import ROW, Products, frank_wolfe_products
+from sfw_dist.rounds import together
 from sfw_dist.step import Slot, answer, forgets, is_first, momentum, momentum_buffer, move, no_step, step_size
 from sfw_dist.topk.across import Share, select_across
 from sfw_dist.wire import HEADER
@@ -39,6 +40,22 @@ class Ranks:
         if dist.is_available() and dist.is_initialized():
             return cls(group, dist.get_rank(group), dist.get_world_size(group))
         return cls(None, 0, 1)
+
+
+def agree(digest: bytes, ranks: Ranks, device: torch.device) -> None:
+    """Check that all ranks build from the same parameters and sets; collective. Raises ``ValueError``, on all ranks."""
+    if ranks.size == 1:
+        return
+    mine = torch.tensor(list(digest), dtype=torch.uint8, device=device)
+    gathered = mine.new_empty(ranks.size * mine.numel())
+    dist.all_gather_into_tensor(gathered, mine, group=ranks.group)
+    everyone = gathered.view(ranks.size, -1)
+    differing = everyone.ne(everyone[0]).any(1).nonzero().view(-1).tolist()
+    if differing:
+        raise ValueError(
+            f"ranks {differing} have other parameters or constraints than rank 0: "
+            "build the same model and param groups, in the same order, on every rank"
+        )
 
 
 @dataclass(frozen=True)
@@ -168,7 +185,7 @@ class Batch:
     def _answer_divided(
         self, tensors: Sequence[Divided], dtype: torch.dtype, state: State, gradients: Sequence[Tensor | None]
     ) -> None:
-        """The LMOs of tensors that several ranks share, of one type, all of them in the same five messages."""
+        """The LMOs of tensors that several ranks share, of one type, all of them in the same four messages."""
         directions = [
             None if i is None else momentum(self.slots[i], state[self.slots[i].parameter], gradients[i])
             for i in (tensor.own for tensor in tensors)
@@ -178,11 +195,11 @@ class Batch:
             for tensor, m in zip(tensors, directions, strict=True)
         ]
         device = self._gathered.device
-        chosen = select_across(shares, dtype, device, self._add_up)
+        ((selected, _),) = together([select_across(shares, dtype, device)], self._add_up)
 
         sums = torch.zeros(3, tensors[-1].rows.stop, dtype=torch.float64, device=device)
         vertices: list[Vertex | None] = []
-        for tensor, m, indices in zip(tensors, directions, chosen, strict=True):
+        for tensor, m, (indices, *_) in zip(tensors, directions, selected, strict=True):
             if tensor.own is None or m is None or indices is None:
                 vertices.append(None)
                 continue
@@ -199,6 +216,12 @@ class Batch:
                 slot = self.slots[tensor.own]
                 header = None if found is None else step_size(slot, Products(*sums[:, tensor.rows]))
                 self._write(tensor.own, *(no_step(slot) if header is None or found is None else (header, found)))
+
+    def forget(self, names: Collection[str], state: State) -> None:
+        """Let the momentum of these tensors start anew with their next gradients."""
+        for slot, written in zip(self.slots, self._written, strict=True):
+            if slot.name in names and written is not None:
+                state[slot.parameter]["step"].zero_()
 
     def _add_up(self, x: Tensor) -> None:
         if self._ranks.size > 1:

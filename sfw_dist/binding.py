@@ -6,7 +6,6 @@ re-initialising the model 100 times. Here each parameter has its own, and model 
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any, Literal
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sfw_dist.constraints import Constraint, Unconstrained
+from sfw_dist.placement import whole
 
 _NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _SEED = 0
@@ -70,15 +70,29 @@ def expected_initial_norm(module: nn.Module, parameter: str) -> float:
     original: Tensor = getattr(module, parameter)
     reset = getattr(module, "reset_parameters", None)
     if reset is None:
-        norm = _norm(original)
+        norm = _norm(whole(original))
     else:
         # On the CPU, where the draws are the same on every machine and one generator is all there is to restore.
-        clone = copy.deepcopy(module).cpu()
+        clone = _clone(module)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(_SEED)
             draws = min(_MOST_DRAWS, math.ceil(_ENTRIES_WANTED / original.numel()))
             norm = sum(_draw(clone, parameter) for _ in range(draws)) / draws
     return norm or 1.0
+
+
+def _clone(module: nn.Module) -> nn.Module:
+    """The module and its children, on the CPU, with parameters and buffers of their own.
+
+    They are whole ones where the module's are divided between ranks; ``copy.deepcopy`` refuses such modules.
+    """
+    clone = object.__new__(type(module))
+    clone.__dict__.update(module.__dict__)
+    empty = {name: p if p is None else torch.empty(p.shape, dtype=p.dtype) for name, p in module._parameters.items()}
+    clone._parameters = {name: p if p is None else nn.Parameter(p, p.is_floating_point()) for name, p in empty.items()}
+    clone._buffers = {name: b if b is None else whole(b).cpu().clone() for name, b in module._buffers.items()}
+    clone._modules = {name: child if child is None else _clone(child) for name, child in module._modules.items()}
+    return clone
 
 
 def _draw(module: nn.Module, parameter: str) -> float:

@@ -15,8 +15,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from sfw_dist.reduction import absolute_sum, inner_product, squared_norm
+from sfw_dist.reduction import absolute_sum, row_sums, square_root, squared_norm, tree_sum
 from sfw_dist.topk import select
+from sfw_dist.topk.kept import squared_norm_of_kept
 
 
 class Vertex(NamedTuple):
@@ -53,6 +54,10 @@ class Constraint(ABC):
     @abstractmethod
     def diameter(self, n: int) -> float:
         """The L2 diameter ``max_{u,v∈C} ‖u − v‖₂`` over ``n`` entries."""
+
+    @abstractmethod
+    def radius(self, n: int) -> float:
+        """The r of the set's formula over ``n`` entries. Raises ``ValueError`` for a set that is not bound."""
 
     @abstractmethod
     def bind(self, n: int, initial_norm: float) -> Constraint:
@@ -115,7 +120,6 @@ class _Sized(Constraint):
         """The constructor's arguments beside the size."""
 
     def radius(self, n: int) -> float:
-        """The r of the set's formula over ``n`` entries."""
         match self.size_mode:
             case "radius":
                 return self.size
@@ -177,7 +181,7 @@ class KSparsePolytope(_TopK):
 
     def lmo_vertex(self, x: Tensor) -> Vertex:
         indices = select(x, self.support(x.numel()))
-        return Vertex(indices, _signed(x.reshape(-1)[indices], self.radius(x.numel())))
+        return Vertex(indices, signed(x.reshape(-1)[indices], self.radius(x.numel())))
 
     def gauge(self, x: Tensor) -> Tensor:
         n = x.numel()
@@ -197,8 +201,10 @@ class KSupportBall(_TopK):
     kind = "k_support"
 
     def lmo_vertex(self, x: Tensor) -> Vertex:
-        indices = select(x, self.support(x.numel()))
-        return Vertex(indices, _scaled(x.reshape(-1)[indices], self.radius(x.numel())))
+        indices, flat = select(x, self.support(x.numel())), x.reshape(-1)
+        wide = flat if flat.dtype in (torch.float32, torch.float64) else flat.float()
+        norm = square_root(squared_norm_of_kept(wide, indices))
+        return Vertex(indices, scaled_to(flat[indices], norm, self.radius(x.numel())))
 
     def gauge(self, x: Tensor) -> Tensor:
         """The k-support norm over r (Argyriou et al., proposition 2.1).
@@ -243,17 +249,27 @@ class LpBall(_Sized):
         radius, flat = self.radius(x.numel()), x.reshape(-1)
         if self.p == 1:
             indices = select(x, 1)
-            return Vertex(indices, _signed(flat[indices], radius))
+            return Vertex(indices, signed(flat[indices], radius))
         if self.p == math.inf:
-            return Vertex(None, _signed(flat, radius))
+            return Vertex(None, signed(flat, radius))
+        direction = self.direction(flat, flat.abs().max())
+        return Vertex(None, scaled_to(direction, self.norm(tree_sum(row_sums(self.terms, direction))), radius))
+
+    def direction(self, x: Tensor, largest: Tensor) -> Tensor:
+        """The vertex but for sign and length: ``sign(x_i)·|x_i|^{q−1}``; ``largest`` is the magnitude ``‖x‖_∞``."""
         if self.p == 2:
-            return Vertex(None, _scaled(flat, radius))
-        magnitude = flat.abs()
-        largest = magnitude.max()
-        q = self.p / (self.p - 1)
+            return x
         # |x|^{q−1} overflows or vanishes unless x is scaled first; its scale cancels.
-        power = (magnitude / largest.clamp(min=torch.finfo(x.dtype).tiny)).pow(q - 1)
-        return Vertex(None, _scaled(power * flat.sign(), radius, order=self.p))
+        magnitude = x.abs() / largest.clamp(min=torch.finfo(x.dtype).tiny)
+        return magnitude.pow(self.p / (self.p - 1) - 1) * x.sign()
+
+    def terms(self, x: Tensor) -> Tensor:
+        """``|x_i|^p`` in float64, of whose sum :meth:`norm` makes ``‖x‖_p``; for 1 < p < ∞."""
+        return x.double().square() if self.p == 2 else x.abs().double().pow(self.p)
+
+    def norm(self, total: Tensor) -> Tensor:
+        """``‖x‖_p`` from the sum of :meth:`terms`."""
+        return square_root(total) if self.p == 2 else total ** (1 / self.p)
 
     def gauge(self, x: Tensor) -> Tensor:
         match self.p:
@@ -311,6 +327,9 @@ class Unconstrained(Constraint):
     def project(self, x: Tensor) -> Tensor:
         return x.clone()
 
+    def radius(self, n: int) -> float:
+        return math.inf
+
     def diameter(self, n: int) -> float:
         return math.inf
 
@@ -331,16 +350,11 @@ def constraint_from_spec(spec: dict[str, Any]) -> Constraint:
     return kinds[kind](**arguments)
 
 
-def _signed(x: Tensor, radius: float) -> Tensor:
+def signed(x: Tensor, radius: float) -> Tensor:
     """``−radius·sign(x)``, NaN where ``x`` is; adding 0 turns −0 into 0, which is what the wire format brings back."""
     return torch.where(x.isnan(), x, x.sign()).mul_(-radius).add_(0.0)
 
 
-def _scaled(x: Tensor, radius: float, order: float = 2.0) -> Tensor:
-    """``−radius·x/‖x‖_order``, and 0 for ``x = 0``; in float64, for radius/‖x‖ overflows where x is tiny."""
-    if order == 2:
-        norm = squared_norm(x).sqrt()
-    else:
-        power = x.abs().double().pow(order)
-        norm = inner_product(power, torch.ones_like(power)) ** (1 / order)
+def scaled_to(x: Tensor, norm: Tensor, radius: float) -> Tensor:
+    """``−radius·x/norm``, and 0 where the norm is; in float64, for radius/norm overflows where x is tiny."""
     return torch.where(norm == 0, torch.zeros_like(x), (x.double() * (-radius / norm)).to(x.dtype))

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future as Task
 from typing import Any, NamedTuple, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from sfw_dist.batch import Batch, Ranks
-from sfw_dist.constraints import KSparsePolytope, Unconstrained, constraint_from_spec
+from sfw_dist import holding
+from sfw_dist.batch import Batch, Ranks, agree
+from sfw_dist.constraints import Constraint, KSparsePolytope, Unconstrained
 from sfw_dist.errors import UserError
-from sfw_dist.groups import check_group, into_the_set
+from sfw_dist.groups import check_group, constraint_of, from_plain, into_the_set, merged, name_of, to_plain
 from sfw_dist.plan import Item, Part, make_plan
 from sfw_dist.reducer import Received, Reducer, Reduction, strided_as
 from sfw_dist.reduction import ROW
-from sfw_dist.state import check_shapes, gather_state, take_state
+from sfw_dist.segment import Segment
+from sfw_dist.sharded import Sharded, fresh_state
+from sfw_dist.state import check_shapes, gather_state, take_shared, take_state
 from sfw_dist.step import Rescale, Slot, cost, momentum_buffer
 from sfw_dist.wire import HEADER
 
@@ -96,13 +100,16 @@ class SFW(Optimizer):
     ) -> None:
         self._ranks = Ranks.of(process_group)
         self._split, self._fused, self.overlap = split, fused, overlap
+        self._sets: list[Constraint] = []
         self._slots: list[Slot] = []
         self._parts: tuple[Part, ...] | None = None
         self._batches: dict[tuple[int, ...], Batch] = {}
+        self._sharded: list[Sharded] | None = None
+        self._segments: dict[Tensor, Sequence[Segment]] | None = None
+        self._adopted: dict[tuple[int, ...], tuple[list[dict[str, Any]], list[Sharded]]] = {}
         self._reducer: Reducer | None = None
-        self._begun: list[tuple[Batch, tuple[int, ...], Task[None]]] = []
-        self._headers = torch.zeros(0, HEADER, dtype=torch.float64)
-        self._headers_of: list[int] = []
+        self._begun: list[tuple[Batch, Task[None]]] = []
+        self._headers: dict[tuple[str, ...], Tensor] = {}
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -127,13 +134,21 @@ class SFW(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """torch keeps its own attributes only; with ours, copies and pickles of an optimizer step on."""
-        ours = ("_ranks", "_split", "_fused", "overlap", "_slots", "_parts", "_headers", "_headers_of")
-        fresh: dict[str, Any] = {"_batches": {}, "_reducer": None, "_begun": []}
+        ours = ("_ranks", "_split", "_fused", "overlap", "_sets", "_slots", "_parts", "_segments", "_headers")
+        fresh: dict[str, Any] = {"_batches": {}, "_sharded": None, "_adopted": {}, "_reducer": None, "_begun": []}
         return {**super().__getstate__(), **{name: getattr(self, name) for name in ours}, **fresh}
 
     def _make_plan(self) -> None:
+        self._sets = self._sets_of_groups()
+        self._batches.clear()
+        self._headers.clear()
         kept = self._parts or ()
-        tensors = [(group, i, j) for i, group in enumerate(self.param_groups) for j in range(len(group["params"]))]
+        tensors = [
+            (group, number, j)
+            for number, group in enumerate(self.param_groups)
+            for j, parameter in enumerate(group["params"])
+            if not isinstance(parameter, DTensor)
+        ]
         items = [self._item(*tensor) for tensor in tensors]
         for part in kept:
             if part.stop - part.start < items[part.item].entries and items[part.item].unit == 0:
@@ -146,28 +161,88 @@ class SFW(Optimizer):
         self._slots = []
         for part in plan.parts:
             group, _, j = tensors[part.item]
-            self._slots.append(Slot.of(items[part.item].name, group["params"][j], group, part.start, part.stop))
-        self._headers = torch.zeros(len(self._slots), HEADER, dtype=torch.float64)
-        self._headers_of = list(range(len(self._slots)))
-        self._batches.clear()
-        self._check_agreement(plan.fingerprint)
+            constraint = constraint_of(group, j)
+            slot = Slot.of(items[part.item].name, group["params"][j], group, constraint, part.start, part.stop)
+            self._slots.append(slot)
+        if self._slots:  # with DTensors alone there is no plan, and pipeline stages have optimizers of their own
+            agree(bytes.fromhex(plan.fingerprint), self._ranks, self._device())
         known = {part.item for part in kept}
         for slot, part in zip(self._slots, plan.parts, strict=True):
             if part.item not in known:
                 self._create_state(slot, part)
+        self._sharded = holding.of_dtensors(self.param_groups)
+        for slot in self._shared_slots():
+            if not self.state[slot.parameter]:
+                self.state[slot.parameter].update(fresh_state(slot, torch.zeros(())))
 
-    def _item(self, group: dict[str, Any], group_index: int, index: int) -> Item:
-        parameter, constraint = group["params"][index], group["constraint"]
+    def _device(self) -> torch.device:
+        devices = {slot.parameter.device for slot in self._slots}
+        if len(devices) > 1 and self._ranks.size > 1:
+            raise ValueError(f"the parameters lie on {sorted(map(str, devices))}: with several ranks use one each")
+        return devices.pop()
+
+    def _sets_of_groups(self) -> list[Constraint]:
+        return [constraint_of(group, j) for group in self.param_groups for j in range(len(group["params"]))]
+
+    def _item(self, group: dict[str, Any], number: int, index: int) -> Item:
+        parameter, constraint = group["params"][index], constraint_of(group, index)
         n = parameter.numel()
-        name = group["param_names"][index] if "param_names" in group else f"group{group_index}.param{index}"
         divisible = isinstance(constraint, KSparsePolytope | Unconstrained)
         unit = ROW if self._split is not None and n > self._split and divisible else 0
         description = f"{tuple(parameter.shape)} {parameter.dtype} {constraint!r}"
-        return Item(name, cost(n, constraint), n, description, unit)
+        return Item(name_of(group, number, index), cost(n, constraint), n, description, unit)
 
-    def _owns(self, index: int) -> bool:
-        assert self._parts is not None
-        return self._parts[index].owner == self._ranks.rank
+    def merge_groups(self) -> None:
+        """Join the param groups that differ in nothing but their sets; see :func:`sfw_dist.groups.merged`.
+
+        For engines that step group by group, before they take the groups: the fewer, the fewer messages.
+        """
+        self.param_groups = merged(self.param_groups)
+        self._parts = None
+        self._make_plan()
+
+    def adopt(self, segments: Mapping[int, Sequence[Segment]], process_group: dist.ProcessGroup | None = None) -> None:
+        """Go on with an engine's flat tensors, which have taken the place of the groups' parameters; collective.
+
+        Momentum starts anew. From then on :meth:`step` takes the groups that it finds in ``param_groups``, be it all
+        or one at a time, and ``state_dict`` holds what this rank has.
+
+        Args:
+            segments: by the number of each group, in the order in which they lie in its one flat parameter; every
+                rank names every tensor of the group, with length 0 where it has none of it.
+            process_group: the ranks that share them; ``None``: the default group.
+
+        Raises:
+            ValueError: the ranks do not hold each entry of each tensor once.
+        """
+        self._ranks = Ranks.of(process_group)
+        self._parts, self._slots, self._adopted = (), [], {}
+        self._segments = {self.param_groups[number]["params"][0]: tensors for number, tensors in segments.items()}
+        self.state.clear()
+        self._sharded = [batch for group in self.param_groups for batch in self._adopted_batch([group])]
+        self._headers = {}
+        for slot in self._shared_slots():
+            count = torch.zeros(len(self._segments[slot.parameter]), device=slot.parameter.device)
+            self.state[slot.parameter] = fresh_state(slot, count)
+
+    def _adopted_batch(self, groups: list[dict[str, Any]]) -> list[Sharded]:
+        """What lies in the flat tensors of these groups. An engine may bring other groups after it has loaded them."""
+        key = tuple(map(id, groups))
+        if key not in self._adopted:
+            assert self._segments is not None
+            self._adopted[key] = groups, holding.of_segments(groups, self._segments, self._ranks)
+        return self._adopted[key][1]
+
+    def _shared(self) -> list[Sharded]:
+        """The tensors of which no rank has all, of the groups that are there now."""
+        if self._segments is not None:
+            return self._adopted_batch(self.param_groups)
+        if self._sharded is None:
+            self._sharded = holding.of_dtensors(self.param_groups)
+        return self._sharded
+
+    def _shared_slots(self) -> list[Slot]:
+        return [slot for batch in self._sharded or () for slot in batch.slots]
 
     def _create_state(self, slot: Slot, part: Part) -> None:
         """State is there from the start, so that a checkpoint before the first step has the form of later ones.
@@ -180,26 +255,6 @@ class SFW(Optimizer):
             state["step"] = torch.zeros(())
             if slot.group["momentum"] > 0:
                 state["momentum_buffer"] = momentum_buffer(slot)
-
-    def _check_agreement(self, fingerprint: str) -> None:
-        if self._ranks.size == 1 or not self._slots:
-            return
-        mine = torch.tensor(list(bytes.fromhex(fingerprint)), dtype=torch.uint8, device=self._device())
-        gathered = mine.new_empty(self._ranks.size * mine.numel())
-        dist.all_gather_into_tensor(gathered, mine, group=self._ranks.group)
-        everyone = gathered.view(self._ranks.size, -1)
-        differing = everyone.ne(everyone[0]).any(1).nonzero().view(-1).tolist()
-        if differing:
-            raise ValueError(
-                f"ranks {differing} have other parameters or constraints than rank 0: "
-                "build the same model and param groups, in the same order, on every rank"
-            )
-
-    def _device(self) -> torch.device:
-        devices = {slot.parameter.device for slot in self._slots}
-        if len(devices) > 1:
-            raise ValueError(f"the parameters lie on {sorted(map(str, devices))}: with several ranks use one each")
-        return devices.pop()
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -220,33 +275,35 @@ class SFW(Optimizer):
                 loss = closure()
         if self.__dict__.pop("grad_scale", None) is not None:
             raise UserError("with overlap the step begins before GradScaler can unscale: take overlap=False, or bf16")
-        if self._slots:
-            self._step()
+        self._step()
         return loss
 
     def _step(self) -> None:
-        for slot in self._slots:  # by every rank and before any work: an owner that raised alone would hang the others
+        if not self._begun:
+            self._follow_the_groups()
+        shared = self._shared()
+        for slot in (*self._slots, *(slot for batch in shared for slot in batch.slots)):
+            # By every rank and before any work: an owner that raised alone would hang the others.
             if slot.parameter.grad is not None and slot.parameter.grad.is_sparse:
                 raise UserError(f"{slot.name} has a sparse gradient: SFW needs dense ones (nn.Embedding(sparse=False))")
-        if self._begun:
-            parts = self._finish_begun()
-        else:
-            self._follow_the_groups()
-            everything = tuple(range(len(self._slots)))
-            batch = self._batch_of(everything, self._ranks)
-            batch.answer(self.state, [slot.parameter.grad for slot in self._slots])
+        begun = self._finish_begun() if self._begun else []
+        whole = [self._batch_of(tuple(range(len(self._slots))), self._ranks)] if self._slots and not begun else []
+        for batch in (*whole, *shared):
+            batch.answer(self.state, [slot.parameter.grad for slot in batch.slots])
             batch.exchange()
-            parts = [(batch, everything)]
-        # One copy, on their device: nothing here waits for a GPU, so that the step can be captured in a CUDA graph.
-        self._headers = torch.cat([batch.headers() for batch, _ in parts])
-        self._headers_of = [i for _, indices in parts for i in indices]
-        if self._headers.device.type == "cpu" and not self._headers[:, 0].isfinite().all():
-            self._check_finite(self._read_headers())
-        for batch, _ in parts:
+        # Copies, on their device: nothing here waits for a GPU, so that the step can be captured in a CUDA graph.
+        batches = (*begun, *whole, *shared)
+        headers = {tuple(slot.name for slot in batch.slots): batch.headers() for batch in batches}
+        # An engine that steps group by group has not stepped the others now.
+        self._headers = headers if self._segments is None else self._headers | headers
+        if any(table.device.type == "cpu" and not table[:, 0].isfinite().all() for table in headers.values()):
+            self._check_finite(headers)
+        for batch in batches:
             batch.move()
 
     def _follow_the_groups(self) -> None:
-        if any(slot.constraint is not slot.group["constraint"] for slot in self._slots):
+        sets = self._sets if self._segments is not None else self._sets_of_groups()
+        if any(mine is not theirs for mine, theirs in zip(self._sets, sets, strict=True)):
             self._make_plan()  # someone gave a group another set
 
     def _batch_of(self, indices: tuple[int, ...], ranks: Ranks) -> Batch:
@@ -293,92 +350,106 @@ class SFW(Optimizer):
             batch.exchange()
 
         reduced, task = self._reducer.run(received, reduction, begin)
-        self._begun.append((batch, indices, task))
+        self._begun.append((batch, task))
         return reduced
 
-    def _finish_begun(self) -> list[tuple[Batch, tuple[int, ...]]]:
+    def _finish_begun(self) -> list[Batch]:
         """The batches that the backward pass began, when they are done."""
         assert self._reducer is not None
         begun, self._begun = self._begun, []
-        self._reducer.finish([task for _, _, task in begun])
-        for _, indices, _ in begun:
-            for i in indices:
-                if self._slots[i].parameter.grad is None:
-                    raise UserError(f"{self._slots[i].name} got no gradient: with unused parameters take overlap=False")
-        return [(batch, indices) for batch, indices, _ in begun]
+        self._reducer.finish([task for _, task in begun])
+        for slot in (slot for batch, _ in begun for slot in batch.slots):
+            if slot.parameter.grad is None:
+                raise UserError(f"{slot.name} got no gradient: with unused parameters take overlap=False")
+        return [batch for batch, _ in begun]
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Asked by ``GradScaler``, which then leaves gradients alone and calls :meth:`step` with ``grad_scale`` set."""
         return self.overlap
 
-    def _read_headers(self) -> Tensor:
-        """The last step's, float64 ``(slots, 3)`` in the order of the slots, on the CPU."""
-        headers = torch.zeros(len(self._slots), HEADER, dtype=torch.float64)
-        headers[self._headers_of] = self._headers.cpu()
-        return headers
-
-    def _check_finite(self, headers: Tensor) -> None:
-        bad = headers[:, 0].isfinite().logical_not().nonzero().view(-1).tolist()
-        for i in bad:
-            if self._owns(i):
-                self.state[self._slots[i].parameter]["step"].zero_()  # its momentum starts anew, with the next gradient
+    def _check_finite(self, headers: Mapping[tuple[str, ...], Tensor]) -> None:
+        finite = {names: table[:, 0].isfinite().tolist() for names, table in headers.items()}
+        bad = {name for names, flags in finite.items() for name, good in zip(names, flags, strict=True) if not good}
         if bad:
-            found = list(dict.fromkeys(self._slots[i].name for i in bad))
+            for batch in (*self._batches.values(), *(self._sharded or ())):
+                batch.forget(bad, self.state)  # their momentum starts anew, with the next gradient
+            found = [name for name in dict.fromkeys(slot.name for slot in self._all_slots()) if name in bad]
             names = ", ".join(found[:3]) + (" …" if len(found) > 3 else "")
             raise UserError(
                 f"the gradient of {names} is not finite: lower the learning rate, or skip such steps with GradScaler"
             )
+
+    def _all_slots(self) -> list[Slot]:
+        return [*self._slots, *self._shared_slots()]
 
     def statistics(self) -> dict[str, StepStatistics]:
         """The last step's gap, γ and effective learning rate of each constrained tensor, by name, on every rank.
 
         They travelled with the vertices. On a GPU this waits for the step. Before the first step all are 0.
         """
-        headers = self._read_headers()
+        headers = {names: table.cpu() for names, table in self._headers.items()}
         self._check_finite(headers)
+        rows = {n: row for names, table in headers.items() for n, row in zip(names, table.tolist(), strict=True)}
         return {
             slot.name: StepStatistics(gap=gap, gamma=gamma, effective_lr=effective)
-            for slot, (gamma, gap, effective) in zip(self._slots, headers.tolist(), strict=True)
+            for slot in self._all_slots()
             if not isinstance(slot.constraint, Unconstrained)
+            for gamma, gap, effective in [rows.get(slot.name, [0.0] * HEADER)]
         }
 
     def state_dict(self) -> dict[str, Any]:
         """The whole state, every tensor's momentum included: loads at any number of ranks.
 
-        With several ranks it is collective: **every** rank calls it and gets the same. Constraints are plain values,
-        so ``torch.load(weights_only=True)`` reads what ``torch.save`` writes.
+        With several ranks it is collective: **every** rank calls it and gets the same. Of DTensors the momentum is a
+        DTensor, and stays where it is, as in any torch optimizer: ``torch.distributed.checkpoint`` stores it whole.
+        Constraints are plain values, so ``torch.load(weights_only=True)`` reads what ``torch.save`` writes.
 
         Raises:
             RuntimeError: (gloo) not every rank called within five minutes; on rank 0 it names the missing ones.
         """
         local = super().state_dict()
         for group in local["param_groups"]:
-            group["constraint"] = group["constraint"].spec()
+            group["constraint"] = to_plain(group["constraint"])
         if self._ranks.size > 1 and self._slots:
             assert self._parts is not None
-            local["state"] = gather_state(self._parts, self._slots, self.state, self._ranks)
+            gathered = gather_state(self._parts, self._slots, self.state, self._ranks)
+            local["state"] |= dict(zip(self._numbers(), gathered.values(), strict=True))
         return local
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned, at this or another number of ranks; each keeps what it owns.
 
-        The groups' options, constraints too, become those that were saved, as in torch.
+        The groups' options, constraints too, become those that were saved, as in torch. Momentum may be whole tensors
+        or DTensors, whatever the parameters are.
 
         Raises:
             ValueError: other groups or shapes than those saved.
         """
-        assert self._parts is not None
-        check_shapes(state_dict["state"], self._parts, self._slots)  # by every rank and before anything changes
         groups = [dict(group) for group in state_dict["param_groups"]]
         if not all("constraint" in group for group in groups):
             raise ValueError("the state is another optimizer's (its groups have no constraint): load one of SFW")
         for group in groups:
-            group["constraint"] = constraint_from_spec(group["constraint"])
+            group["constraint"] = from_plain(group["constraint"])
+        if self._segments is not None:  # as the engine has saved it
+            super().load_state_dict({"state": state_dict["state"], "param_groups": groups})
+            return
+        assert self._parts is not None
+        saved = {i: state_dict["state"].get(number, {}) for i, number in enumerate(self._numbers())}
+        shared = {number: state_dict["state"].get(number, {}) for number in self._numbers(of_dtensors=True)}
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        check_shapes(saved, self._parts, self._slots)  # by every rank and before anything changes
         # torch would cast momentum to the parameter's type, and keep what others own: the tensors go in below.
         super().load_state_dict({"state": {}, "param_groups": groups})
         self._parts = None
         self._make_plan()
         assert self._parts is not None
-        take_state(state_dict["state"], self._parts, self._slots, self.state, self._ranks.rank)
+        take_state(saved, self._parts, self._slots, self.state, self._ranks.rank)
+        for number, whole in shared.items():
+            take_shared(whole, self.state[parameters[number]])
+
+    def _numbers(self, *, of_dtensors: bool = False) -> list[int]:
+        """Which of all parameters, as state dicts count them, lie whole on every rank, or are DTensors."""
+        parameters = (p for group in self.param_groups for p in group["params"])
+        return [number for number, p in enumerate(parameters) if isinstance(p, DTensor) == of_dtensors]

@@ -11,10 +11,10 @@ code can repeat to the bit (``fused/step.cpp``), and of which ranks can each mak
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,8 +70,8 @@ def inner_product(x: Tensor, y: Tensor) -> Tensor:
 
 
 def square_root(x: Tensor) -> Tensor:
-    """Of a float64 scalar; on the CPU correctly rounded, which torch's own square root is not for 1 % of numbers."""
-    return torch.tensor(math.sqrt(x), dtype=torch.float64) if x.device.type == "cpu" else x.sqrt()
+    """Of float64; on the CPU correctly rounded, as numpy's is, while torch's own is not for 1 % of numbers."""
+    return torch.as_tensor(np.sqrt(x.numpy())) if x.device.type == "cpu" else x.sqrt()
 
 
 class Products(NamedTuple):
@@ -83,6 +83,14 @@ class Products(NamedTuple):
     """``‖θ − v‖₂²``"""
     gap: Tensor
     """``⟨m, θ − v⟩``, the Frank-Wolfe gap"""
+
+
+PRODUCTS: tuple[Callable[..., Tensor], ...] = (
+    lambda m, difference: m.double().square(),
+    lambda m, difference: difference.double().square(),
+    lambda m, difference: m.double() * difference.double(),
+)
+"""The terms of these sums, of m and θ − v."""
 
 
 def frank_wolfe_products(m: Tensor, theta: Tensor, indices: Tensor | None, values: Tensor) -> Products:
@@ -97,8 +105,4 @@ def frank_wolfe_products(m: Tensor, theta: Tensor, indices: Tensor | None, value
         values: ``(s,)`` the vertex there, or ``(n,)``.
     """
     difference = theta - values if indices is None else theta.index_add(0, indices, -values)
-    return Products(
-        row_sums(lambda a: a.double().square(), m),
-        row_sums(lambda a: a.double().square(), difference),
-        row_sums(lambda a, b: a.double() * b.double(), m, difference),
-    )
+    return Products(*(row_sums(terms, m, difference) for terms in PRODUCTS))

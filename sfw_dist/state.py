@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sfw_dist.batch import Ranks
+from sfw_dist.placement import copy_entries
 from sfw_dist.plan import Part
 from sfw_dist.step import Slot
 
@@ -71,3 +72,20 @@ def take_state(
             mine["momentum_buffer"].view(-1).copy_(slot.entries(whole["momentum_buffer"]))
         elif "momentum_buffer" in mine:
             mine["step"].zero_()  # saved before a momentum that a scheduler raised from 0 had started
+
+
+def take_shared(saved: Mapping[str, Tensor], state: dict[str, Any]) -> None:
+    """Copy what is saved of a DTensor, as one or whole, into what this rank has of it.
+
+    Raises ``ValueError`` where a saved momentum has another shape.
+    """
+    if "step" in saved:
+        state["step"].copy_(saved["step"])
+    buffer, mine = saved.get("momentum_buffer"), state.get("momentum_buffer")
+    if buffer is not None and mine is not None:
+        if buffer.shape != mine.shape:
+            shapes = f"shape {tuple(buffer.shape)}, and the parameter {tuple(mine.shape)}"
+            raise ValueError(f"a saved momentum has {shapes}: load the state of the same model")
+        copy_entries(mine, buffer)
+    elif mine is not None:
+        state["step"].zero_()  # saved before a momentum that a scheduler raised from 0 had started

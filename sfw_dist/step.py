@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sfw_dist.constraints import Constraint, LpBall, Unconstrained, Vertex
+from sfw_dist.placement import local
 from sfw_dist.reduction import Products, frank_wolfe_products, square_root, tree_sum
 from sfw_dist.wire import HEADER, VertexFormat
 
@@ -17,7 +18,10 @@ Rescale = Literal["gradient", "fast_gradient", "diameter", "none"]
 
 @dataclass
 class Slot:
-    """A tensor or, where several ranks share one, the entries ``[start, stop)`` of it, row-major."""
+    """A tensor or, where several ranks share one, the entries ``[start, stop)`` of it, row-major.
+
+    Where an engine keeps only a part of a parameter here (a DTensor), or several in one, they count in what is here.
+    """
 
     name: str
     parameter: Tensor
@@ -28,28 +32,40 @@ class Slot:
     """Of the whole tensor."""
     start: int
     stop: int
+    n: int
+    """Entries of the whole tensor, of which an engine may have put others elsewhere."""
     format: VertexFormat
     """Of these entries."""
 
     @classmethod
-    def of(cls, name: str, parameter: Tensor, group: dict[str, Any], start: int, stop: int) -> Slot:
-        """Raises ``ValueError`` if the group's set is not bound."""
-        constraint, n = group["constraint"], parameter.numel()
+    def of(
+        cls, name: str, parameter: Tensor, group: dict[str, Any], constraint: Constraint, start: int, stop: int
+    ) -> Slot:
+        """Raises ``ValueError`` if the set is not bound."""
+        n = parameter.numel()
         dtype = step_dtype(parameter)
         radius = constraint.radius(n) if constraint.signs_only else None
         support = min(constraint.support(n), stop - start)
         return cls(
-            name, parameter, group, dtype, constraint, start, stop, VertexFormat(stop - start, support, dtype, radius)
+            name,
+            parameter,
+            group,
+            dtype,
+            constraint,
+            start,
+            stop,
+            n,
+            VertexFormat(stop - start, support, dtype, radius),
         )
 
     @property
     def whole(self) -> bool:
         """Whether these are all entries of the tensor."""
-        return self.stop - self.start == self.parameter.numel()
+        return self.stop - self.start == self.n
 
     def entries(self, x: Tensor) -> Tensor:
         """These entries of a tensor shaped as the parameter, ``(stop − start,)``; a view where its memory allows."""
-        return x.reshape(-1)[self.start : self.stop]
+        return local(x).reshape(-1)[self.start : self.stop]
 
     def theta(self) -> Tensor:
         """The parameter's entries in the step's type: a view of them, or a copy."""
@@ -98,13 +114,7 @@ def no_step(slot: Slot) -> tuple[Tensor, Vertex]:
 
 def move(slot: Slot, step_size: Tensor, vertex: Vertex) -> None:
     """Every rank's part: ``θ ← (1 − γ)·θ + γ·v``, or ``θ − lr·m``; the same operations on one rank as on many."""
-    theta = slot.theta()
-    shift = vertex.values * step_size.to(slot.dtype)
-    if isinstance(slot.constraint, Unconstrained):
-        moved = theta - shift
-    else:
-        moved = theta * (1 - step_size).to(slot.dtype)
-        moved = moved.add_(shift) if vertex.indices is None else moved.index_add_(0, vertex.indices, shift)
+    moved = moved_entries(slot, step_size, vertex)
     if slot.whole:
         slot.parameter.copy_(moved.view(slot.parameter.shape))
     else:
@@ -113,6 +123,16 @@ def move(slot: Slot, step_size: Tensor, vertex: Vertex) -> None:
         slot.entries(rows).copy_(moved)
         if rows.data_ptr() != slot.parameter.data_ptr():
             slot.parameter.copy_(rows)
+
+
+def moved_entries(slot: Slot, step_size: Tensor, vertex: Vertex) -> Tensor:
+    """The slot's entries after the step, in its type, in memory of their own."""
+    theta = slot.theta()
+    shift = vertex.values * step_size.to(slot.dtype)
+    if isinstance(slot.constraint, Unconstrained):
+        return theta - shift
+    moved = theta * (1 - step_size).to(slot.dtype)
+    return moved.add_(shift) if vertex.indices is None else moved.index_add_(0, vertex.indices, shift)
 
 
 def momentum(slot: Slot, state: dict[str, Any], gradient: Tensor | None) -> Tensor | None:
@@ -162,19 +182,23 @@ def momentum_buffer(slot: Slot) -> Tensor:
 
 def step_size(slot: Slot, rows: Products) -> Tensor:
     """The header of a constrained tensor, from its sums by row: γ, gap, effective learning rate; float64 ``(3,)``."""
-    direction_squared, distance_squared, gap = (tree_sum(sums) for sums in rows)
-    norm, distance = square_root(direction_squared), square_root(distance_squared)
-    diameter = slot.constraint.diameter(slot.parameter.numel())
-    match slot.group["rescale"]:
+    sums = Products(*(tree_sum(sums) for sums in rows))
+    return step_sizes(sums, slot.group["lr"], slot.group["rescale"], slot.constraint.diameter(slot.n))
+
+
+def step_sizes(sums: Products, lr: float | Tensor, rescale: Rescale, diameter: float | Tensor) -> Tensor:
+    """γ, gap and effective learning rate from the sums of one constrained tensor, or of several: ``(…, 3)``."""
+    norm, distance = square_root(sums.direction_squared), square_root(sums.distance_squared)
+    match rescale:
         case "gradient":
             factor = norm / distance  # θ = v makes it infinite, and γ = 1 then keeps θ
         case "fast_gradient":
             factor = 2 * norm / diameter
         case "diameter":
-            factor = torch.full_like(norm, 1 / diameter)
+            factor = torch.ones_like(norm) / diameter
         case _:
             factor = torch.ones_like(norm)
-    gamma = torch.where(norm == 0, norm, (slot.group["lr"] * factor).clamp(0, 1))
+    gamma = torch.where(norm == 0, norm, (lr * factor).clamp(0, 1))
     gamma = torch.where(norm.isfinite(), gamma, torch.nan)
     effective = torch.where(norm == 0, norm, gamma * distance / norm)
-    return torch.stack([gamma, gap, effective])
+    return torch.stack([gamma, sums.gap, effective], -1)

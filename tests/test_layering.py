@@ -23,10 +23,11 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     {"errors", "files"},
     # Leaves: the mathematics and the parts of a training that know nothing of one another.
-    {"reduction", "topk", "constraints", "reference", "plan", "wire", "fused", "distributed", "replicas", "models"},
+    {"reduction", "rounds", "cuts", "topk", "constraints", "reference", "plan", "wire", "fused"},
+    {"distributed", "replicas", "models", "placement", "segment"},
     {"prune", "interrupt", "binding"},
     # The optimizer: one tensor's step, what travels together, and what happens to gradients on the way.
-    {"step", "batch", "groups", "state", "reducer", "comm_hook", "optim"},
+    {"step", "batch", "sharded", "holding", "groups", "state", "reducer", "comm_hook", "optim"},
     # `__init__` offers the optimizer's names to scripts that want nothing else.
     {"__init__", "config"},
     {"data", "schedule", "run", "checkpoint", "metrics", "progress"},

@@ -1,0 +1,87 @@
+"""From param groups to what this rank holds of their tensors: DTensors, or an engine's flat memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from sfw_dist.batch import Ranks
+from sfw_dist.constraints import Constraint
+from sfw_dist.groups import constraint_of, name_of
+from sfw_dist.placement import Block, local, sharing
+from sfw_dist.segment import Segment
+from sfw_dist.sharded import Held, Sharded
+from sfw_dist.step import Slot, step_dtype
+from sfw_dist.wire import VertexFormat
+
+Groups = Sequence[dict[str, Any]]
+
+
+def of_dtensors(groups: Groups) -> list[Sharded]:
+    """The DTensors of the groups, by the mesh on which they lie; collective."""
+    found = [
+        (group, name_of(group, number, j), parameter, constraint_of(group, j))
+        for number, group in enumerate(groups)
+        for j, parameter in enumerate(group["params"])
+        if isinstance(parameter, DTensor)
+    ]
+    batches = []
+    for mesh, dims in sharing(parameter for _, _, parameter, _ in found):
+        held = [
+            _held(group, name, parameter, constraint)
+            for group, name, parameter, constraint in found
+            if parameter.device_mesh == mesh
+        ]
+        batches.append(Sharded(held, ranks_along(mesh, dims), local(held[0].slot.parameter).device))
+    return batches
+
+
+def ranks_along(mesh: DeviceMesh, dims: list[int]) -> Ranks:
+    """The ranks that differ from this one in these dimensions of the mesh alone; collective among them."""
+    if not dims:
+        return Ranks(None, 0, 1)
+    others = [dim for dim in range(mesh.ndim) if dim not in dims]
+    lines = mesh.mesh.permute(*others, *dims).reshape(-1, *(mesh.mesh.shape[dim] for dim in dims))
+    mine = next(line.flatten().tolist() for line in lines if (line == dist.get_rank()).any())
+    if len(dims) == 1:
+        return Ranks(mesh.get_group(dims[0]), mine.index(dist.get_rank()), len(mine))
+    if mine == list(range(dist.get_world_size())):
+        return Ranks.of(None)
+    group = dist.new_group(mine, use_local_synchronization=True)
+    assert isinstance(group, dist.ProcessGroup)
+    return Ranks.of(group)
+
+
+def _held(group: dict[str, Any], name: str, parameter: DTensor, constraint: Constraint) -> Held:
+    block = Block.of(parameter)
+    slot = _slot(group, name, parameter, constraint, parameter.numel(), 0, block.length)
+    return Held(slot, block.first, None if block.contiguous else block.indices)
+
+
+def of_segments(groups: Groups, segments: Mapping[Tensor, Sequence[Segment]], ranks: Ranks) -> list[Sharded]:
+    """What lies in the flat parameters of the groups; collective."""
+    held = []
+    for group in groups:
+        for flat in group["params"]:
+            for count, segment in enumerate(segments[flat]):
+                offset, n = segment.offset, segment.shape.numel()
+                slot = _slot(group, segment.name, flat, segment.constraint, n, offset, offset + segment.length)
+                held.append(Held(slot, segment.first, count=count))
+    return [Sharded(held, ranks, held[0].slot.parameter.device)] if held else []
+
+
+def _slot(
+    group: dict[str, Any], name: str, parameter: Tensor, constraint: Constraint, n: int, start: int, stop: int
+) -> Slot:
+    """Raises ``ValueError`` if the set is not bound."""
+    constraint.radius(n)
+    dtype: torch.dtype = step_dtype(parameter)
+    # Its vertices do not travel: no int32 has to index them.
+    vertex_format = VertexFormat(min(n, stop - start), min(constraint.support(n), stop - start), dtype)
+    return Slot(name, parameter, group, dtype, constraint, start, stop, n, vertex_format)
