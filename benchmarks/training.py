@@ -32,7 +32,7 @@ from sfw_dist import KSparsePolytope, constrain
 from sfw_dist.config import Config, DataConfig, ModelConfig, TrainConfig
 from sfw_dist.data import Normalize, open_loader
 from sfw_dist.distributed import World
-from sfw_dist.engine import DDPEngine
+from sfw_dist.engine.ddp import DDPEngine
 from sfw_dist.files import write_json
 from sfw_dist.models import build_model
 

@@ -15,7 +15,7 @@ import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -102,19 +102,38 @@ def _complete(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: [int(number) for number in re.findall(r"\d+", path.name)])
 
 
-def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """All tensors of a checkpoint, on CPU, and its state. Raises :class:`UserError` when it cannot be read."""
+def on_cpu(stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Room for whole tensors in this process's memory."""
+    return {name: torch.empty_like(tensor, device="cpu") for name, tensor in stored.items()}
+
+
+def load(
+    path: Path, room: Callable[[dict[str, Tensor]], dict[str, Tensor]] = on_cpu
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """All tensors of a checkpoint, and its state.
+
+    Args:
+        path: the checkpoint.
+        room: from the stored shapes and types, as tensors on the meta device, to the tensors that are read into: whole
+            ones, or DTensors, of which each rank reads its shard alone. It may raise :class:`UserError`.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     reader = _Reader(path)
     try:
         state = json.loads((path / _STATE).read_text())
-        stored = reader.read_metadata().state_dict_metadata
-        tensors = {
-            name: torch.empty(entry.size, dtype=entry.properties.dtype)
-            for name, entry in stored.items()
+        stored = {
+            name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+            for name, entry in reader.read_metadata().state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
+        tensors = room(stored)
         with _one_process_is_fine():
+            # Without a plan that ranks make together: each knows what it wants, and reads that.
             dcp.load(tensors, storage_reader=reader, no_dist=True)
+    except UserError:
+        raise
     except (Exception, dcp.api.CheckpointException) as error:  # a damaged pickle raises almost anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         remedy = "remove it to resume from an older one"

@@ -64,6 +64,11 @@ def sum_over_ranks(values: Tensor, world: World) -> Tensor:
     return values
 
 
+def max_over_ranks(value: int, world: World) -> int:
+    """The greatest of all ranks' ``value``."""
+    return int(max(gather_floats(value, world)))
+
+
 def gather_floats(value: float, world: World) -> list[float]:
     """Every rank's ``value``, by rank."""
     everyone = torch.zeros(world.size, dtype=torch.float64, device=world.device)

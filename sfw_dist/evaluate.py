@@ -24,7 +24,7 @@ from torch.func import functional_call
 from sfw_dist.config import Config, load_config
 from sfw_dist.data import Loader, Normalize, dataset_info, open_loader
 from sfw_dist.distributed import World, barrier, joined_world
-from sfw_dist.engine.ddp import autocast
+from sfw_dist.engine import autocast
 from sfw_dist.errors import UserError, reports_user_errors
 from sfw_dist.files import write_json
 from sfw_dist.metrics import Metrics, Tally

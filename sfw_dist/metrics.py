@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sfw_dist.distributed import World, sum_over_ranks
+from sfw_dist.distributed import World, max_over_ranks, sum_over_ranks
+
+
+class Batches(Protocol):
+    """Images and labels, so many times."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
+
+    def __len__(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -43,9 +52,19 @@ class Tally:
         return Metrics(top1 / samples, top5 / samples, loss / samples, int(samples))
 
 
-def measure(forward: Callable[[Tensor], Tensor], loader: Iterable[tuple[Tensor, Tensor]], world: World) -> Metrics:
-    """Metrics of ``forward`` (uint8 images → logits) over a loader; collective at its end."""
+def measure(forward: Callable[[Tensor], Tensor], loader: Batches, world: World, *, lockstep: bool = False) -> Metrics:
+    """Metrics of ``forward`` (uint8 images → logits) over a loader; collective at its end.
+
+    ``lockstep``: each call of ``forward`` is collective. A rank that has fewer batches than others then makes up for
+    them with passes that do not count.
+    """
     tally = Tally(world.device)
+    passes = max_over_ranks(len(loader), world) if lockstep else 0
+    filler = torch.empty(0)
     for images, labels in loader:
-        tally.add(forward(images.to(world.device, non_blocking=True)), labels.to(world.device, non_blocking=True))
+        images = images.to(world.device, non_blocking=True)
+        tally.add(forward(images), labels.to(world.device, non_blocking=True))
+        filler = images[:1]
+    for _ in range(passes - len(loader)):
+        forward(filler)
     return tally.total(world)

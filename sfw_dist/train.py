@@ -28,7 +28,7 @@ from sfw_dist.data import Loader, Mix, Normalize, Split, dataset_info, open_load
 from sfw_dist.data.prepare import prepare
 from sfw_dist.data.registry import find_dataset
 from sfw_dist.distributed import World, any_rank, barrier, gather_floats, joined_world
-from sfw_dist.engine import DDPEngine
+from sfw_dist.engine import Engine, check_world, open_engine
 from sfw_dist.errors import UserError, reports_user_errors
 from sfw_dist.files import make_folder
 from sfw_dist.interrupt import Interrupt
@@ -107,7 +107,7 @@ def train(config: Config, world: World, *, resume: bool = False, interrupt: Inte
         label_smoothing=config.data.label_smoothing,
         seed=config.seed,
     )
-    engine = DDPEngine(model, config, world)
+    engine = open_engine(model, config, world)
     engine.warm_up(info.image_shape)
     schedule = Schedule(engine.optimizer, config.schedule, config.train.epochs)
     with _alone(run, world):
@@ -124,8 +124,8 @@ def _train(training: _Training, config: Config, world: World, interrupt: Interru
         return 0
     position = training.position
     with open_progress(training.run, config, world) as progress:
-        parameters = sum(p.numel() for p in training.engine.model.parameters())
-        progress.start(position.step, position.epoch, parameters, training.loaders["train"].description)
+        data = training.loaders["train"].description
+        progress.start(position.step, position.epoch, training.engine.parameters, data)
         while position.epoch < config.train.epochs:
             if any_rank(interrupt.requested, world):  # it came while the last epoch was measured and saved
                 progress.interrupted(checkpoint.newest(training.run.checkpoints), _how_to_go_on(training.run, world))
@@ -145,8 +145,9 @@ def _train(training: _Training, config: Config, world: World, interrupt: Interru
 
         # The one look at the test set: nothing is chosen by it.
         test = training.measure("test")
+        weights = training.engine.weights()
         if world.main:
-            training.run.save_weights(training.engine.model.state_dict())
+            training.run.save_weights(weights)
         progress.done(test)
     for loader in training.loaders.values():
         loader.close()
@@ -164,7 +165,7 @@ class _Training:
     loaders: dict[Split, Loader]
     normalize: Normalize
     mix: Mix
-    engine: DDPEngine
+    engine: Engine
     schedule: Schedule
     position: Position = field(default_factory=Position)
 
@@ -172,7 +173,7 @@ class _Training:
         """Go to the newest complete checkpoint, if there is one; and have the folder there."""
         latest = checkpoint.newest(self.run.checkpoints)
         if latest is not None:
-            tensors, state = checkpoint.load(latest)
+            tensors, state = checkpoint.load(latest, lambda stored: self.engine.room(stored, latest))
             self.engine.load(tensors, state["options"], source=latest)
             self.schedule.load_state_dict(state["schedule"])
             self.position = Position(**state["position"])
@@ -224,7 +225,12 @@ class _Training:
     def measure(self, split: Split) -> Metrics:
         """Collective."""
         self.engine.before_evaluation()
-        return measure(lambda images: self.engine.forward(self.normalize(images)), self.loaders[split], self.world)
+        return measure(
+            lambda images: self.engine.forward(self.normalize(images)),
+            self.loaders[split],
+            self.world,
+            lockstep=self.engine.lockstep,
+        )
 
     def save(self, validation: Metrics | None = None) -> Path:
         """Write a checkpoint, and let ``best`` name it if no earlier one has its validation accuracy; collective."""
@@ -266,13 +272,17 @@ def _alone(run: RunFolder, world: World) -> Iterator[None]:
 
 
 def check_input(config: Config, rank: int, world_size: int, *, resume: bool) -> RunFolder:
-    """Raise :class:`UserError` for what can be wrong with the run's folder and the data; nothing is written there."""
+    """Raise :class:`UserError` for what can be wrong with the run's folder, the data, and the number of ranks.
+
+    Nothing is written to the run's folder.
+    """
     run = RunFolder(config.run_dir)
     run.check_free_for(config, resume)
     if find_dataset(config.data.name).embedded:
         prepare(config.data.name, config.data.root)
     for split in splits(config):
         rank_order(config.data, split, seed=config.seed, rank=rank, world_size=world_size)
+    check_world(config, world_size)
     return run
 
 

@@ -14,7 +14,7 @@ from torch.optim import SGD
 
 from sfw_dist.config import Config, OptimizerConfig, ScheduleConfig
 from sfw_dist.distributed import World
-from sfw_dist.engine import DDPEngine
+from sfw_dist.engine.ddp import DDPEngine
 from sfw_dist.schedule import DynamicRate, Schedule
 
 LONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))

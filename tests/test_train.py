@@ -21,7 +21,7 @@ from training import ONE_PROCESS, small_config
 from sfw_dist import checkpoint
 from sfw_dist import train as training
 from sfw_dist.config import Config, load_config
-from sfw_dist.engine import DDPEngine
+from sfw_dist.engine.ddp import DDPEngine
 from sfw_dist.errors import UserError
 
 

@@ -207,6 +207,8 @@ class TrainConfig:
     """Keep the network in channels_last memory format."""
     compile: bool = False
     """Compile the network with torch.compile."""
+    accumulate: int = 1
+    """Pieces in which a rank's part of the batch goes through the network, one after the other, to save memory."""
     log_every: int = 20
     """Steps between two train records."""
     keep_checkpoints: int = 2
@@ -216,9 +218,29 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _require(self.epochs > 0, "train.epochs", self.epochs, "at least 1", "write 180 for the published length")
+        _require(self.accumulate > 0, "train.accumulate", self.accumulate, "at least 1", "write 1 for one pass a step")
         _require(self.log_every > 0, "train.log_every", self.log_every, "at least 1", "write 20")
         _require(self.verify_replicas >= 0, "train.verify_replicas", self.verify_replicas, "at least 0", "write 100")
         _require(self.keep_checkpoints > 0, "train.keep_checkpoints", self.keep_checkpoints, "at least 1", "write 2")
+
+
+@dataclass
+class FSDPConfig:
+    """Fully sharded data parallelism (engine: fsdp)."""
+
+    replicas: int = 1
+    """Copies of the network, each divided between world size / replicas ranks; 1: one copy between all of them."""
+
+    def __post_init__(self) -> None:
+        _require(self.replicas > 0, "fsdp.replicas", self.replicas, "at least 1", "write 1 to divide between all ranks")
+
+
+@dataclass
+class DeepSpeedConfig:
+    """DeepSpeed's ZeRO (engine: deepspeed)."""
+
+    stage: Literal[0, 1, 2, 3] = 1
+    """What the ranks divide: 1 the optimizer's state, 2 the gradients too, 3 the parameters too; 0 nothing."""
 
 
 @dataclass
@@ -247,11 +269,15 @@ class Config:
     """Folder of all runs."""
     seed: int = 0
     """Seed of the initial weights, the order and the augmentation."""
+    engine: Literal["ddp", "fsdp", "deepspeed"] = "ddp"
+    """ddp: the whole network on every rank; fsdp, deepspeed: divided between them (docs/engines.md)."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    fsdp: FSDPConfig = field(default_factory=FSDPConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     prune: PruneConfig = field(default_factory=PruneConfig)
 
     def __post_init__(self) -> None:
@@ -259,6 +285,19 @@ class Config:
         valid = plain and self.name.isprintable() and len(self.name) <= 100
         _require(valid, "name", repr(self.name), "a plain folder name", "write letters, digits, '_', '-' and '.'")
         _require(self.seed >= 0, "seed", self.seed, "at least 0", "write 0")
+        if self.engine != "ddp":
+            self._check_divided()
+
+    def _check_divided(self) -> None:
+        """What needs the whole network, or all of its gradients, on every rank."""
+        beside = f" beside engine: {self.engine}"
+        remedy = "leave it out, or write engine: ddp"
+        _require(
+            self.optimizer.grads == "all_reduce", "optimizer.grads", self.optimizer.grads, "all_reduce" + beside, remedy
+        )
+        _require(not self.optimizer.overlap, "optimizer.overlap", True, "false" + beside, remedy)
+        _require(not self.train.channels_last, "train.channels_last", True, "false" + beside, remedy)
+        _require(not self.train.compile, "train.compile", True, "false" + beside, remedy)
 
     @property
     def run_dir(self) -> Path:
@@ -266,6 +305,7 @@ class Config:
 
 
 _OPERATIONAL = {
+    *("engine", "fsdp.replicas", "deepspeed.stage"),
     *("runs_dir", "data.root", "data.backend", "data.workers", "data.eval_batch_size", "data.stall_timeout"),
     "data.stage_dir",
     *("optimizer.overlap", "train.verify_replicas"),
