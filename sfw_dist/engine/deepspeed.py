@@ -1,0 +1,266 @@
+"""SFW under DeepSpeed's ZeRO, stages 0 to 2.
+
+    optimizer = SFW(constrain(net, KSparsePolytope(k_frac=0.05, k_min=10, tau=15.0)))
+    engine = initialize(net, optimizer, {"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": 64})
+    engine.backward(F.cross_entropy(engine(images), labels))
+    engine.step()
+
+ZeRO gives the optimizer a slice of all tensors laid end to end, in which a tensor may begin or end anywhere;
+:func:`adopt` tells SFW where (:mod:`sfw_dist.engine.zero`). From equal gradients the weights are those of one process.
+Where DeepSpeed's ways differ from DDP's: a parameter without gradient gets one of 0, and moves on its momentum; a
+gradient that is not finite skips the step, on all ranks; frozen parameters have no momentum.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sfw_dist.config import Config
+from sfw_dist.constraints import constraint_from_spec
+from sfw_dist.distributed import World, broadcast_buffers
+from sfw_dist.engine.base import Engine, autocast, build_optimizer
+from sfw_dist.engine.zero import gather_model, gather_tensors, groups_of, load_tensors, private, verify, whole
+from sfw_dist.errors import UserError
+from sfw_dist.optim import SFW
+from sfw_dist.replicas import verify_replicas
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed looks for its device when it is imported
+import deepspeed
+
+__all__ = ["DeepSpeedEngine", "adopt", "gather_tensors", "initialize", "load_tensors", "refuse"]
+
+
+def initialize(model: nn.Module, optimizer: SFW, config: Mapping[str, Any] | str | Path, **options: Any) -> Any:
+    """``deepspeed.initialize`` for a model that SFW trains; collective.
+
+    Sets what SFW needs: ``zero_allow_untested_optimizer``, and no gradient clipping where the configuration does not
+    ask for it (DeepSpeed's own default is 1.0). Build learning-rate schedulers after it, for it joins param groups.
+
+    Args:
+        model: not wrapped; rank 0's parameters are what training starts from.
+        optimizer: with all parameters that are to be trained.
+        config: DeepSpeed's configuration, or the file that holds it.
+        options: further arguments of ``deepspeed.initialize``.
+
+    Returns:
+        DeepSpeed's engine.
+
+    Raises:
+        ValueError: what does not go with SFW, see :func:`refuse`.
+        RuntimeError: this version of DeepSpeed lays out its partitions in another way.
+    """
+    config = json.loads(Path(config).read_text()) if isinstance(config, str | Path) else copy.deepcopy(dict(config))
+    config.setdefault("gradient_clipping", 0.0)
+    config["zero_allow_untested_optimizer"] = True
+    refuse(config)
+    if options.get("mpu") is not None:
+        raise ValueError("mpu is given: SFW needs whole tensors in every model replica, leave model parallelism out")
+    if _stage(config) > 0:
+        optimizer.merge_groups()  # ZeRO steps one group after the other, and each step waits for four messages
+        # DeepSpeed leaves frozen parameters out, and fails on a group that has no others.
+        groups = [group for group in optimizer.param_groups if any(p.requires_grad for p in group["params"])]
+        if not groups:
+            raise ValueError("all parameters are frozen: leave requires_grad=True on what is to be trained")
+        optimizer.param_groups[:] = groups
+    _join_world()
+    with _quiet():
+        engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config, **options)[0]
+    adopt(engine)
+    return engine
+
+
+def refuse(config: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` for settings of DeepSpeed with which SFW's steps would be wrong or are not tried."""
+    zero, amp = _zero(config), config.get("torch_autocast", {})
+    bf16, stage = config.get("bf16", config.get("bfloat16", {})), _stage(config)
+    offload = zero.get("offload_optimizer") or {}
+    if stage not in (0, 1, 2):
+        raise ValueError(f"zero_optimization.stage {stage}: write 2, or divide parameters too with torch's fully_shard")
+    if config.get("fp16", {}).get("enabled"):
+        raise ValueError('fp16.enabled true: SFW is not made for loss scaling, write "bf16": {"enabled": true}')
+    if stage == 0 and bf16.get("enabled"):
+        raise ValueError("bf16.enabled true at zero_optimization.stage 0, which adds gradients in bf16: write stage 1")
+    if bf16.get("bf16_master_weights_and_grads"):
+        raise ValueError("bf16.bf16_master_weights_and_grads true: SFW steps float32 weights, leave it out")
+    if amp.get("enabled") and amp.get("dtype") not in ("bfloat16", "bf16", "torch.bfloat16"):
+        raise ValueError(f'torch_autocast.dtype {amp.get("dtype")}: write "dtype": "bfloat16"')
+    if zero.get("cpu_offload") or offload.get("device", "none") != "none":
+        raise ValueError("zero_optimization.offload_optimizer: SFW steps where the model is, leave it out")
+    if zero.get("zenflow"):
+        raise ValueError("zero_optimization.zenflow: SFW steps whole tensors at once, leave it out")
+    if config.get("tensor_parallel", {}).get("autotp_size", 0) > 1:
+        raise ValueError("tensor_parallel.autotp_size: SFW needs whole tensors in every model replica, leave it out")
+    if "gradient_clipping" not in config:
+        raise ValueError('DeepSpeed clips gradients to norm 1.0 unless told: write "gradient_clipping": 0.0')
+
+
+@torch.no_grad()
+def adopt(engine: Any) -> None:
+    """Tell an engine's SFW which entries of which tensors this rank has; collective, once, before the first step.
+
+    :func:`initialize` does it. For ``deepspeed.initialize(model=…, optimizer=optimizer, config=…)`` call
+    ``optimizer.merge_groups()`` before, so that not every tensor waits for messages of its own, and this after it.
+    Tensors that rounding to bf16 took out of their set are scaled into it.
+
+    Raises:
+        ValueError: what does not go with SFW, see :func:`refuse`; an optimizer that is not SFW.
+        RuntimeError: this version of DeepSpeed lays out its partitions in another way.
+    """
+    optimizer = private(engine, "basic_optimizer")
+    if not isinstance(optimizer, SFW):
+        raise ValueError(f"the engine's optimizer is {type(optimizer).__name__}: give deepspeed.initialize an SFW")
+    refuse(private(private(engine, "_config"), "_param_dict"))
+    if private(engine, "mp_world_size") > 1 or private(engine, "has_moe_layers"):
+        raise ValueError("model parallelism or experts: SFW needs whole tensors in every model replica, leave them out")
+    if engine.optimizer is optimizer:
+        return  # stage 0: every rank has whole tensors, which SFW divides by itself
+    groups, process_group = groups_of(engine), private(engine.optimizer, "dp_process_group")
+    verify(groups, process_group)
+    outside = False
+    for group in groups:
+        for parameter, segment in zip(group.parameters, group.segments, strict=True):
+            if parameter.dtype == torch.float32:
+                continue  # SFW has scaled it, and nothing has rounded it since
+            entries = group.entries(segment, group.master)
+            gauge = segment.constraint.gauge(whole(segment, entries, process_group))
+            if gauge > 1:
+                entries.copy_(entries.double() / gauge)
+                outside = True  # on every rank, for all have seen the whole tensor
+    if outside:
+        engine.optimizer.update_lp_params()
+    optimizer.adopt({i: group.segments for i, group in enumerate(groups)}, process_group)
+
+
+def _zero(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    zero = config.get("zero_optimization", {})
+    return {"stage": int(zero)} if isinstance(zero, bool) else zero
+
+
+def _stage(config: Mapping[str, Any]) -> int:
+    return int(_zero(config).get("stage", 0))
+
+
+def _join_world() -> None:
+    """What DeepSpeed needs of the world: a process group, and to forget that of an earlier training in this process."""
+    if deepspeed.get_accelerator().device_name() == "cpu":
+        # Its shared-memory op is for tensor-parallel inference alone, and takes half a minute to compile.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # It insists on this, and takes the device of that number. Launchers other than torchrun may not set it.
+    os.environ.setdefault("LOCAL_RANK", str(torch.cuda.current_device() if torch.cuda.is_available() else 0))
+    if dist.is_initialized():
+        return
+    private(deepspeed.utils.groups, "_release_process_group_references")()
+    if "RANK" not in os.environ:  # else DeepSpeed joins torchrun's world
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's own name need not resolve
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warning that SFW is not on DeepSpeed's list, and without what it prints of its memory."""
+    logger = logging.getLogger("DeepSpeed")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+class DeepSpeedEngine(Engine):
+    """The network on every rank; the optimizer's state divided between them (stage 1), and the gradients too (2).
+
+    ``precision: bf16`` is DeepSpeed's ``torch_autocast``: float32 weights and sums of gradients, bf16 passes, as on the
+    other engines. Its ``bf16`` would round BatchNorm's weights, which torch then refuses beside float32 statistics.
+    """
+
+    def __init__(self, model: nn.Module, config: Config, world: World) -> None:
+        super().__init__(model, config, world)
+        if config.optimizer.name != "sfw":
+            raise UserError(f"optimizer.name {config.optimizer.name} with engine deepspeed: write engine: ddp")
+        self.model = model.to(world.device)
+        optimizer = build_optimizer(self.model, config.optimizer)
+        assert isinstance(optimizer, SFW)
+        # Checkpoints keep the groups as other engines have them, one a tensor.
+        self._groups = [(list(g["param_names"]), g["constraint"]) for g in optimizer.param_groups]
+        settings: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": config.data.batch_size // (world.size * config.train.accumulate),
+            "gradient_accumulation_steps": config.train.accumulate,
+            "zero_optimization": {"stage": config.deepspeed.stage},
+        }
+        if config.train.precision == "bf16":
+            # With no modules named, gradients are added in float32.
+            settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+        if config.deepspeed.stage == 3:
+            raise UserError("deepspeed.stage 3: write 2, or engine: fsdp, which divides the parameters too")
+        self._engine = initialize(self.model, optimizer, settings)
+        self.optimizer = optimizer
+
+    def train_step(self, images: Tensor, labels: Tensor) -> Tensor:
+        """One optimizer step on this rank's part of a batch; the mean cross-entropy of that part, detached."""
+        self.model.train()
+        total = torch.zeros((), device=self._world.device)
+        for part, targets in self.micro_batches(images, labels):
+            with autocast(self._config, self._world.device):
+                loss = F.cross_entropy(self._engine(self._in_layout(part)), targets)
+            total += self._engine.backward(loss).detach()  # divided by the number of micro-batches
+            self._engine.step()  # acts after the last of them
+        return total
+
+    def verify_replicas(self) -> None:
+        """Raise ``RuntimeError`` where this rank's parameters are not rank 0's; collective."""
+        verify_replicas(dict(self.model.named_parameters()))
+
+    def weights(self) -> dict[str, Tensor]:
+        """The whole network, parameters and buffers by name; collective."""
+        return gather_model(self._engine)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds: ``model.NAME`` and ``optimizer.KEY.NAME``, whole; collective."""
+        broadcast_buffers(self.model, self._world)
+        return gather_tensors(self._engine)
+
+    def options(self) -> list[dict[str, Any]]:
+        """The optimizer's groups as plain values, one a tensor as on other engines, learning rates included."""
+        joined = {name: group for group in self.optimizer.param_groups for name in group["param_names"]}
+        return [
+            {key: value for key, value in joined[names[0]].items() if key != "params"}
+            | {"param_names": names, "constraint": constraint.spec()}
+            for names, constraint in self._groups
+        ]
+
+    def load(self, tensors: Mapping[str, Tensor], options: list[dict[str, Any]], source: object) -> None:
+        """Take what any engine's :meth:`tensors` and :meth:`options` gave, at any number of ranks; collective.
+
+        Raises:
+            UserError: the state is another optimizer's.
+        """
+        saved = {name: group for group in options for name in group["param_names"]}
+        for names, constraint in self._groups:
+            for name in names:
+                spec = saved.get(name, {}).get("constraint")
+                if spec is None or constraint_from_spec(spec).spec() != constraint.spec():
+                    raise UserError(
+                        f"{source} is of another optimizer ({name} has {spec} there, {constraint.spec()} here): "
+                        "resume with the one it was made with"
+                    )
+        load_tensors(self._engine, tensors)
+        for group in self.optimizer.param_groups:
+            theirs = saved[group["param_names"][0]]
+            group.update({k: v for k, v in theirs.items() if k not in ("params", "param_names", "constraint")})
