@@ -42,11 +42,13 @@ class Ranks:
         return cls(None, 0, 1)
 
 
-def agree(digest: bytes, ranks: Ranks, device: torch.device) -> None:
+def agree(digest: bytes, ranks: Ranks, devices: set[torch.device]) -> None:
     """Check that all ranks build from the same parameters and sets; collective. Raises ``ValueError``, on all ranks."""
     if ranks.size == 1:
         return
-    mine = torch.tensor(list(digest), dtype=torch.uint8, device=device)
+    if len(devices) > 1:
+        raise ValueError(f"the parameters lie on {sorted(map(str, devices))}: with several ranks use one each")
+    mine = torch.tensor(list(digest), dtype=torch.uint8, device=next(iter(devices)))
     gathered = mine.new_empty(ranks.size * mine.numel())
     dist.all_gather_into_tensor(gathered, mine, group=ranks.group)
     everyone = gathered.view(ranks.size, -1)

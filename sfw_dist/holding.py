@@ -11,16 +11,70 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from sfw_dist.batch import Ranks
+from sfw_dist.batch import Ranks, State
 from sfw_dist.constraints import Constraint
 from sfw_dist.groups import constraint_of, name_of
 from sfw_dist.placement import Block, local, sharing
 from sfw_dist.segment import Segment
-from sfw_dist.sharded import Held, Sharded
+from sfw_dist.sharded import Held, Sharded, fresh_state
 from sfw_dist.step import Slot, step_dtype
 from sfw_dist.wire import VertexFormat
 
 Groups = Sequence[dict[str, Any]]
+
+
+class Shared:
+    """The tensors of an optimizer of which no rank has all, as batches that step together; made when asked for."""
+
+    def __init__(self) -> None:
+        self._batches: list[Sharded] | None = None
+        self._segments: dict[Tensor, Sequence[Segment]] | None = None
+        self._ranks = Ranks(None, 0, 1)
+        self._adopted: dict[tuple[int, ...], tuple[Groups, list[Sharded]]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to this process's groups of ranks."""
+        return {**self.__dict__, "_batches": None, "_adopted": {}}
+
+    @property
+    def flat(self) -> bool:
+        """Whether an engine keeps the parameters in flat tensors of its own."""
+        return self._segments is not None
+
+    @property
+    def slots(self) -> list[Slot]:
+        """Of all tensors, whatever groups step now."""
+        return [slot for batch in self._batches or () for slot in batch.slots]
+
+    def batches(self, groups: Groups) -> list[Sharded]:
+        """What there is in these groups; collective where it is not yet known."""
+        if self._segments is not None:
+            # An engine may step group by group, and bring other groups after it has loaded them.
+            key = tuple(map(id, groups))
+            if key not in self._adopted:
+                self._adopted[key] = groups, of_segments(groups, self._segments, self._ranks)
+            return self._adopted[key][1]
+        if self._batches is None:
+            self._batches = of_dtensors(groups)
+        return self._batches
+
+    def remake(self, groups: Groups, state: State) -> None:
+        """After groups have come, or their sets have changed; makes the state of new DTensors."""
+        self._batches = None
+        self.batches(groups)
+        for slot in self.slots:
+            if not state[slot.parameter]:
+                state[slot.parameter].update(fresh_state(slot, torch.zeros(())))
+
+    def adopt(self, groups: Groups, segments: Mapping[int, Sequence[Segment]], ranks: Ranks, state: State) -> None:
+        """See :meth:`sfw_dist.SFW.adopt`."""
+        self._segments = {groups[number]["params"][0]: tensors for number, tensors in segments.items()}
+        self._ranks, self._adopted = ranks, {}
+        self._batches = [batch for group in groups for batch in self.batches([group])]
+        state.clear()
+        for slot in self.slots:
+            count = torch.zeros(len(self._segments[slot.parameter]), device=slot.parameter.device)
+            state[slot.parameter] = fresh_state(slot, count)
 
 
 def of_dtensors(groups: Groups) -> list[Sharded]:

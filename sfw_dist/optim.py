@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future as Task
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
 import torch
 import torch.distributed as dist
@@ -12,30 +12,19 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from sfw_dist import holding
 from sfw_dist.batch import Batch, Ranks, agree
 from sfw_dist.constraints import Constraint, KSparsePolytope, Unconstrained
 from sfw_dist.errors import UserError
 from sfw_dist.groups import check_group, constraint_of, from_plain, into_the_set, merged, name_of, to_plain
+from sfw_dist.holding import Shared
 from sfw_dist.plan import Item, Part, make_plan
 from sfw_dist.reducer import Received, Reducer, Reduction, strided_as
 from sfw_dist.reduction import ROW
 from sfw_dist.segment import Segment
-from sfw_dist.sharded import Sharded, fresh_state
+from sfw_dist.sharded import Sharded
 from sfw_dist.state import check_shapes, gather_state, take_shared, take_state
+from sfw_dist.statistics import Headers, StepStatistics
 from sfw_dist.step import Rescale, Slot, cost, momentum_buffer
-from sfw_dist.wire import HEADER
-
-
-class StepStatistics(NamedTuple):
-    """What the last step did to one constrained tensor."""
-
-    gap: float
-    """Frank-Wolfe gap ``⟨m, θ − v⟩ ≥ 0`` of the momentum; of a full gradient it is 0 just at stationary points."""
-    gamma: float
-    """Step size γ in [0, 1]: the fraction of the way from θ to the vertex."""
-    effective_lr: float
-    """``γ·‖θ − v‖₂ / ‖m‖₂``: the learning rate with which SGD would have moved the tensor as far."""
 
 
 class SFW(Optimizer):
@@ -104,12 +93,10 @@ class SFW(Optimizer):
         self._slots: list[Slot] = []
         self._parts: tuple[Part, ...] | None = None
         self._batches: dict[tuple[int, ...], Batch] = {}
-        self._sharded: list[Sharded] | None = None
-        self._segments: dict[Tensor, Sequence[Segment]] | None = None
-        self._adopted: dict[tuple[int, ...], tuple[list[dict[str, Any]], list[Sharded]]] = {}
+        self._shared = Shared()
         self._reducer: Reducer | None = None
         self._begun: list[tuple[Batch, Task[None]]] = []
-        self._headers: dict[tuple[str, ...], Tensor] = {}
+        self._headers = Headers()
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -134,8 +121,8 @@ class SFW(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """torch keeps its own attributes only; with ours, copies and pickles of an optimizer step on."""
-        ours = ("_ranks", "_split", "_fused", "overlap", "_sets", "_slots", "_parts", "_segments", "_headers")
-        fresh: dict[str, Any] = {"_batches": {}, "_sharded": None, "_adopted": {}, "_reducer": None, "_begun": []}
+        ours = ("_ranks", "_split", "_fused", "overlap", "_sets", "_slots", "_parts", "_shared", "_headers")
+        fresh: dict[str, Any] = {"_batches": {}, "_reducer": None, "_begun": []}
         return {**super().__getstate__(), **{name: getattr(self, name) for name in ours}, **fresh}
 
     def _make_plan(self) -> None:
@@ -165,21 +152,12 @@ class SFW(Optimizer):
             slot = Slot.of(items[part.item].name, group["params"][j], group, constraint, part.start, part.stop)
             self._slots.append(slot)
         if self._slots:  # with DTensors alone there is no plan, and pipeline stages have optimizers of their own
-            agree(bytes.fromhex(plan.fingerprint), self._ranks, self._device())
+            agree(bytes.fromhex(plan.fingerprint), self._ranks, {slot.parameter.device for slot in self._slots})
         known = {part.item for part in kept}
         for slot, part in zip(self._slots, plan.parts, strict=True):
             if part.item not in known:
                 self._create_state(slot, part)
-        self._sharded = holding.of_dtensors(self.param_groups)
-        for slot in self._shared_slots():
-            if not self.state[slot.parameter]:
-                self.state[slot.parameter].update(fresh_state(slot, torch.zeros(())))
-
-    def _device(self) -> torch.device:
-        devices = {slot.parameter.device for slot in self._slots}
-        if len(devices) > 1 and self._ranks.size > 1:
-            raise ValueError(f"the parameters lie on {sorted(map(str, devices))}: with several ranks use one each")
-        return devices.pop()
+        self._shared.remake(self.param_groups, self.state)
 
     def _sets_of_groups(self) -> list[Constraint]:
         return [constraint_of(group, j) for group in self.param_groups for j in range(len(group["params"]))]
@@ -216,33 +194,10 @@ class SFW(Optimizer):
             ValueError: the ranks do not hold each entry of each tensor once.
         """
         self._ranks = Ranks.of(process_group)
-        self._parts, self._slots, self._adopted = (), [], {}
-        self._segments = {self.param_groups[number]["params"][0]: tensors for number, tensors in segments.items()}
-        self.state.clear()
-        self._sharded = [batch for group in self.param_groups for batch in self._adopted_batch([group])]
-        self._headers = {}
-        for slot in self._shared_slots():
-            count = torch.zeros(len(self._segments[slot.parameter]), device=slot.parameter.device)
-            self.state[slot.parameter] = fresh_state(slot, count)
-
-    def _adopted_batch(self, groups: list[dict[str, Any]]) -> list[Sharded]:
-        """What lies in the flat tensors of these groups. An engine may bring other groups after it has loaded them."""
-        key = tuple(map(id, groups))
-        if key not in self._adopted:
-            assert self._segments is not None
-            self._adopted[key] = groups, holding.of_segments(groups, self._segments, self._ranks)
-        return self._adopted[key][1]
-
-    def _shared(self) -> list[Sharded]:
-        """The tensors of which no rank has all, of the groups that are there now."""
-        if self._segments is not None:
-            return self._adopted_batch(self.param_groups)
-        if self._sharded is None:
-            self._sharded = holding.of_dtensors(self.param_groups)
-        return self._sharded
-
-    def _shared_slots(self) -> list[Slot]:
-        return [slot for batch in self._sharded or () for slot in batch.slots]
+        self._parts, self._slots = (), []
+        self._batches.clear()
+        self._headers.clear()
+        self._shared.adopt(self.param_groups, segments, self._ranks, self.state)
 
     def _create_state(self, slot: Slot, part: Part) -> None:
         """State is there from the start, so that a checkpoint before the first step has the form of later ones.
@@ -281,29 +236,26 @@ class SFW(Optimizer):
     def _step(self) -> None:
         if not self._begun:
             self._follow_the_groups()
-        shared = self._shared()
+        shared = self._shared.batches(self.param_groups)
         for slot in (*self._slots, *(slot for batch in shared for slot in batch.slots)):
             # By every rank and before any work: an owner that raised alone would hang the others.
             if slot.parameter.grad is not None and slot.parameter.grad.is_sparse:
                 raise UserError(f"{slot.name} has a sparse gradient: SFW needs dense ones (nn.Embedding(sparse=False))")
         begun = self._finish_begun() if self._begun else []
         whole = [self._batch_of(tuple(range(len(self._slots))), self._ranks)] if self._slots and not begun else []
-        for batch in (*whole, *shared):
+        now: list[Batch | Sharded] = [*whole, *shared]
+        for batch in now:
             batch.answer(self.state, [slot.parameter.grad for slot in batch.slots])
             batch.exchange()
-        # Copies, on their device: nothing here waits for a GPU, so that the step can be captured in a CUDA graph.
-        batches = (*begun, *whole, *shared)
-        headers = {tuple(slot.name for slot in batch.slots): batch.headers() for batch in batches}
-        # An engine that steps group by group has not stepped the others now.
-        self._headers = headers if self._segments is None else self._headers | headers
-        if any(table.device.type == "cpu" and not table[:, 0].isfinite().all() for table in headers.values()):
-            self._check_finite(headers)
-        for batch in batches:
+        for batch in (stepped := [*begun, *now]):
+            # Copies, on their device: nothing here waits for a GPU, so that the step can be captured in a CUDA graph.
+            self._headers.keep(batch.slots, batch.headers())
+        self._check_finite(wait=False)
+        for batch in stepped:
             batch.move()
 
     def _follow_the_groups(self) -> None:
-        sets = self._sets if self._segments is not None else self._sets_of_groups()
-        if any(mine is not theirs for mine, theirs in zip(self._sets, sets, strict=True)):
+        if not self._shared.flat and any(a is not b for a, b in zip(self._sets, self._sets_of_groups(), strict=True)):
             self._make_plan()  # someone gave a group another set
 
     def _batch_of(self, indices: tuple[int, ...], ranks: Ranks) -> Batch:
@@ -368,11 +320,11 @@ class SFW(Optimizer):
         """Asked by ``GradScaler``, which then leaves gradients alone and calls :meth:`step` with ``grad_scale`` set."""
         return self.overlap
 
-    def _check_finite(self, headers: Mapping[tuple[str, ...], Tensor]) -> None:
-        finite = {names: table[:, 0].isfinite().tolist() for names, table in headers.items()}
-        bad = {name for names, flags in finite.items() for name, good in zip(names, flags, strict=True) if not good}
+    def _check_finite(self, *, wait: bool) -> None:
+        bad = self._headers.not_finite(wait=wait)
         if bad:
-            for batch in (*self._batches.values(), *(self._sharded or ())):
+            batches: list[Batch | Sharded] = [*self._batches.values(), *self._shared.batches(self.param_groups)]
+            for batch in batches:
                 batch.forget(bad, self.state)  # their momentum starts anew, with the next gradient
             found = [name for name in dict.fromkeys(slot.name for slot in self._all_slots()) if name in bad]
             names = ", ".join(found[:3]) + (" …" if len(found) > 3 else "")
@@ -381,22 +333,15 @@ class SFW(Optimizer):
             )
 
     def _all_slots(self) -> list[Slot]:
-        return [*self._slots, *self._shared_slots()]
+        return [*self._slots, *self._shared.slots]
 
     def statistics(self) -> dict[str, StepStatistics]:
         """The last step's gap, γ and effective learning rate of each constrained tensor, by name, on every rank.
 
         They travelled with the vertices. On a GPU this waits for the step. Before the first step all are 0.
         """
-        headers = {names: table.cpu() for names, table in self._headers.items()}
-        self._check_finite(headers)
-        rows = {n: row for names, table in headers.items() for n, row in zip(names, table.tolist(), strict=True)}
-        return {
-            slot.name: StepStatistics(gap=gap, gamma=gamma, effective_lr=effective)
-            for slot in self._all_slots()
-            if not isinstance(slot.constraint, Unconstrained)
-            for gamma, gap, effective in [rows.get(slot.name, [0.0] * HEADER)]
-        }
+        self._check_finite(wait=True)
+        return self._headers.statistics(self._all_slots())
 
     def state_dict(self) -> dict[str, Any]:
         """The whole state, every tensor's momentum included: loads at any number of ranks.
@@ -432,7 +377,7 @@ class SFW(Optimizer):
             raise ValueError("the state is another optimizer's (its groups have no constraint): load one of SFW")
         for group in groups:
             group["constraint"] = from_plain(group["constraint"])
-        if self._segments is not None:  # as the engine has saved it
+        if self._shared.flat:  # as the engine has saved it
             super().load_state_dict({"state": state_dict["state"], "param_groups": groups})
             return
         assert self._parts is not None

@@ -16,8 +16,8 @@ from torch.utils.tensorboard import SummaryWriter
 from sfw_dist.config import Config
 from sfw_dist.distributed import World
 from sfw_dist.metrics import Metrics
-from sfw_dist.optim import StepStatistics
 from sfw_dist.run import RunFolder, environment
+from sfw_dist.statistics import StepStatistics
 
 
 class Progress:

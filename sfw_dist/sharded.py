@@ -114,7 +114,7 @@ class Sharded:
     def _survey(self) -> list[_Tensor]:
         """What each rank holds, from all of them."""
         described = [(s.name, s.n, str(s.dtype), repr(s.constraint)) for s in self.slots]
-        agree(hashlib.sha256(json.dumps(described).encode()).digest(), self._ranks, self._device)
+        agree(hashlib.sha256(json.dumps(described).encode()).digest(), self._ranks, {self._device})
         places = [[one.first, one.length, one.index is not None] for one in self._held]
         mine = torch.tensor(places, dtype=torch.int64, device=self._device)
         everyone = mine.clone()
@@ -306,6 +306,8 @@ class Sharded:
 
 def fresh_state(slot: Slot, step: Tensor) -> dict[str, Tensor]:
     """A momentum of zeros, laid out as the slot's parameter, that starts with the next gradient."""
+    if slot.group["momentum"] == 0:
+        return {"step": step.zero_()}
     return {"step": step.zero_(), "momentum_buffer": torch.zeros_like(slot.parameter, dtype=slot.dtype)}
 
 
