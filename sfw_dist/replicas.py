@@ -12,7 +12,7 @@ _CHUNK = 1 << 20
 
 
 def verify_replicas(tensors: Mapping[str, Tensor], process_group: dist.ProcessGroup | None = None) -> None:
-    """Compare 64-bit checksums of the tensors with rank 0's; collective.
+    """Compare 64-bit checksums of the tensors with the first rank's; collective.
 
     A few passes over memory and 8 bytes a tensor: cheap enough for every few hundred steps.
 
@@ -21,7 +21,7 @@ def verify_replicas(tensors: Mapping[str, Tensor], process_group: dist.ProcessGr
         process_group: whose ranks hold replicas; ``None``: the default group.
 
     Raises:
-        RuntimeError: on every rank, with the first tensors that differ and the ranks on which they do.
+        RuntimeError: on every rank of the group, with the first tensors that differ and the ranks on which they do.
     """
     if not (dist.is_available() and dist.is_initialized()) or not tensors:
         return
@@ -31,13 +31,14 @@ def verify_replicas(tensors: Mapping[str, Tensor], process_group: dist.ProcessGr
     differs = gathered.view(-1, len(mine)).ne(gathered[: len(mine)])  # (ranks, tensors)
     if not differs.any():
         return
+    members = dist.get_process_group_ranks(process_group)
     found = [
         f"{name} on rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
         for name, column in zip(tensors, differs.T, strict=True)
-        if (ranks := column.nonzero().view(-1).tolist())
+        if (ranks := [members[i] for i in column.nonzero().view(-1).tolist()])
     ]
     raise RuntimeError(
-        f"replicas differ from rank 0's: {'; '.join(found[:3])}{' …' if len(found) > 3 else ''}: something changed "
+        f"replicas differ from rank {members[0]}'s: {'; '.join(found[:3])}{' …' if len(found) > 3 else ''}: something changed "
         "them outside of the optimizer; go on from the last checkpoint"
     )
 
