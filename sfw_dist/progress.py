@@ -35,13 +35,13 @@ class Progress:
     def start(self, step: int, epoch: int, parameters: int, loader: str) -> None:
         if not self._board:
             return
-        self._step = step
+        self._step, engine = step, self._config.engine
         if step:
-            self._run.log("resume", step=step, epoch=epoch, loader=loader, environment=environment())
+            self._run.log("resume", step=step, epoch=epoch, engine=engine, loader=loader, environment=environment())
             self._say(f"resuming {self._run.path} after epoch {epoch}, step {step}")
         else:
-            self._run.log("start", world_size=self._world.size, parameters=parameters, loader=loader)
-            self._say(f"training {self._run.path}: {parameters:,} parameters, {self._world.size} rank(s)")
+            self._run.log("start", world_size=self._world.size, engine=engine, parameters=parameters, loader=loader)
+            self._say(f"training {self._run.path}: {parameters:,} parameters, {self._world.size} rank(s), {engine}")
         self._say(f"data: {loader}")
 
     def epoch_begins(self, epoch: int, batches: int, done: int) -> None:

@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from jsonargparse import ArgumentParser
 
 from sfw_dist import checkpoint
-from sfw_dist.config import Config, parse_run
+from sfw_dist.config import Config, load_config, parse_run
 from sfw_dist.data import Loader, Mix, Normalize, Split, dataset_info, open_loader, rank_order
 from sfw_dist.data.prepare import prepare
 from sfw_dist.data.registry import find_dataset
@@ -128,13 +128,15 @@ def _train(training: _Training, config: Config, world: World, interrupt: Interru
         progress.start(position.step, position.epoch, training.engine.parameters, data)
         while position.epoch < config.train.epochs:
             if any_rank(interrupt.requested, world):  # it came while the last epoch was measured and saved
-                progress.interrupted(checkpoint.newest(training.run.checkpoints), _how_to_go_on(training.run, world))
+                progress.interrupted(
+                    checkpoint.newest(training.run.checkpoints), _how_to_go_on(training.run, config, world)
+                )
                 return _INTERRUPTED
             whole = training.epoch(interrupt, progress)
             loss = math.fsum(position.loss_sums) / (world.size * position.batch)
             _require_finite(loss, position.epoch)
             if not whole:
-                progress.interrupted(training.save(), _how_to_go_on(training.run, world))
+                progress.interrupted(training.save(), _how_to_go_on(training.run, config, world))
                 return _INTERRUPTED
             rate = training.engine.optimizer.param_groups[0]["lr"]
             training.schedule.step(loss)
@@ -310,9 +312,11 @@ def _require_finite(loss: float, epoch: int) -> None:
         raise UserError(f"the loss became {loss} in epoch {epoch + 1}: lower optimizer.lr")
 
 
-def _how_to_go_on(run: RunFolder, world: World) -> str:
+def _how_to_go_on(run: RunFolder, config: Config, world: World) -> str:
     launcher = f"torchrun --nproc-per-node {world.size}" if world.size > 1 else "python"
-    return f"{launcher} -m sfw_dist.train --config {shlex.quote(str(run.config))} --resume auto"
+    # The folder keeps the configuration that the run began with.
+    engine = "" if load_config(run.config).engine == config.engine else f" --engine {config.engine}"
+    return f"{launcher} -m sfw_dist.train --config {shlex.quote(str(run.config))}{engine} --resume auto"
 
 
 if __name__ == "__main__":

@@ -12,8 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint.metadata as dcp_metadata
+import torch.distributed.tensor as dtensor
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from sfw_dist import checkpoint
 from sfw_dist.distributed import World
@@ -78,6 +82,48 @@ def test_the_state_comes_back_as_json(tmp_path: Path) -> None:
     """Fails when the position or the schedule of a resumed run is not the one saved."""
     state = {"position": {"epoch": 3, "loss_sums": [0.1, 2.5]}, "schedule": {"dynamic": None}}
     assert checkpoint.load(save(tmp_path, **state))[1] == state
+
+
+def test_a_checkpoint_is_read_into_the_tensors_that_it_is_given(tmp_path: Path) -> None:
+    """Fails when an engine's own tensors stay as they were, or a second copy of the network is made."""
+    path, mine = save(tmp_path), torch.zeros(5)
+
+    def room(stored: dict[str, Tensor]) -> dict[str, Tensor]:
+        expected = {name: (t.dtype, t.shape) for name, t in tensors().items()}
+        assert {name: (t.dtype, t.shape) for name, t in stored.items()} == expected
+        assert all(tensor.is_meta for tensor in stored.values())
+        return {"model.fp32": mine}
+
+    loaded, _ = checkpoint.load(path, room)
+    assert loaded == {"model.fp32": mine} and loaded["model.fp32"] is mine
+    assert bits(mine) == bits(tensors()["model.fp32"])
+
+
+def test_who_gives_the_tensors_may_refuse_the_checkpoint(tmp_path: Path) -> None:
+    """Fails when a checkpoint of another model is called unreadable, and the user removes it."""
+
+    def room(stored: dict[str, Tensor]) -> dict[str, Tensor]:
+        raise UserError("another model's")
+
+    with pytest.raises(UserError, match=r"^another model's$"):
+        checkpoint.load(save(tmp_path), room)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+def test_each_rank_reads_its_own_shard(tmp_path: Path, ranks: int) -> None:
+    """Fails when a whole tensor does not come back in uneven shards, or a rank without rows cannot read."""
+    whole = torch.randn(4, 3)
+    path = checkpoint.save(tmp_path, {"w": whole}, {}, LONE, epoch=1, step=1)
+    for rank in range(ranks):
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)  # its messages go nowhere
+        try:
+            mesh = init_device_mesh("cpu", (ranks,))
+            mine = dtensor.empty(4, 3, device_mesh=mesh, placements=[dtensor.Shard(0)])
+            checkpoint.load(path, lambda stored, mine=mine: {"w": mine})
+            shards = whole.chunk(ranks)
+            assert torch.equal(mine.to_local(), shards[rank] if rank < len(shards) else whole[:0])
+        finally:
+            dist.destroy_process_group()
 
 
 def test_one_process_is_not_warned_of_missing_ranks(tmp_path: Path) -> None:

@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from sfw_dist.config import (
     Config,
     ConstraintConfig,
     DataConfig,
+    DeepSpeedConfig,
+    FSDPConfig,
     OptimizerConfig,
     PruneConfig,
     ScheduleConfig,
@@ -235,6 +238,22 @@ def test_first_difference_names_the_key_and_both_values() -> None:
     assert first_difference(mine, replace(mine)) is None
 
 
+def test_a_run_may_go_on_by_another_engine_but_not_in_other_pieces() -> None:
+    """Fails when a network that outgrew its GPU cannot resume, or BatchNorm's statistics change on the way."""
+    mine = Config(name="a", engine="fsdp", fsdp=FSDPConfig(replicas=2), deepspeed=DeepSpeedConfig(stage=2))
+    assert first_difference(mine, Config(name="a")) is None
+    pieces = replace(mine, train=replace(mine.train, accumulate=4))
+    assert first_difference(pieces, Config(name="a")) == "train.accumulate is 4, was 1"
+
+
+def test_a_configuration_from_before_there_were_engines_means_ddp(write: Write) -> None:
+    """Fails when old runs can no longer be resumed."""
+    saved = save_config(Config(name="a", seed=3))
+    old = yaml.safe_load(saved)
+    del old["engine"], old["fsdp"], old["deepspeed"], old["train"]["accumulate"]
+    assert load_config(write(yaml.safe_dump(old))) == Config(name="a", seed=3)
+
+
 # Mistakes
 
 
@@ -272,6 +291,15 @@ def test_first_difference_names_the_key_and_both_values() -> None:
         ("train: {precision: }", "train.precision", "null", "remove the line"),
         ("train: {log_every: 0}", "train.log_every", "0", "write 20"),
         ("train: {keep_checkpoints: 0}", "train.keep_checkpoints", "0", "write 2"),
+        ("train: {accumulate: 0}", "train.accumulate", "0", "write 1"),
+        ("engine: fsdp2", "engine", "fsdp2", "'fsdp'"),
+        ("fsdp: {replicas: 0}", "fsdp.replicas", "0", "write 1"),
+        ("deepspeed: {stage: 4}", "deepspeed.stage", "4", "[0, 1, 2, 3]"),
+        ("deepspeed: {stage: 3}", "deepspeed.stage", "3", "engine: fsdp"),
+        ("engine: fsdp\noptimizer: {grads: reduce_to_owner}", "grads", "reduce_to_owner", "engine: ddp"),
+        ("engine: deepspeed\noptimizer: {overlap: true}", "optimizer.overlap", "True", "engine: ddp"),
+        ("engine: fsdp\ntrain: {channels_last: true}", "train.channels_last", "True", "engine: ddp"),
+        ("engine: deepspeed\ntrain: {compile: true}", "train.compile", "True", "engine: ddp"),
         ("prune: {sparsities: [1.5]}", "prune.sparsities", "1.5", "write 0.9"),
         ("prune: {sparsities: 0.5}", "prune.sparsities", "0.5", "see --help"),
         ("name: a/b", "name", "'a/b'", "write letters"),

@@ -83,3 +83,18 @@ def test_measure_runs_the_model_once_over_every_batch() -> None:
     measured = measure(forward, loader, LONE)
     assert torch.equal(torch.cat(seen), images)
     assert measured == tallied(images.flatten(1).float(), labels, [8, 8, 8, 6])
+
+
+def test_passes_in_lockstep_count_the_same() -> None:
+    """Fails when a pass that only keeps other ranks company counts, or one process makes such passes."""
+    images = torch.randint(0, 256, (30, 1, 2, 5), dtype=torch.uint8)
+    labels = torch.randint(0, 10, (30,))
+    batches = list(zip(images.split(8), labels.split(8), strict=True))
+    seen: list[int] = []
+
+    def forward(batch: Tensor) -> Tensor:
+        seen.append(len(batch))
+        return batch.flatten(1).float()
+
+    plain, lockstep = (measure(forward, batches, LONE, lockstep=value) for value in (False, True))
+    assert plain == lockstep and seen == [8, 8, 8, 6] * 2

@@ -240,7 +240,11 @@ class DeepSpeedConfig:
     """DeepSpeed's ZeRO (engine: deepspeed)."""
 
     stage: Literal[0, 1, 2, 3] = 1
-    """What the ranks divide: 1 the optimizer's state, 2 the gradients too, 3 the parameters too; 0 nothing."""
+    """What the ranks divide: 1 the optimizer's state, 2 the gradients too; 0 nothing."""
+
+    def __post_init__(self) -> None:
+        remedy = "write 2, or engine: fsdp, which divides the parameters too"
+        _require(self.stage < 3, "deepspeed.stage", self.stage, "0, 1 or 2", remedy)
 
 
 @dataclass

@@ -246,6 +246,7 @@ def test_a_run_changes_its_engine_and_all_else_stays(
     assert [e["event"] for e in events if e["event"] != "train"] == [
         *("start", "interrupted", "resume", "epoch", "epoch", "eval"),
     ]
+    assert [e["engine"] for e in events if e["event"] in ("start", "resume")] == ["ddp", "fsdp"]
     assert {e["validation_samples"] for e in events if e["event"] == "epoch"} == {136}
     measured = events[-1]
     alone = evaluate(run, ONE_PROCESS, sparsities=[0.0])[0]
