@@ -37,9 +37,10 @@ def verify_replicas(tensors: Mapping[str, Tensor], process_group: dist.ProcessGr
         for name, column in zip(tensors, differs.T, strict=True)
         if (ranks := [members[i] for i in column.nonzero().view(-1).tolist()])
     ]
+    names = "; ".join(found[:3]) + (" …" if len(found) > 3 else "")
     raise RuntimeError(
-        f"replicas differ from rank {members[0]}'s: {'; '.join(found[:3])}{' …' if len(found) > 3 else ''}: something changed "
-        "them outside of the optimizer; go on from the last checkpoint"
+        f"replicas differ from rank {members[0]}'s: {names}: something changed them outside of the optimizer; "
+        "go on from the last checkpoint"
     )
 
 
