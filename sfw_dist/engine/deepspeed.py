@@ -27,9 +27,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import SGD
 
 from sfw_dist.config import Config
-from sfw_dist.constraints import constraint_from_spec
 from sfw_dist.distributed import World, broadcast_buffers
 from sfw_dist.engine.base import Engine, autocast, build_optimizer
 from sfw_dist.engine.zero import gather_model, gather_tensors, groups_of, load_tensors, private, verify, whole
@@ -44,7 +44,7 @@ import deepspeed
 __all__ = ["DeepSpeedEngine", "adopt", "gather_tensors", "initialize", "load_tensors", "refuse"]
 
 
-def initialize(model: nn.Module, optimizer: SFW, config: Mapping[str, Any] | str | Path, **options: Any) -> Any:
+def initialize(model: nn.Module, optimizer: SFW | SGD, config: Mapping[str, Any] | str | Path, **options: Any) -> Any:
     """``deepspeed.initialize`` for a model that SFW trains; collective.
 
     Sets what SFW needs: ``zero_allow_untested_optimizer``, and no gradient clipping where the configuration does not
@@ -52,7 +52,7 @@ def initialize(model: nn.Module, optimizer: SFW, config: Mapping[str, Any] | str
 
     Args:
         model: not wrapped; rank 0's parameters are what training starts from.
-        optimizer: with all parameters that are to be trained.
+        optimizer: with all parameters that are to be trained. SGD, for comparison, is taken too.
         config: DeepSpeed's configuration, or the file that holds it.
         options: further arguments of ``deepspeed.initialize``.
 
@@ -70,7 +70,8 @@ def initialize(model: nn.Module, optimizer: SFW, config: Mapping[str, Any] | str
     if options.get("mpu") is not None:
         raise ValueError("mpu is given: SFW needs whole tensors in every model replica, leave model parallelism out")
     if _stage(config) > 0:
-        optimizer.merge_groups()  # ZeRO steps one group after the other, and each step waits for four messages
+        if isinstance(optimizer, SFW):
+            optimizer.merge_groups()  # ZeRO steps one group after the other, and each step waits for four messages
         # DeepSpeed leaves frozen parameters out, and fails on a group that has no others.
         groups = [group for group in optimizer.param_groups if any(p.requires_grad for p in group["params"])]
         if not groups:
@@ -79,7 +80,8 @@ def initialize(model: nn.Module, optimizer: SFW, config: Mapping[str, Any] | str
     _join_world()
     with _quiet():
         engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config, **options)[0]
-    adopt(engine)
+    if isinstance(optimizer, SFW):
+        adopt(engine)
     return engine
 
 
@@ -192,13 +194,16 @@ class DeepSpeedEngine(Engine):
 
     def __init__(self, model: nn.Module, config: Config, world: World) -> None:
         super().__init__(model, config, world)
-        if config.optimizer.name != "sfw":
-            raise UserError(f"optimizer.name {config.optimizer.name} with engine deepspeed: write engine: ddp")
+        if config.deepspeed.stage == 3:
+            raise UserError("deepspeed.stage 3: write 2, or engine: fsdp, which divides the parameters too")
         self.model = model.to(world.device)
-        optimizer = build_optimizer(self.model, config.optimizer)
-        assert isinstance(optimizer, SFW)
+        self.optimizer = build_optimizer(self.model, config.optimizer)
         # Checkpoints keep the groups as other engines have them, one a tensor.
-        self._groups = [(list(g["param_names"]), g["constraint"]) for g in optimizer.param_groups]
+        self._groups = [
+            {"param_names": list(g["param_names"])}
+            | ({"constraint": g["constraint"].spec()} if "constraint" in g else {})
+            for g in self.optimizer.param_groups
+        ]
         settings: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": config.data.batch_size // (world.size * config.train.accumulate),
             "gradient_accumulation_steps": config.train.accumulate,
@@ -207,10 +212,8 @@ class DeepSpeedEngine(Engine):
         if config.train.precision == "bf16":
             # With no modules named, gradients are added in float32.
             settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
-        if config.deepspeed.stage == 3:
-            raise UserError("deepspeed.stage 3: write 2, or engine: fsdp, which divides the parameters too")
-        self._engine = initialize(self.model, optimizer, settings)
-        self.optimizer = optimizer
+        assert isinstance(self.optimizer, SFW | SGD)
+        self._engine = initialize(self.model, self.optimizer, settings)
 
     def train_step(self, images: Tensor, labels: Tensor) -> Tensor:
         """One optimizer step on this rank's part of a batch; the mean cross-entropy of that part, detached."""
@@ -240,9 +243,8 @@ class DeepSpeedEngine(Engine):
         """The optimizer's groups as plain values, one a tensor as on other engines, learning rates included."""
         joined = {name: group for group in self.optimizer.param_groups for name in group["param_names"]}
         return [
-            {key: value for key, value in joined[names[0]].items() if key != "params"}
-            | {"param_names": names, "constraint": constraint.spec()}
-            for names, constraint in self._groups
+            {key: value for key, value in joined[own["param_names"][0]].items() if key != "params"} | own
+            for own in self._groups
         ]
 
     def load(self, tensors: Mapping[str, Tensor], options: list[dict[str, Any]], source: object) -> None:
@@ -252,13 +254,13 @@ class DeepSpeedEngine(Engine):
             UserError: the state is another optimizer's.
         """
         saved = {name: group for group in options for name in group["param_names"]}
-        for names, constraint in self._groups:
-            for name in names:
-                spec = saved.get(name, {}).get("constraint")
-                if spec is None or constraint_from_spec(spec).spec() != constraint.spec():
+        for own in self._groups:
+            for name in own["param_names"]:
+                theirs = saved.get(name, {})
+                if name not in saved or theirs.get("constraint") != own.get("constraint"):
                     raise UserError(
-                        f"{source} is of another optimizer ({name} has {spec} there, {constraint.spec()} here): "
-                        "resume with the one it was made with"
+                        f"{source} is of another optimizer ({name} has the set {theirs.get('constraint')} there, "
+                        f"{own.get('constraint')} here): resume with the one it was made with"
                     )
         load_tensors(self._engine, tensors)
         for group in self.optimizer.param_groups:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sfw_dist.constraints import Constraint
+from sfw_dist.constraints import Constraint, Unconstrained
 from sfw_dist.segment import Segment
 
 # The same things by the names that DeepSpeed's two ZeRO optimizers give them.
@@ -86,7 +86,7 @@ def _sets(
     options: Mapping[str, Any], parameters: Sequence[Tensor], names: Mapping[Tensor, str]
 ) -> dict[Tensor, Constraint]:
     """Each parameter's set. A group names frozen parameters too, which ZeRO has left out."""
-    sets, known = options["constraint"], options.get("param_names", [])
+    sets, known = options.get("constraint", Unconstrained()), options.get("param_names", [])
     if isinstance(sets, Constraint):
         return dict.fromkeys(parameters, sets)
     places = [known.index(names[p]) if names[p] in known else None for p in parameters]
@@ -137,14 +137,16 @@ def gather_tensors(engine: Any) -> dict[str, Tensor]:
         names = _names_by_index(state["param_groups"])
         for index, entries in state["state"].items():
             for key, value in entries.items():
-                tensors[f"optimizer.{key}.{names[index]}"] = _apart(value)
+                if isinstance(value, Tensor):  # SGD's momentum is None before the first step
+                    tensors[f"optimizer.{key}.{names[index]}"] = _apart(value)
         return tensors
     process_group = private(engine.optimizer, "dp_process_group")
     for group in groups_of(engine):
         state = optimizer.state[group.master]
         for i, segment in enumerate(group.segments):
-            tensors[f"optimizer.step.{segment.name}"] = _apart(state["step"][i])
-            if "momentum_buffer" in state:
+            if "step" in state:  # SGD counts none
+                tensors[f"optimizer.step.{segment.name}"] = _apart(state["step"][i])
+            if state.get("momentum_buffer") is not None:
                 momentum = whole(segment, group.entries(segment, state["momentum_buffer"]), process_group)
                 tensors[f"optimizer.momentum_buffer.{segment.name}"] = momentum.cpu()
     return tensors
@@ -198,12 +200,14 @@ def load_tensors(engine: Any, tensors: Mapping[str, Tensor]) -> None:
             values = tensors[f"model.{named[parameter]}"].reshape(-1)[segment.first : stop]
             group.entries(segment, group.master).copy_(values)
             saved = _state_of(segment.name, tensors)
-            state["step"][i] = saved.get("step", 0.0)
-            if "momentum_buffer" in state and "momentum_buffer" in saved:
-                momentum = saved["momentum_buffer"].reshape(-1)[segment.first : stop]
-                group.entries(segment, state["momentum_buffer"]).copy_(momentum)
-            elif "momentum_buffer" in state:
-                state["step"][i] = 0.0  # saved without momentum: it starts with the next gradient
+            momentum = saved.get("momentum_buffer")
+            if "step" in state:  # saved without momentum, it starts with the next gradient
+                state["step"][i] = 0.0 if momentum is None and "momentum_buffer" in state else saved.get("step", 0.0)
+            elif momentum is not None and state.get("momentum_buffer") is None:
+                state["momentum_buffer"] = torch.zeros_like(group.master)  # SGD makes it in the first step
+            if momentum is not None and state.get("momentum_buffer") is not None:
+                entries = momentum.reshape(-1)[segment.first : stop]
+                group.entries(segment, state["momentum_buffer"]).copy_(entries)
     engine.optimizer.update_lp_params()
 
 

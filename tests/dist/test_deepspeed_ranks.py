@@ -21,8 +21,14 @@ import torch
 import torch.distributed as dist
 from dist.ranks import run_on_ranks
 from torch import Tensor, nn
+from training import small_config
 
 from sfw_dist.constraints import KSparsePolytope, KSupportBall, LpBall, Unconstrained
+from sfw_dist.distributed import World as Ranks
+from sfw_dist.engine import Engine
+from sfw_dist.engine.ddp import DDPEngine
+from sfw_dist.errors import UserError
+from sfw_dist.models import build_model
 from sfw_dist.optim import SFW
 
 STEPS, HALF = 50, 25
@@ -72,7 +78,15 @@ CASES: dict[str, dict[str, Any]] = {
     "stage_2_overlapped_buckets": zero(2, overlap_comm=True, reduce_bucket_size=1000, allgather_bucket_size=1000),
     "stage_1_autocast": zero(1) | {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
 }
-# What two and four ranks do of them.
+# Of the runs' engine: options of the optimizer or the training, then ZeRO's stage.
+ENGINES: dict[str, dict[str, Any]] = {
+    "stage_0": {"precision": "bf16"},
+    "stage_1": {},
+    "bf16_stage_1": {"precision": "bf16"},
+    "accumulated_stage_2": {"accumulate": 2, "precision": "bf16"},
+    "sgd_stage_2": {"name": "sgd"},
+}
+# What two and four ranks do of the cases.
 FEWER = ["stage_0", "stage_1", "stage_1_bf16_float32_sums", "stage_2_round_robin_aligned"]
 WORLD_SIZES = (2, 3, 4)
 
@@ -170,8 +184,6 @@ def join_world(rank: int, world_size: int, folder: str) -> None:
 
     if dist.is_initialized():
         deepspeed.comm.destroy_process_group()  # torch's, and what DeepSpeed keeps of it
-        # DeepSpeed collects garbage nine times when it starts in bf16, among all that it and torch have imported.
-        gc.freeze()
     rendezvous = f"file://{folder}/world_of_{world_size}"
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)
 
@@ -187,6 +199,7 @@ def in_a_world(rank: int, world_size: int, folder: str) -> dict[str, Any]:
             "resumed": {case: resumed(case, halfway[case]) for case in cases},
             "across": resumed("stage_2", halfway["stage_0"]),
             "back": resumed("stage_0", halfway["stage_1"]),
+            "engines": {case: engines(case, rank) for case in ENGINES} if world_size == 2 else {},
         }
     if rank == 0:
         torch.save({case: of["halfway"] for case, of in cases.items()}, saved)
@@ -198,12 +211,15 @@ def in_a_world(rank: int, world_size: int, folder: str) -> dict[str, Any]:
         "refused": refused_by_adopt(),
         "refused_tensors": refused_tensors(),
         "not_finite": not_finite(rank),
+        "refused_engines": refused_engines(rank),
     }
 
 
 def start_engine(case: str, net: nn.Module, optimizer: SFW) -> Any:
     from sfw_dist.engine.deepspeed import initialize  # here, for it starts DeepSpeed
 
+    # In bf16 it collects garbage six times, which takes seconds among all that it and torch have imported.
+    gc.freeze()
     return initialize(net, optimizer, CASES[case])
 
 
@@ -322,6 +338,53 @@ def not_finite(rank: int) -> dict[str, Whole]:
     engine.backward(loss * math.nan if rank == 1 else loss)
     engine.step()
     return {"before": before, "after": gathered(engine)}
+
+
+def open_engines(case: str, rank: int, stage: int | None = None) -> tuple[Engine, Engine]:
+    """That of the runs, for DeepSpeed and for DDP, with the same network."""
+    from sfw_dist.engine.deepspeed import DeepSpeedEngine
+
+    config = small_config(Path("runs"), Path("data"))
+    config.optimizer.unconstrained = "norm_and_bias"
+    for key, value in ENGINES[case].items():
+        setattr(config.optimizer if key == "name" else config.train, key, value)
+    config.deepspeed.stage = int(case[-1]) if stage is None else stage  # type: ignore[assignment]
+    world = Ranks(rank, dist.get_world_size(), rank, torch.device("cpu"))
+    networks = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        networks.append(build_model("cnn", num_classes=10, in_channels=1, width=0.0625))
+    return DeepSpeedEngine(networks[0], config, world), DDPEngine(networks[1], config, world)
+
+
+def engines(case: str, rank: int) -> dict[str, list[Any]]:
+    """Both for two steps; then each goes on from what the other left."""
+    found: dict[str, list[Any]] = {"losses": [], "logits": [], "tensors": [], "options": []}
+    images, labels = torch.randn(2, 8, 1, 8, 8), torch.arange(8).expand(2, 8)
+    for half in range(2):
+        both = open_engines(case, rank)
+        if half == 1:
+            for engine, tensors, options in zip(both, found["tensors"][::-1], found["options"][::-1], strict=True):
+                engine.load(copy.deepcopy(tensors), options, "the other's")  # SGD goes on in them
+        for engine in both:
+            engine.warm_up((1, 8, 8))
+            found["losses"].append([engine.train_step(images[step], labels[step]).item() for step in range(2)])
+            engine.verify_replicas()
+            engine.before_evaluation()
+            found["logits"].append(engine.forward(images[0]).float())
+            found["tensors"].append({name: t.detach().clone() for name, t in engine.tensors().items()})
+            found["options"].append(engine.options())
+            assert engine.weights().keys() == engine.model.state_dict().keys()
+    return found
+
+
+def refused_engines(rank: int) -> list[str]:
+    engine, _ = open_engines("stage_1", rank)
+    other = [group | {"constraint": {"kind": "unconstrained"}} for group in engine.options()]
+    return [
+        error_of(UserError, open_engines, "stage_1", rank, 3),
+        error_of(UserError, engine.load, engine.tensors(), other, "that"),
+    ]
 
 
 def error_of(kind: type[Exception], function: Callable[..., Any], *arguments: Any) -> str:
@@ -505,6 +568,30 @@ def test_a_gradient_that_is_not_finite_skips_the_step(world: World) -> None:
     """On all ranks, and momentum too; else they would go apart."""
     for rank in world(3):
         assert_bitwise(rank["not_finite"]["after"], rank["not_finite"]["before"])
+
+
+@pytest.mark.parametrize("case", ENGINES)
+def test_the_engine_of_runs_follows_ddp_to_the_bit_and_takes_its_checkpoints(world: World, case: str) -> None:
+    """On two ranks, whose sums have one order. Fails when a loss, a statistic of BatchNorm or an option goes astray."""
+    for rank in world(2):
+        for values in rank["engines"][case].values():
+            mine, theirs = values[::2], values[1::2]
+            for a, b in zip(mine, theirs, strict=True):
+                if isinstance(a, dict):
+                    assert_bitwise(a, b)
+                elif isinstance(a, Tensor):
+                    assert torch.equal(a, b)
+                else:
+                    assert a == b
+
+
+def test_what_the_engine_of_runs_refuses(world: World) -> None:
+    """In one line that names the setting, or the checkpoint."""
+    for rank in world(3):
+        stage, other = rank["refused_engines"]
+        assert stage == "deepspeed.stage 3: write 2, or engine: fsdp, which divides the parameters too"
+        assert other.startswith("that is of another optimizer (")
+        assert "\n" not in other
 
 
 CLIP = {"gradient_clipping": 0.0}
