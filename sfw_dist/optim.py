@@ -22,7 +22,7 @@ from sfw_dist.reducer import Received, Reducer, Reduction, strided_as
 from sfw_dist.reduction import ROW
 from sfw_dist.segment import Segment
 from sfw_dist.sharded import Sharded
-from sfw_dist.state import check_shapes, gather_state, take_shared, take_state
+from sfw_dist.state import by_place, check_shapes, gather_state, take_shared, take_state
 from sfw_dist.statistics import Headers, StepStatistics
 from sfw_dist.step import Rescale, Slot, cost, momentum_buffer
 
@@ -381,9 +381,9 @@ class SFW(Optimizer):
             super().load_state_dict({"state": state_dict["state"], "param_groups": groups})
             return
         assert self._parts is not None
-        saved = {i: state_dict["state"].get(number, {}) for i, number in enumerate(self._numbers())}
-        shared = {number: state_dict["state"].get(number, {}) for number in self._numbers(of_dtensors=True)}
         parameters = [p for group in self.param_groups for p in group["params"]]
+        everything = by_place(state_dict["state"], groups, len(parameters))
+        saved = {i: everything[number] for i, number in enumerate(self._numbers())}
         check_shapes(saved, self._parts, self._slots)  # by every rank and before anything changes
         # torch would cast momentum to the parameter's type, and keep what others own: the tensors go in below.
         super().load_state_dict({"state": {}, "param_groups": groups})
@@ -391,8 +391,8 @@ class SFW(Optimizer):
         self._make_plan()
         assert self._parts is not None
         take_state(saved, self._parts, self._slots, self.state, self._ranks.rank)
-        for number, whole in shared.items():
-            take_shared(whole, self.state[parameters[number]])
+        for number in self._numbers(of_dtensors=True):
+            take_shared(everything[number], self.state[parameters[number]])
 
     def _numbers(self, *, of_dtensors: bool = False) -> list[int]:
         """Which of all parameters, as state dicts count them, lie whole on every rank, or are DTensors."""

@@ -49,6 +49,19 @@ def gather_state(
     return gathered
 
 
+def by_place(
+    state: Mapping[Any, dict[str, Tensor]], groups: Sequence[dict[str, Any]], parameters: int
+) -> list[dict[str, Tensor]]:
+    """What is saved of each parameter, in the order of the groups, by which torch tells parameters in a state dict.
+
+    It numbers them; ``torch.distributed.checkpoint`` puts names in the place of numbers.
+    """
+    keys = [key for group in groups for key in group["params"]]
+    if len(keys) != parameters:
+        raise ValueError(f"the state is of {len(keys)} parameters, this optimizer has {parameters}: load its own")
+    return [state.get(key, {}) for key in keys]
+
+
 def check_shapes(saved: Mapping[int, dict[str, Tensor]], parts: Sequence[Part], slots: Sequence[Slot]) -> None:
     """Raises ``ValueError`` where a saved momentum has another shape than its parameter."""
     for part, slot in zip(parts, slots, strict=True):

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.optim import lr_scheduler
 
-from sfw_dist import SFW, KSparsePolytope, KSupportBall, LpBall, Unconstrained
+from sfw_dist import SFW, KSparsePolytope, KSupportBall, LpBall, Unconstrained, constrain
 from sfw_dist.constraints import Constraint
 from sfw_dist.errors import UserError
 from sfw_dist.reference import sfw_step
@@ -418,6 +419,17 @@ def test_a_copy_of_model_and_optimizer_trains_on(duplicate: Callable[[Any], Any]
 
 
 # ------------------------------------------------------------------------------------------------------ state
+
+
+def test_torchs_own_state_dicts_load() -> None:
+    """Fails when state that torch.distributed.checkpoint keys by name is looked up by number, and not found."""
+    models = [nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 3)) for _ in range(2)]
+    first, second = (SFW(constrain(model, KSparsePolytope(k=4, tau=15.0)), lr=0.1) for model in models)
+    train(first)
+    set_optimizer_state_dict(models[1], second, get_optimizer_state_dict(models[0], first))
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert second.state[q]["step"] == 10
+        assert torch.equal(first.state[p]["momentum_buffer"], second.state[q]["momentum_buffer"])
 
 
 def saved_and_loaded(state: dict[str, Any]) -> dict[str, Any]:
