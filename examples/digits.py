@@ -1,0 +1,29 @@
+"""What the examples share: scikit-learn's 1,797 handwritten digits as tensors, and a network's accuracy on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
+SPARSITIES = (0.0, 0.5, 0.8, 0.9, 0.95)
+
+
+def digits() -> tuple[TensorDataset, TensorDataset]:
+    """Training and test digits: float32 images ``(n, 1, 8, 8)`` in [-1, 1], and labels; always the same split."""
+    images, labels = load_digits(return_X_y=True)
+    data = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
+    train, test = order[:1347], order[1347:]
+    targets = torch.tensor(labels)
+    return TensorDataset(data[train], targets[train]), TensorDataset(data[test], targets[test])
+
+
+@torch.no_grad()
+def accuracy(logits: Callable[[Tensor], Tensor], test: TensorDataset) -> float:
+    """The share of ``test`` that a network in evaluation mode gets right; ``logits`` runs it on images."""
+    images, labels = test.tensors
+    return (logits(images).argmax(1) == labels).float().mean().item()

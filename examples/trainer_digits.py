@@ -1,0 +1,93 @@
+"""Hugging Face's Trainer trains a small vision transformer, CLIP's, with SFW; then it is cut to several sparsities.
+
+    python examples/trainer_digits.py
+    torchrun --nproc-per-node 2 examples/trainer_digits.py
+    python examples/trainer_digits.py --resume runs/trainer_digits/checkpoint-220
+
+SFW is the first of Trainer's ``optimizers``; its own schedule moves the learning rate. For several processes there
+is a callback: Trainer asks the optimizer for its state on the process that saves, and SFW's lies on all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from digits import SPARSITIES, accuracy, digits
+from transformers import (
+    CLIPConfig,
+    CLIPForImageClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from sfw_dist import SFW, KSparsePolytope, constrain, prune
+
+
+class StateOfAllProcesses(TrainerCallback):
+    """The processes that save nothing take part in gathering SFW's state, for which the one that saves waits."""
+
+    def on_save(self, args: TrainingArguments, *others: Any, optimizer: torch.optim.Optimizer, **more: Any) -> None:
+        if not args.should_save:
+            optimizer.state_dict()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--bf16", action="store_true", help="mixed precision")
+    parser.add_argument("--folder", default="runs/trainer_digits", help="where checkpoints go")
+    parser.add_argument("--resume", metavar="CHECKPOINT", help="continue from this folder")
+    args = parser.parse_args(arguments)
+
+    set_seed(args.seed)
+    train, test = digits()
+    vision = {
+        "image_size": 8,
+        "patch_size": 4,
+        "num_channels": 1,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    net = CLIPForImageClassification(CLIPConfig(vision_config=vision, num_labels=10))
+    groups = constrain(net, KSparsePolytope(k_frac=0.02, k_min=10, tau=5.0), unconstrained="norm_and_bias")
+    groups[-1]["lr"] = 0.02  # of normalisation layers and biases, which take momentum-SGD steps
+    optimizer = SFW(groups, lr=0.01, rescale="none")
+    options = TrainingArguments(
+        args.folder,
+        num_train_epochs=args.epochs,
+        per_device_train_batch_size=64,
+        lr_scheduler_type="cosine",
+        max_grad_norm=1.0,
+        save_strategy="epoch",
+        logging_strategy="epoch",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        bf16=args.bf16,
+        seed=args.seed,
+    )
+    trainer = Trainer(
+        net,
+        options,
+        train_dataset=[{"pixel_values": image, "labels": label} for image, label in train],
+        optimizers=(optimizer, None),
+        callbacks=[StateOfAllProcesses()],
+    )
+    trainer.train(resume_from_checkpoint=args.resume)
+    if trainer.is_world_process_zero():
+        net.eval()
+        for sparsity in SPARSITIES:  # each mask contains the ones before it, so one network serves for all
+            prune(net, sparsity)
+            print(f"sparsity {sparsity:.2f}: accuracy {accuracy(lambda images: net(images).logits, test):.3f}")
+
+
+if __name__ == "__main__":
+    main()
