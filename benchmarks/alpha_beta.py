@@ -145,12 +145,15 @@ def all_reduce(cluster: Cluster, group: Group, nbytes: float) -> Cost:
     return min(ring, tree, key=lambda cost: cost.seconds)
 
 
-def pairwise(cluster: Cluster, group: Group, nbytes: float) -> Cost:
-    """``nbytes`` of the busiest rank, sent to all others one after the other: gloo's exchange of gradients."""
+def pairwise(cluster: Cluster, group: Group, nbytes: float, imbalance: float) -> Cost:
+    """Each rank sends ``nbytes`` in all to the others, one after the other: gloo's exchange of gradients.
+
+    The busiest link has ``imbalance`` times as many.
+    """
     if group.size == 1:
         return NOTHING
-    seconds = cluster.two_way * _transfer(cluster, group, nbytes) + (group.size - 1) * _hop(cluster, group)
-    return Cost(seconds, nbytes)
+    busiest = _transfer(cluster, group, imbalance * nbytes)
+    return Cost(cluster.two_way * busiest + (group.size - 1) * _hop(cluster, group), nbytes)
 
 
 def _ring(cluster: Cluster, group: Group, nbytes: float, rounds: int) -> Cost:

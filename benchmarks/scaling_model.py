@@ -60,6 +60,7 @@ POINTS = {
     "ddp_ownerbf16": "DDP + SFW, reduce_to_owner_bf16",
     "fsdp_sgd": "FSDP2 + SGD",
     "fsdp_sfw": "FSDP2 + SFW",
+    "zero2_sfw": "ZeRO-2 + SFW",
 }
 _MEASURED_AT = [
     ("2:1:messages:0", 12),
@@ -194,7 +195,8 @@ class Checked:
 
     point: str
     what: str
-    unit: str
+    kind: str
+    """``step``, ``bytes``, ``messages`` (of an optimizer's step) or ``collective``."""
     n: int
     measured: float
     least: float
@@ -202,8 +204,15 @@ class Checked:
     model: float
 
     @property
+    def unit(self) -> str:
+        return "MB" if self.kind == "bytes" else "ms"
+
+    @property
     def error(self) -> float:
         return self.model / self.measured - 1
+
+
+_FITTED = {(2, "all_gather_into_tensor"), (4, "all_gather_into_tensor"), (4, "reduce_scatter_tensor")}
 
 
 def check(points: Sequence[dict[str, Any]], constants: Calibration) -> list[Checked]:
@@ -213,12 +222,13 @@ def check(points: Sequence[dict[str, Any]], constants: Calibration) -> list[Chec
         cluster, hosts = constants.cluster(point["gbit"]), point["hosts"]
         where = f"{hosts} hosts, {point['gbit']:g} Gbit/s"
         if point["model"] == "messages":
-            if hosts == 2 or (hosts == 4 and point["gbit"] == 1.0):
-                continue
             for name, by_size in point["seconds"].items():
+                if point["gbit"] == 1.0 and (hosts, name) in _FITTED:
+                    continue
                 size, seconds = max((int(size), ts) for size, ts in by_size.items())
                 cost = COLLECTIVES[name](cluster, cluster.group(hosts), size)
-                rows.append(_checked(where, f"{name} of {size / 2**20:.0f} MiB", "ms", seconds, cost.seconds, 1e3))
+                title = f"{name} of {size / 2**20:.0f} MiB"
+                rows.append(_checked(where, title, "collective", seconds, cost.seconds))
             continue
         if hosts == 2 and point["model"] == "resnet18":
             continue
@@ -226,33 +236,37 @@ def check(points: Sequence[dict[str, Any]], constants: Calibration) -> list[Chec
         for engine, columns in point["samples"].items():
             step = ENGINES[POINTS[engine]](SMALL[point["model"]], cluster, hosts)
             whole = whole_step(step, POINTS[engine], constants)
-            rows.append(_checked(where, POINTS[engine], "ms", columns["whole"], whole, 1e3))
+            rows.append(_checked(where, POINTS[engine], "step", columns["whole"], whole))
             sent = [a + b for a, b in zip(columns["sent_pass"], columns["sent_step"], strict=True)]
-            rows.append(_checked(where, POINTS[engine], "MB", sent, step.sent, 1e-6))
+            rows.append(_checked(where, POINTS[engine], "bytes", sent, step.sent))
             own = step.seconds("selection", "vertices")
             if own:
                 title = f"{POINTS[engine]}: selection, vertices"
-                rows.append(_checked(where, title, "ms", columns["messages"], own, 1e3))
+                rows.append(_checked(where, title, "messages", columns["messages"], own))
     return rows
 
 
-def _checked(point: str, what: str, unit: str, values: Sequence[float], model: float, scale: float) -> Checked:
-    median, least, greatest = statistics.median(values), min(values), max(values)
-    return Checked(point, what, unit, len(values), scale * median, scale * least, scale * greatest, scale * model)
+def _checked(point: str, what: str, kind: str, values: Sequence[float], model: float) -> Checked:
+    scale = 1e-6 if kind == "bytes" else 1e3
+    median, least, greatest = (scale * x for x in (statistics.median(values), min(values), max(values)))
+    return Checked(point, what, kind, len(values), median, least, greatest, scale * model)
 
 
 # Tables ---------------------------------------------------------------------------------------------------------------
 
 
-def steps(networks: Sequence[str], clusters: Sequence[str], ranks: Sequence[int]) -> list[dict[str, Any]]:
-    """One row for every network, cluster, number of ranks and engine."""
+def steps(
+    networks: Sequence[str], clusters: Sequence[str], ranks: Sequence[int], wire: int = 4
+) -> list[dict[str, Any]]:
+    """One row for every network, cluster, number of ranks and engine; ``wire``: bytes of a gathered parameter."""
     rows = []
     for network in networks:
         for cluster in clusters:
-            best = ENGINES["DDP + SGD"](WORKLOADS[network], CLUSTERS[cluster], 1)
+            work = replace(WORKLOADS[network], wire=wire)
+            best = ENGINES["DDP + SGD"](work, CLUSTERS[cluster], 1)
             for size in ranks:
                 for engine, step_of in ENGINES.items():
-                    step = step_of(WORKLOADS[network], CLUSTERS[cluster], size)
+                    step = step_of(work, CLUSTERS[cluster], size)
                     rows.append(
                         {
                             "network": network,
@@ -271,10 +285,10 @@ def steps(networks: Sequence[str], clusters: Sequence[str], ranks: Sequence[int]
     return rows
 
 
-def crossovers(network: str, cluster: str, most: int = 4096) -> dict[str, int | None]:
+def crossovers(network: str, cluster: str, most: int = 4096, wire: int = 4) -> dict[str, int | None]:
     """From how many ranks on (powers of two, all greater ones up to ``most``) something holds; ``None``: from none."""
     sizes = [2**e for e in range(1, most.bit_length()) if 2**e <= most]
-    work = WORKLOADS[network]
+    work = replace(WORKLOADS[network], wire=wire)
     large: dict[str, Engine] = {
         f"{grads}, 1 GiB": lambda w, c, r, grads=grads: ddp(w, c, r, grads=grads, bucket=2**30)  # type: ignore[misc]
         for grads in ("all_reduce", "reduce_to_owner")
@@ -339,9 +353,9 @@ def show_check(rows: Sequence[Checked]) -> list[str]:
     for r in rows:
         lines.append(f"{r.point:36} {r.what + ', ' + r.unit:52} {r.n:3} {r.measured:9.2f} {r.least:8.2f} "
                      f"{r.greatest:9.2f} {r.model:8.2f} {r.error:+7.1%}")  # fmt: skip
-    for unit, name in (("ms", "times"), ("MB", "bytes")):
-        errors = [abs(r.error) for r in rows if r.unit == unit]
-        lines.append(f"{name}: {len(errors)} checks, median error {statistics.median(errors):.1%}, "
+    for kind in dict.fromkeys(r.kind for r in rows):
+        errors = [abs(r.error) for r in rows if r.kind == kind]
+        lines.append(f"{kind}: {len(errors)} checks, median error {statistics.median(errors):.1%}, "
                      f"greatest {max(errors):.1%}")  # fmt: skip
     return lines
 
@@ -393,6 +407,17 @@ def markdown(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 def _ms(seconds: float) -> str:
     return f"{1e3 * seconds:,.0f}" if seconds > 0.1 else f"{1e3 * seconds:.1f}"
+
+
+def check_markdown(rows: Sequence[Checked]) -> list[str]:
+    """Whole steps: measured milliseconds, and the model's relative error, by engine and point."""
+    own = [r for r in rows if r.kind == "step"]
+    points = list(dict.fromkeys(r.point for r in own))
+    lines = [f"| ms a step (error) | {' | '.join(points)} |", "|---|" + "---:|" * len(points)]
+    for engine in dict.fromkeys(r.what for r in own):
+        by_point = {r.point: f"{r.measured:,.0f} ({100 * r.error:+.0f} %)" for r in own if r.what == engine}
+        lines.append(f"| {engine} | {' | '.join(by_point.get(point, '') for point in points)} |")
+    return lines
 
 
 def draw(path: Path, networks: Sequence[str], cluster: str) -> None:
@@ -456,6 +481,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                         help=f"of {', '.join(CLUSTERS)} (default: h100-400 h100-3200)")  # fmt: skip
     parser.add_argument("--ranks", nargs="+", type=int, default=RANKS, help="multiples of 8, or fewer (default: "
                         f"{' '.join(map(str, RANKS))})")  # fmt: skip
+    parser.add_argument("--parameter-bytes", type=int, choices=(2, 4), default=4,
+                        help="of a parameter that FSDP and ZeRO gather, 2: bf16 (default: 4)")  # fmt: skip
     parser.add_argument("--out", type=Path, help="folder to write to")
     arguments = parser.parse_args(argv)
     if any(ranks < 1 or (ranks > 8 and ranks % 8) for ranks in arguments.ranks):
@@ -464,8 +491,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     points = measure_all() if arguments.measure else json.loads(arguments.measured.read_text())
     constants = calibrate(quiet(points))
     checked = check(quiet(points), constants)
-    rows = steps(arguments.workloads, arguments.networks, arguments.ranks)
-    crossing = {f"{w}, {n}": crossovers(w, n) for w in arguments.workloads for n in arguments.networks}
+    wire = arguments.parameter_bytes
+    rows = steps(arguments.workloads, arguments.networks, arguments.ranks, wire)
+    crossing = {f"{w}, {n}": crossovers(w, n, wire=wire) for w in arguments.workloads for n in arguments.networks}
     report = [*show_calibration(constants), "", *show_check(checked), *show_steps(rows), *show_crossovers(crossing)]
     print("\n".join(report))
     if arguments.out:
@@ -473,7 +501,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.measure:
             write_json(arguments.out / "measured.json", points)
         (arguments.out / "model.txt").write_text("\n".join(report) + "\n")
-        (arguments.out / "tables.md").write_text("\n".join(markdown(rows)).lstrip() + "\n")
+        (arguments.out / "tables.md").write_text("\n".join([*check_markdown(checked), *markdown(rows)]) + "\n")
         write_json(
             arguments.out / "model.json",
             {

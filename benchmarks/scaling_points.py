@@ -53,7 +53,7 @@ from sfw_dist.models import build_model
 
 WARM_UP = 3
 HOOKS = {"owner": reduce_to_owner, "ownerbf16": reduce_to_owner_bf16}
-ENGINES = ("ddp_sgd", "ddp_sfw", "ddp_owner", "ddp_ownerbf16", "fsdp_sgd", "fsdp_sfw")
+ENGINES = ("ddp_sgd", "ddp_sfw", "ddp_owner", "ddp_ownerbf16", "fsdp_sgd", "fsdp_sfw", "zero2_sfw")
 LARGE = 65_536
 """Layers of more entries than this are gathered by themselves where a network has no blocks."""
 COLLECTIVES = ("all_gather_into_tensor", "all_reduce", "reduce_scatter_tensor")
@@ -88,7 +88,7 @@ def measure_messages(rounds: int) -> dict[str, Any]:
 class Engine:
     """One way to train on this rank."""
 
-    def __init__(self, name: str, model_name: str) -> None:
+    def __init__(self, name: str, model_name: str, batch: int) -> None:
         torch.manual_seed(0)
         model = build_model(model_name, num_classes=10)
         self.model: nn.Module = model
@@ -107,11 +107,25 @@ class Engine:
             self.model = replica = DistributedDataParallel(model)
             if what in HOOKS:
                 replica.register_comm_hook(self.optimizer, HOOKS[what])
+        self._zero: Any = None
+        if kind == "zero2":
+            from sfw_dist.engine.deepspeed import initialize
+
+            assert isinstance(self.optimizer, SFW)
+            config = {"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": batch}
+            self.model = self._zero = initialize(model, self.optimizer, config)
 
     def forward_backward(self, images: Tensor, labels: Tensor) -> None:
-        F.cross_entropy(self.model(images), labels).backward()
+        loss = F.cross_entropy(self.model(images), labels)
+        if self._zero:
+            self._zero.backward(loss)
+        else:
+            loss.backward()
 
     def step(self) -> None:
+        if self._zero:
+            self._zero.step()
+            return
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -125,7 +139,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 def measure_steps(model_name: str, batch: int, rounds: int, engines: list[str]) -> dict[str, Any]:
     """Samples of every quantity by engine, one a round, the slowest rank's; bytes are the mean over hosts."""
-    made = {name: Engine(name, model_name) for name in engines}
+    made = {name: Engine(name, model_name, batch) for name in engines}
     torch.manual_seed(0)
     local = build_model(model_name, num_classes=10)
     generator = torch.Generator().manual_seed(dist.get_rank())

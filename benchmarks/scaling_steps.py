@@ -54,7 +54,7 @@ class Workload:
     efficiency: float = 1.0
     """Of the device's peak that forward and backward reach."""
     wire: int = 4
-    """Bytes of a parameter or gradient that FSDP and ZeRO send."""
+    """Bytes of a parameter that FSDP and ZeRO gather: 2 in bf16. Gradients are added in float32."""
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
@@ -237,7 +237,7 @@ def ddp(
         gradients = all_reduce(cluster, group, 4 * n / buckets) * buckets
     elif cluster.backend == "gloo":
         # All buckets at once, so that only the busiest rank's bytes count.
-        gradients = pairwise(cluster, group, plan.imbalance * (ranks - 1) / ranks * width * n)
+        gradients = pairwise(cluster, group, (ranks - 1) / ranks * width * n, plan.imbalance)
     else:
         # A reduce to each owner, along the ring: together a reduce-scatter. And the norms of what others own.
         gradients = reduce_scatter(cluster, group, width * n / buckets) * buckets
@@ -263,12 +263,13 @@ def fsdp(work: Workload, cluster: Cluster, ranks: int, *, sfw: bool = True, shar
     shards = min(shards or ranks, ranks)
     group = cluster.group(ranks) if shards == ranks else Group(shards, 1)
     division = by_rows(work.shapes, shards)
-    root, block = work.wire * work.root, work.wire * (work.entries - work.root) / work.blocks
-    gradients = reduce_scatter(cluster, group, root) + reduce_scatter(cluster, group, block) * work.blocks
+    root, block = work.root, (work.entries - work.root) / work.blocks
+    gradients = reduce_scatter(cluster, group, 4 * root) + reduce_scatter(cluster, group, 4 * block) * work.blocks
     if shards < ranks:
         copies = Group(1, ranks // shards, sharing=shards)
-        gradients += all_reduce(cluster, copies, root / shards)
-        gradients += all_reduce(cluster, copies, block / shards) * work.blocks
+        gradients += all_reduce(cluster, copies, 4 * root / shards)
+        gradients += all_reduce(cluster, copies, 4 * block / shards) * work.blocks
+    root, block = work.wire * root, work.wire * block
     # The backward pass begins with the root, which is still there from the forward pass.
     parameters = all_gather(cluster, group, root) + all_gather(cluster, group, block) * (2 * work.blocks)
     step = Step({"compute": Cost(work.compute(cluster, ranks)), "gradients": gradients, "parameters": parameters})
@@ -290,14 +291,15 @@ def zero(work: Workload, cluster: Cluster, ranks: int, *, sfw: bool = True, stag
     step = Step(
         {
             "compute": Cost(work.compute(cluster, ranks)),
-            "gradients": all_reduce(cluster, group, work.wire * n / buckets) * buckets,
+            "gradients": all_reduce(cluster, group, 4 * n / buckets) * buckets,
             "parameters": all_gather(cluster, group, work.wire * n),
         }
     )
     step.costs |= _divided_step(cluster, ranks, group, division, sfw)
     # The parameters that compute, gradients, a bucket; and in float32 this rank's parameters and momentum.
     kept = n if stage == 1 else division.fullest
-    step.memory = work.wire * (n + kept + min(n, ZERO_BUCKET)) + 8 * division.fullest + (_heard(division) if sfw else 0)
+    step.memory = work.wire * n + 4 * (kept + min(n, ZERO_BUCKET)) + 8 * division.fullest
+    step.memory += _heard(division) if sfw else 0
     return step
 
 
