@@ -224,6 +224,8 @@ class DeepSpeedEngine(Engine):
                 loss = F.cross_entropy(self._engine(self._in_layout(part)), targets)
             total += self._engine.backward(loss).detach()  # divided by the number of micro-batches
             self._engine.step()  # acts after the last of them
+        if not self._engine.was_step_applied():  # on no rank
+            raise UserError("a gradient is not finite: lower optimizer.lr")
         return total
 
     def verify_replicas(self) -> None:

@@ -88,6 +88,8 @@ ENGINES: dict[str, dict[str, Any]] = {
 }
 # What two and four ranks do of the cases.
 FEWER = ["stage_0", "stage_1", "stage_1_bf16_float32_sums", "stage_2_round_robin_aligned"]
+# And of them with DeepSpeed's own checkpoints.
+OWN = ["stage_1_bf16_float32_sums", "stage_2_round_robin_aligned"]
 WORLD_SIZES = (2, 3, 4)
 
 
@@ -200,6 +202,7 @@ def in_a_world(rank: int, world_size: int, folder: str) -> dict[str, Any]:
             "across": resumed("stage_2", halfway["stage_0"]),
             "back": resumed("stage_0", halfway["stage_1"]),
             "engines": {case: engines(case, rank) for case in ENGINES} if world_size == 2 else {},
+            "its_own": {case: from_its_own_checkpoint(case, folder) for case in OWN} if world_size == 2 else {},
         }
     if rank == 0:
         torch.save({case: of["halfway"] for case, of in cases.items()}, saved)
@@ -258,6 +261,19 @@ def resumed(case: str, halfway: Whole) -> Whole:
     net = Chosen(rank=5)
     engine = start_engine(case, net, build_optimizer(net))
     load_tensors(engine, halfway)
+    train(engine, range(HALF, STEPS))
+    return gathered(engine)
+
+
+def from_its_own_checkpoint(case: str, folder: str) -> Whole:
+    """The second half, from DeepSpeed's own checkpoint of the first."""
+    net = Chosen()
+    engine = start_engine(case, net, build_optimizer(net))
+    train(engine, range(HALF))
+    engine.save_checkpoint(f"{folder}/{case}")
+    net = Chosen(rank=5)
+    engine = start_engine(case, net, build_optimizer(net))
+    engine.load_checkpoint(f"{folder}/{case}")
     train(engine, range(HALF, STEPS))
     return gathered(engine)
 
@@ -384,6 +400,7 @@ def refused_engines(rank: int) -> list[str]:
     return [
         error_of(UserError, open_engines, "stage_1", rank, 3),
         error_of(UserError, engine.load, engine.tensors(), other, "that"),
+        error_of(UserError, engine.train_step, torch.full((8, 1, 8, 8), torch.inf), torch.arange(8)),
     ]
 
 
@@ -499,6 +516,13 @@ def test_another_stage_continues(world: World, world_size: int) -> None:
         assert_bitwise(rank["back"], expected("stage_0"))
 
 
+@pytest.mark.parametrize("case", OWN)
+def test_its_own_checkpoints_continue_too(world: World, case: str) -> None:
+    """Scripts that save with DeepSpeed go on at the same number of ranks; lost momentum would show."""
+    for rank in world(2):
+        assert_bitwise(rank["its_own"][case], expected(case))
+
+
 @pytest.mark.parametrize("case", ["stage_1", "stage_2_round_robin_aligned"])
 def test_a_process_without_deepspeed_continues(world: World, case: str) -> None:
     """A run on a cluster ends on a laptop."""
@@ -588,10 +612,11 @@ def test_the_engine_of_runs_follows_ddp_to_the_bit_and_takes_its_checkpoints(wor
 def test_what_the_engine_of_runs_refuses(world: World) -> None:
     """In one line that names the setting, or the checkpoint."""
     for rank in world(3):
-        stage, other = rank["refused_engines"]
+        stage, other, infinite = rank["refused_engines"]
         assert stage == "deepspeed.stage 3: write 2, or engine: fsdp, which divides the parameters too"
         assert other.startswith("that is of another optimizer (")
         assert "\n" not in other
+        assert infinite == "a gradient is not finite: lower optimizer.lr"
 
 
 CLIP = {"gradient_clipping": 0.0}
