@@ -21,7 +21,7 @@ from training import ONE_PROCESS, small_config
 from sfw_dist import checkpoint
 from sfw_dist import train as training
 from sfw_dist.config import Config, load_config
-from sfw_dist.engine.ddp import DDPEngine
+from sfw_dist.engine import Engine
 from sfw_dist.errors import UserError
 
 
@@ -41,16 +41,16 @@ def _events(config: Config) -> list[dict[str, Any]]:
 def _interrupt_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     """Ctrl-C in the given step, counted from now."""
     taken = 0
-    original: Callable[..., torch.Tensor] = DDPEngine.train_step
+    original: Callable[..., torch.Tensor] = Engine.train_step
 
-    def train_step(self: DDPEngine, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def train_step(self: Engine, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         nonlocal taken
         taken += 1
         if taken == steps:
             signal.raise_signal(signal.SIGINT)
         return original(self, images, labels)
 
-    monkeypatch.setattr(DDPEngine, "train_step", train_step)
+    monkeypatch.setattr(Engine, "train_step", train_step)
 
 
 def _same_weights(first: Path, second: Path) -> bool:
@@ -100,6 +100,17 @@ def test_an_interrupted_run_goes_on_bitwise(
     assert _same_weights(config.run_dir, whole.run_dir)
     last = [[e["train_loss"] for e in _events(c) if e["event"] == "epoch"][-1] for c in (config, whole)]
     assert last[0] == last[1]
+
+
+def test_it_says_by_which_engine_to_go_on(
+    config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The folder's file names the engine that the run began on, by which a network that has outgrown it would fail."""
+    for engine, said in (("ddp", "config.yaml --resume auto"), ("fsdp", "config.yaml --engine fsdp --resume auto")):
+        with monkeypatch.context() as patch:
+            _interrupt_after(patch, 2)
+            assert _train(replace(config, engine=engine), resume=engine == "fsdp") == 130
+        assert said in capsys.readouterr().err
 
 
 def test_augmented_and_mixed_training_goes_on_bitwise(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

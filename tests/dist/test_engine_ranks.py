@@ -26,7 +26,7 @@ from sfw_dist.models import build_model
 from sfw_dist.run import RunFolder
 from sfw_dist.train import train
 
-ENGINES = ("ddp", "fsdp")
+ENGINES = ("ddp", "fsdp", "deepspeed")
 OPTIMIZERS = {"sfw": 0.3, "sgd": 0.05}
 BATCH, STEPS = 24, 3
 """Steps between two interruptions of the chain below."""
@@ -130,6 +130,10 @@ def on_two_ranks(rank: int, folder: str, digits: str) -> dict[str, Any]:
         for case in CASES:
             engine = _open(_config(name, **case))
             found[_case(name, case)] = {"losses": _steps(engine, 0, 4), "tensors": _whole(engine)}
+    owners = _config("ddp", accumulate=3)
+    owners.optimizer = replace(owners.optimizer, grads="reduce_to_owner", overlap=True)
+    found["owners"] = {"losses": _steps(engine := _open(owners), 0, 4), "tensors": _whole(engine)}
+    found["types"] = _types_that_compute(_open(_config("fsdp", precision="bf16")))
     for name in ENGINES:
         engine = _open(_config(name), Plain)
         _steps(engine, 0, STEPS)
@@ -139,6 +143,16 @@ def on_two_ranks(rank: int, folder: str, digits: str) -> dict[str, Any]:
             found["uninterrupted"] = _whole(engine)
     found["status"] = train(_run_config(folder, digits, "ddp"), _world(), interrupt=Soon())
     return found
+
+
+def _types_that_compute(engine: Engine) -> list[str]:
+    """Of the first two modules' weights in a forward pass, and then of the first's gradient."""
+    found: list[str] = []
+    convolution, norm = list(engine.model.children())[:2]
+    for module in (convolution, norm):
+        module.register_forward_pre_hook(lambda module, *_: found.append(str(module.weight.dtype)))
+    _steps(engine, 0, 1)
+    return [*found, str(convolution.weight.grad.dtype)]
 
 
 class Soon(Interrupt):
@@ -182,6 +196,18 @@ def test_on_two_ranks_the_engines_agree_to_the_bit(
         mine, theirs = two[rank][_case(engine, case)], two[rank][_case("ddp", case)]
         assert mine["losses"] == theirs["losses"]
         assert _apart(mine["tensors"], theirs["tensors"]) == 0
+
+
+def test_weights_travel_as_autocast_would_round_them(two: list[dict[str, Any]]) -> None:
+    """Fails when fsdp gathers float32 for a pass in bf16, twice the bytes, or BatchNorm in less than float32."""
+    assert two[0]["types"] == ["torch.bfloat16", "torch.float32", "torch.float32"]
+
+
+def test_micro_batches_go_with_owners_and_overlap(two: list[dict[str, Any]]) -> None:
+    """Fails when the step begins with the gradients of the first micro-batch, or each is reduced."""
+    mine, theirs = two[0]["owners"], two[0][_case("ddp", {"accumulate": 3})]
+    assert mine["losses"] == theirs["losses"]
+    assert _apart(mine["tensors"], theirs["tensors"]) == 0
 
 
 def test_micro_batches_add_up_to_the_batch() -> None:
