@@ -201,13 +201,14 @@ class Batch:
 
         sums = torch.zeros(3, tensors[-1].rows.stop, dtype=torch.float64, device=device)
         vertices: list[Vertex | None] = []
-        for tensor, m, (indices, *_) in zip(tensors, directions, selected, strict=True):
-            if tensor.own is None or m is None or indices is None:
+        for tensor, m, (chosen, _) in zip(tensors, directions, selected, strict=True):
+            if tensor.own is None or m is None or chosen is None:
                 vertices.append(None)
                 continue
             slot = self.slots[tensor.own]
             assert slot.format.radius is not None
-            vertex = Vertex(indices, m[indices].sign() * -slot.format.radius)
+            indices = chosen.nonzero().view(-1)
+            vertex = slot.format.canonical(Vertex(indices, m[indices].sign() * -slot.format.radius))
             vertices.append(vertex)
             products = torch.stack(list(frank_wolfe_products(m, slot.theta(), *vertex)))  # (3, rows of the part)
             first = tensor.rows.start + slot.start // ROW

@@ -211,7 +211,8 @@ class Sharded:
         if isinstance(slot.constraint, Unconstrained):
             return Vertex(None, m)
         if len(tensor.parts) == 1:
-            return slot.format.canonical(slot.constraint.lmo_vertex(m))
+            indices, values = slot.constraint.lmo_vertex(m)
+            return Vertex(indices, torch.where(values == 0, -0.0, values))
         if slot.constraint.signs_only and not _selects(slot.constraint):
             return Vertex(None, signed(m, slot.constraint.radius(slot.n)))
         return None
@@ -222,21 +223,19 @@ class Sharded:
         supports, sums = self._supports[dtype], self._sums_above[dtype]
         places = [indices.index(i) for i in supports]
 
-        def squares_above(above: list[Tensor | None]) -> Tensor:
-            return sums.outgoing(1, [_squares_where(shares[j].entries, above[j]) for j in places])
+        def squares_above(above: Callable[[int], Tensor]) -> Tensor:
+            return sums.outgoing(1, [_squares_where(shares[j].entries, above, j) for j in places])
 
         selected, heard = yield from select_across(shares, dtype, self._device, squares_above if supports else None)
         squares = {} if heard is None else dict(zip(supports, sums.totals(1, heard)[0], strict=True))
-        for i, (chosen, beside, _) in zip(indices, selected, strict=True):
+        for i, (chosen, beside) in zip(indices, selected, strict=True):
             slot, m = self.slots[i], self._directions[i]
             if m is None or chosen is None:
                 continue
             radius = slot.constraint.radius(slot.n)
-            if i in squares:
-                values = scaled_to(m[chosen], square_root(squares[i] + beside), radius)
-            else:
-                values = m[chosen].sign() * -radius
-            self._vertices[i] = Vertex(chosen, values)
+            at_all = scaled_to(m, square_root(squares[i] + beside), radius) if i in squares else m.sign().mul_(-radius)
+            # Dense, for to list the nonzeros would wait for a GPU; −0, for that changes no bit of θ, as adding 0 may.
+            self._vertices[i] = Vertex(None, torch.where(chosen, at_all, -0.0))
 
     def _share(self, i: int) -> Share:
         tensor, m = self._tensors[i], self._directions[i]
@@ -327,8 +326,8 @@ def _check(slot: Slot) -> None:
         raise ValueError(f"{slot.name} has {slot.n} entries, more than int32 can count: split it into several")
 
 
-def _squares_where(m: Tensor | None, above: Tensor | None) -> Piece | None:
-    return None if m is None or above is None else ((_square,), (torch.where(above, m, 0),))
+def _squares_where(m: Tensor | None, above: Callable[[int], Tensor], j: int) -> Piece | None:
+    return None if m is None else ((_square,), (torch.where(above(j), m, 0),))
 
 
 def _square(x: Tensor) -> Tensor:

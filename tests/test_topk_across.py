@@ -54,7 +54,7 @@ def selected(x: Tensor, k: int, places: list[Tensor], *, blocks: bool) -> tuple[
         index = (lambda: mine) if blocks else None
         share = Share(k, len(places), rank, x[mine], index) if len(mine) else Share(k, len(places), index=index)
         (([found], _),) = together([select_across([share], x.dtype, CPU)], add_up)
-        return [] if found.indices is None else mine[found.indices].tolist()
+        return [] if found.chosen is None else mine[found.chosen & (x[mine] != 0)].tolist()
 
     found, messages = on_ranks(len(places), work)
     return sorted(i for indices in found for i in indices), messages
@@ -98,7 +98,7 @@ def test_ranks_that_hold_the_same_entries_select_the_same() -> None:
     def work(rank: int, add_up: Callable[[Tensor], None]) -> list[int]:
         share = Share(7, 2, rank // 2, x[halves[rank // 2]], speaks=rank % 2 == 0)
         (([found], _),) = together([select_across([share], x.dtype, CPU)], add_up)
-        return (5 * (rank // 2) + found.indices).tolist()
+        return (5 * (rank // 2) + found.chosen.nonzero().view(-1)).tolist()
 
     found, _ = on_ranks(4, work)
     assert found == [[3, 4], [3, 4], [5, 6, 7, 8, 9], [5, 6, 7, 8, 9]]

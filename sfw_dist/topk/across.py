@@ -46,20 +46,18 @@ class Share:
 class Selected(NamedTuple):
     """The entries of one tensor that are among the K of largest magnitude."""
 
-    indices: Tensor | None
-    """int64 indices into this rank's part, ascending, without zeros; ``None`` where there is no part."""
+    chosen: Tensor | None
+    """Which of this rank's entries they are, bool ``(n,)``; zeros among them too. ``None`` where there is no part."""
     beside_the_kth: Tensor
     """float64 scalar: sum of squares of the selected entries of the whole tensor whose magnitudes agree with the K-th
     in all but the last bits; see :mod:`sfw_dist.topk.kept`."""
-    above: Tensor | None
-    """Which of this rank's entries are above those, bool ``(n,)``."""
 
 
 def select_across(
     shares: Sequence[Share],
     dtype: torch.dtype,
     device: torch.device,
-    aside: Callable[[list[Tensor | None]], Tensor] | None = None,
+    aside: Callable[[Callable[[int], Tensor]], Tensor] | None = None,
 ) -> Generator[Tensor, Tensor, tuple[list[Selected], Tensor | None]]:
     """Which of this rank's entries are among the K of largest magnitude; ties go to the lowest index of the whole.
 
@@ -68,7 +66,8 @@ def select_across(
     Args:
         shares: one a tensor, the same tensors on every rank; a rank without any part talks, too.
         dtype: of all entries.
-        aside: int32 words to send with the last counts, from the ``above`` of every tensor.
+        aside: int32 words to send with the last counts. It may ask for the entries of this rank, by the tensor's
+            place, that are selected for sure by then: those whose magnitudes are above the K-th before the last bits.
 
     Returns:
         One answer a tensor, and the sum of what was said ``aside``.
@@ -79,7 +78,11 @@ def select_across(
     widths = _widths(8 * dtype.itemsize - 1)
     prefix, room = yield from _narrow(spoken, room, widths[:-1], device)
 
-    above = [None if key is None else (key >> LAST_BITS) > prefix[j] for j, key in enumerate(keys)]
+    def above(j: int) -> Tensor:
+        key = keys[j]
+        assert key is not None
+        return (key >> LAST_BITS) > prefix[j]
+
     parts = max(share.parts for share in shares)
     counts = torch.zeros(len(shares), parts, 2**LAST_BITS, dtype=torch.int32, device=device)
     for j, (share, key) in enumerate(zip(shares, spoken, strict=True)):
@@ -95,16 +98,16 @@ def select_across(
     beside = kept_beside_the_kth(by_part.sum(1), last, left, prefix, dtype)
 
     in_blocks = yield from _ties_in_blocks(shares, keys, kth, left, ties.sum(1), device)
-    chosen: list[Selected] = []
-    for j, (share, key, higher) in enumerate(zip(shares, keys, above, strict=True)):
+    chosen: list[Tensor | None] = []
+    for j, (share, key) in enumerate(zip(shares, keys, strict=True)):
         if key is None:
-            chosen.append(Selected(None, beside[j], None))
+            chosen.append(None)
         elif share.index is not None:
-            taken = (key > kth[j]) | ((key == kth[j]) & (share.index() <= in_blocks[j]))
-            chosen.append(Selected((taken & (key > 0)).nonzero().view(-1), beside[j], higher))
+            chosen.append((key > kth[j]) | ((key == kth[j]) & (share.index() <= in_blocks[j])))
         else:
-            chosen.append(Selected(_chosen(key, kth[j], left[j] - before[j, share.place]), beside[j], higher))
-    return chosen, heard[counts.numel() :].view(extra.shape) if aside else None
+            chosen.append(_chosen(key, kth[j], left[j] - before[j, share.place], ties[j, share.place]))
+    answers = [Selected(which, squares) for which, squares in zip(chosen, beside, strict=True)]
+    return answers, heard[counts.numel() :].view(extra.shape) if aside else None
 
 
 def _widths(bits: int) -> list[int]:
@@ -162,10 +165,11 @@ def _kth_bin(counts: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
     return counts.shape[1] - 1 - at.view(-1), left
 
 
-def _chosen(key: Tensor, kth: Tensor, room: Tensor) -> Tensor:
+def _chosen(key: Tensor, kth: Tensor, room: Tensor, ties: Tensor) -> Tensor:
+    if key.device.type == "cpu" and ties <= room:  # to look would wait for a GPU, which is quick to count
+        return key >= kth
     tie = key == kth
-    chosen = (key > kth) | (tie & (tie.cumsum(0) <= room))
-    return (chosen & (key > 0)).nonzero().view(-1)
+    return (key > kth) | (tie & (tie.cumsum(0) <= room))
 
 
 def _ties_in_blocks(
