@@ -53,6 +53,9 @@ class SFW(Optimizer):
     lives only with the owner. One rank and N ranks give bitwise equal parameters from equal gradients, and all replicas
     stay bitwise equal. An owner without a gradient for a tensor leaves it as it is, on every rank.
 
+    DTensors are taken as they are: each rank steps its entries, after at most four small all-reduces for all tensors
+    together (:mod:`sfw_dist.sharded`). The mesh says who shares them.
+
     Args:
         params: parameters or param groups, as a rule from :func:`~sfw_dist.constrain`. Tensors outside their set are
             scaled into it by their gauge.
@@ -61,7 +64,7 @@ class SFW(Optimizer):
         rescale: how the learning rate becomes a step size, see above.
         weight_decay: L2 penalty ≥ 0 of the unconstrained tensors.
         split: tensors of more entries than this may be divided between owners, where one owner would have far more
-            work than the mean; ``None``: never. Their LMOs take five small messages more a step, all together.
+            work than the mean; ``None``: never. Their LMOs take four small messages more a step, all together.
         overlap: with a communication hook (:mod:`sfw_dist.comm_hook`), start a bucket's LMOs and the exchange of its
             vertices when its gradients are reduced, while the backward pass goes on. The answers are the same to the
             bit. Between backward and step nothing may then change the gradients: clipping has no effect, GradScaler is
@@ -171,10 +174,7 @@ class SFW(Optimizer):
         return Item(name_of(group, number, index), cost(n, constraint), n, description, unit)
 
     def merge_groups(self) -> None:
-        """Join the param groups that differ in nothing but their sets; see :func:`sfw_dist.groups.merged`.
-
-        For engines that step group by group, before they take the groups: the fewer, the fewer messages.
-        """
+        """:func:`~sfw_dist.groups.merged`, before an engine takes the groups that steps group by group."""
         self.param_groups = merged(self.param_groups)
         self._parts = None
         self._make_plan()
