@@ -8,7 +8,8 @@
 ZeRO gives the optimizer a slice of all tensors laid end to end, in which a tensor may begin or end anywhere;
 :func:`adopt` tells SFW where (:mod:`sfw_dist.engine.zero`). From equal gradients the weights are those of one process.
 Where DeepSpeed's ways differ from DDP's: a parameter without gradient gets one of 0, and moves on its momentum; a
-gradient that is not finite skips the step, on all ranks; frozen parameters have no momentum.
+gradient that is not finite skips the step, on all ranks; frozen parameters have no momentum. Its ``bf16`` rounds all
+parameters, which BatchNorm refuses beside its float32 statistics: such networks take its ``torch_autocast``.
 """
 
 from __future__ import annotations
@@ -131,6 +132,11 @@ def adopt(engine: Any) -> None:
     if engine.optimizer is optimizer:
         return  # stage 0: every rank has whole tensors, which SFW divides by itself
     groups, process_group = groups_of(engine), private(engine.optimizer, "dp_process_group")
+    for parameter, segment in (
+        (p, s) for group in groups for p, s in zip(group.parameters, group.segments, strict=True)
+    ):
+        if parameter.dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"{segment.name} is {parameter.dtype}, which ZeRO trains in float32: write model.float()")
     verify(groups, process_group)
     outside = False
     for group in groups:
@@ -189,7 +195,7 @@ class DeepSpeedEngine(Engine):
     """The network on every rank; the optimizer's state divided between them (stage 1), and the gradients too (2).
 
     ``precision: bf16`` is DeepSpeed's ``torch_autocast``: float32 weights and sums of gradients, bf16 passes, as on the
-    other engines. Its ``bf16`` would round BatchNorm's weights, which torch then refuses beside float32 statistics.
+    other engines, and BatchNorm takes it.
     """
 
     def __init__(self, model: nn.Module, config: Config, world: World) -> None:

@@ -132,9 +132,14 @@ def build_optimizer(net: Chosen, momentum: float = 0.9) -> SFW:
 Whole = dict[str, Tensor]
 
 
-@functools.cache
 def one_process(rounded: bool, steps: int, thirds: int = 0) -> Whole:
-    """What ``gather_tensors`` must return, of a process that knows nothing of DeepSpeed.
+    """What ``gather_tensors`` must return, of a process that knows nothing of DeepSpeed."""
+    return run_of_one_process(rounded, steps, thirds)[0]
+
+
+@functools.cache
+def run_of_one_process(rounded: bool, steps: int, thirds: int) -> tuple[Whole, dict[str, tuple[float, ...]]]:
+    """That, and the last step's statistics.
 
     ``rounded``: to bf16 at the start. ``thirds``: how many steps take a third of three times the gradient.
     """
@@ -145,7 +150,11 @@ def one_process(rounded: bool, steps: int, thirds: int = 0) -> Whole:
             for p in net.parameters():
                 p.copy_(p.bfloat16())
         optimizer = build_optimizer(net)
-    return stepped(net, optimizer, range(steps), rounded, thirds)
+    return stepped(net, optimizer, range(steps), rounded, thirds), statistics(optimizer)
+
+
+def statistics(optimizer: SFW) -> dict[str, tuple[float, ...]]:
+    return {name: tuple(numbers) for name, numbers in optimizer.statistics().items() if name != "frozen"}
 
 
 def stepped(net: Chosen, optimizer: SFW, steps: range, rounded: bool = False, thirds: int = 0) -> Whole:
@@ -251,6 +260,7 @@ def trajectory(case: str, rank: int) -> dict[str, Any]:
         "end": gathered(engine),
         "model": {name: p.detach().clone() for name, p in net.named_parameters()},
         "momentum_entries": sum(m.numel() for m in held),
+        "statistics": statistics(engine.basic_optimizer),
     }
 
 
@@ -320,12 +330,12 @@ def refused_by_adopt() -> list[str]:
     from sfw_dist.engine.deepspeed import adopt
 
     messages = []
-    for optimizer in (torch.optim.SGD, build_optimizer):
+    for build in (lambda net: torch.optim.SGD(net.parameters()), build_optimizer):
         net = Chosen()
-        made = optimizer(net.parameters()) if optimizer is torch.optim.SGD else build_optimizer(net)
-        engine = deepspeed.initialize(model=net, optimizer=made, config=zero(0))[0]
+        engine = deepspeed.initialize(model=net, optimizer=build(net), config=zero(0))[0]
         messages.append(error_of(ValueError, adopt, engine))
-    return messages
+    net = Chosen().double()
+    return [*messages, error_of(ValueError, start_engine, "stage_1", net, build_optimizer(net))]
 
 
 def refused_tensors() -> list[str]:
@@ -481,6 +491,15 @@ def test_the_model_holds_what_was_trained(world: World, world_size: int, case: s
             assert torch.equal(p, end[f"model.{name}"].to(p.dtype)), name
 
 
+@each_case
+def test_statistics_are_those_of_one_process(world: World, world_size: int, case: str) -> None:
+    """ZeRO steps group by group: those of the last group alone would be logged."""
+    thirds = STEPS if world_size == 3 and "float32_sums" in case else 0
+    _, expected_statistics = run_of_one_process("bf16" in case, STEPS, thirds)
+    for rank in world(world_size):
+        assert rank["cases"][case]["statistics"] == expected_statistics
+
+
 def test_the_trajectories_are_worth_comparing() -> None:
     """Weights that never moved, or stand on a vertex, would be equal for no reason."""
     begun, ended = one_process(False, 0), one_process(False, STEPS)
@@ -574,9 +593,10 @@ def test_a_partition_with_other_values_stops_every_rank(world: World) -> None:
 def test_what_adopt_refuses(world: World) -> None:
     """Gradients that DeepSpeed clips without being asked make another trajectory, silently."""
     for rank in world(3):
-        other, clipped = rank["refused"]
+        other, clipped, double = rank["refused"]
         assert other == "the engine's optimizer is SGD: give deepspeed.initialize an SFW"
         assert clipped == 'DeepSpeed clips gradients to norm 1.0 unless told: write "gradient_clipping": 0.0'
+        assert double == "large is torch.float64, which ZeRO trains in float32: write model.float()"
 
 
 def test_tensors_of_another_model_are_refused_whole(world: World) -> None:
