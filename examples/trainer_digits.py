@@ -46,20 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
 
     set_seed(args.seed)
-    train, test = digits()
-    vision = {
-        "image_size": 8,
-        "patch_size": 4,
-        "num_channels": 1,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-    }
-    net = CLIPForImageClassification(CLIPConfig(vision_config=vision, num_labels=10))
-    groups = constrain(net, KSparsePolytope(k_frac=0.02, k_min=10, tau=5.0), unconstrained="norm_and_bias")
-    groups[-1]["lr"] = 0.02  # of normalisation layers and biases, which take momentum-SGD steps
-    optimizer = SFW(groups, lr=0.01, rescale="none")
+    # Before SFW, which shares its work among the processes that have joined by then; these options join them.
     options = TrainingArguments(
         args.folder,
         num_train_epochs=args.epochs,
@@ -74,6 +61,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         bf16=args.bf16,
         seed=args.seed,
     )
+    train, test = digits()
+    vision = {
+        "image_size": 8,
+        "patch_size": 4,
+        "num_channels": 1,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    net = CLIPForImageClassification(CLIPConfig(vision_config=vision, num_labels=10))
+    groups = constrain(net, KSparsePolytope(k_frac=0.02, k_min=10, tau=5.0), unconstrained="norm_and_bias")
+    groups[-1]["lr"] = 0.02  # of normalisation layers and biases, which take momentum-SGD steps
+    optimizer = SFW(groups, lr=0.01, rescale="none")
     trainer = Trainer(
         net,
         options,
