@@ -28,7 +28,10 @@ from scaling_steps import ENGINES, WORKLOADS, Engine, Step, Workload, ddp, owner
 from sfw_dist.errors import UserError, reports_user_errors
 from sfw_dist.files import write_json
 
-MEASURED = Path(__file__).parent.parent / "results" / "scaling_2-core-cpu_2026-11-25" / "measured.json"
+_RESULTS = Path(__file__).parent.parent / "results"
+MEASURED = _RESULTS / "scaling_2-core-cpu_2026-11-25" / "measured.json"
+HOSTS = [_RESULTS / "step_2-core-cpu_2026-11-25" / "hosts.json", *sorted(MEASURED.parent.glob("hosts_*.json"))]
+"""What benchmarks/hosts.py measured: communication alone, next to no computing beside it."""
 RANKS = [1, 8, 64, 512, 4096]
 PARTS = ("compute", "gradients", "parameters", "optimizer", "selection", "vertices")
 
@@ -196,7 +199,7 @@ class Checked:
     point: str
     what: str
     kind: str
-    """``step``, ``bytes``, ``messages`` (of an optimizer's step) or ``collective``."""
+    """``step``, ``bytes``, ``messages`` (of an optimizer's step), ``communication`` or ``collective``."""
     n: int
     measured: float
     least: float
@@ -243,6 +246,21 @@ def check(points: Sequence[dict[str, Any]], constants: Calibration) -> list[Chec
             if own:
                 title = f"{POINTS[engine]}: selection, vertices"
                 rows.append(_checked(where, title, "messages", columns["messages"], own))
+    return rows
+
+
+def check_hosts(filed: Sequence[dict[str, Any]], constants: Calibration) -> list[Checked]:
+    """Gradients and vertices of steps that compute next to nothing, from what benchmarks/hosts.py wrote."""
+    rows = []
+    for result in filed:
+        where = f"{result['hosts']} hosts, {result['gbit_per_second']:g} Gbit/s, {SMALL[result['model']].name}"
+        cluster = constants.cluster(result["gbit_per_second"])
+        for row in result["contenders"].values():
+            step = ENGINES[row["title"]](SMALL[result["model"]], cluster, result["hosts"])
+            model = step.seconds("gradients", "selection", "vertices")
+            median, least, greatest = (1e3 * row["communication"][which] for which in ("median", "min", "max"))
+            n = row["communication"]["n"]
+            rows.append(Checked(where, row["title"], "communication", n, median, least, greatest, 1e3 * model))
     return rows
 
 
@@ -351,7 +369,7 @@ def show_check(rows: Sequence[Checked]) -> list[str]:
         f"{'point':36} {'what':52} {'n':>3} {'measured':>9} {'least':>8} {'greatest':>9} {'model':>8} {'error':>7}"
     ]
     for r in rows:
-        lines.append(f"{r.point:36} {r.what + ', ' + r.unit:52} {r.n:3} {r.measured:9.2f} {r.least:8.2f} "
+        lines.append(f"{r.point:36} {r.what + ', ' + r.unit:60} {r.n:3} {r.measured:9.2f} {r.least:8.2f} "
                      f"{r.greatest:9.2f} {r.model:8.2f} {r.error:+7.1%}")  # fmt: skip
     for kind in dict.fromkeys(r.kind for r in rows):
         errors = [abs(r.error) for r in rows if r.kind == kind]
@@ -409,11 +427,11 @@ def _ms(seconds: float) -> str:
     return f"{1e3 * seconds:,.0f}" if seconds > 0.1 else f"{1e3 * seconds:.1f}"
 
 
-def check_markdown(rows: Sequence[Checked]) -> list[str]:
-    """Whole steps: measured milliseconds, and the model's relative error, by engine and point."""
-    own = [r for r in rows if r.kind == "step"]
+def check_markdown(rows: Sequence[Checked], kind: str, what: str) -> list[str]:
+    """Measured milliseconds and the model's relative error, by engine and point."""
+    own = [r for r in rows if r.kind == kind]
     points = list(dict.fromkeys(r.point for r in own))
-    lines = [f"| ms a step (error) | {' | '.join(points)} |", "|---|" + "---:|" * len(points)]
+    lines = [f"| {what}, ms (error) | {' | '.join(points)} |", "|---|" + "---:|" * len(points)]
     for engine in dict.fromkeys(r.what for r in own):
         by_point = {r.point: f"{r.measured:,.0f} ({100 * r.error:+.0f} %)" for r in own if r.what == engine}
         lines.append(f"| {engine} | {' | '.join(by_point.get(point, '') for point in points)} |")
@@ -490,7 +508,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     points = measure_all() if arguments.measure else json.loads(arguments.measured.read_text())
     constants = calibrate(quiet(points))
-    checked = check(quiet(points), constants)
+    filed = [json.loads(path.read_text()) for path in HOSTS]
+    checked = [*check(quiet(points), constants), *check_hosts(filed, constants)]
     wire = arguments.parameter_bytes
     rows = steps(arguments.workloads, arguments.networks, arguments.ranks, wire)
     crossing = {f"{w}, {n}": crossovers(w, n, wire=wire) for w in arguments.workloads for n in arguments.networks}
@@ -500,8 +519,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.out.mkdir(parents=True, exist_ok=True)
         if arguments.measure:
             write_json(arguments.out / "measured.json", points)
+        shown = check_markdown(checked, "step", "whole steps")
+        shown += ["", *check_markdown(checked, "communication", "communication alone")]
         (arguments.out / "model.txt").write_text("\n".join(report) + "\n")
-        (arguments.out / "tables.md").write_text("\n".join([*check_markdown(checked), *markdown(rows)]) + "\n")
+        (arguments.out / "tables.md").write_text("\n".join([*shown, *markdown(rows)]) + "\n")
         write_json(
             arguments.out / "model.json",
             {

@@ -271,7 +271,8 @@ def work(point: str, rounds: int, engines: list[str]) -> None:
     _, _, model, batch = point.split(":")
     result = measure_messages(rounds) if model == "messages" else measure_steps(model, int(batch), rounds, engines)
     if dist.get_rank() == 0:
-        print(json.dumps(result))
+        print(json.dumps(result), flush=True)
+    dist.barrier()  # a rank that leaves early ends connections that others still use
     dist.destroy_process_group()
 
 
