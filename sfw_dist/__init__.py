@@ -6,12 +6,15 @@ from sfw_dist.constraints import KSparsePolytope, KSupportBall, LpBall, Unconstr
 from sfw_dist.optim import SFW
 from sfw_dist.prune import prune
 from sfw_dist.replicas import verify_replicas
+from sfw_dist.variants import AdaGradSFW, ProjectedSGD
 
 __all__ = [
     "SFW",
+    "AdaGradSFW",
     "KSparsePolytope",
     "KSupportBall",
     "LpBall",
+    "ProjectedSGD",
     "Unconstrained",
     "constrain",
     "prune",

@@ -19,12 +19,12 @@ logger = logging.getLogger(__name__)
 def check_group(group: dict[str, Any]) -> None:
     """Raises ``ValueError`` for an option outside its domain."""
     if not 0 < group["lr"] < math.inf:
-        raise ValueError(f"lr must be > 0, got {group['lr']}: write lr=1.0, and lr=0.05 for unconstrained groups")
+        raise ValueError(f"lr must be > 0, got {group['lr']}: write lr=1.0 for SFW, lr=0.05 for unconstrained groups")
     if not 0 <= group["momentum"] < 1:
         raise ValueError(f"momentum must be in [0, 1), got {group['momentum']}: write momentum=0.9")
     if not group["weight_decay"] >= 0:
         raise ValueError(f"weight_decay must be at least 0, got {group['weight_decay']}: write weight_decay=0.0005")
-    if group["rescale"] not in get_args(Rescale):
+    if "rescale" in group and group["rescale"] not in get_args(Rescale):  # only SFW has one
         raise ValueError(f"rescale must be one of {', '.join(get_args(Rescale))}, got {group['rescale']!r}")
     sets = group["constraint"]
     if not isinstance(sets, Constraint) and not (
@@ -33,7 +33,7 @@ def check_group(group: dict[str, Any]) -> None:
         raise ValueError(f"a group's constraint must be a set such as KSparsePolytope, got {sets!r}")
     for parameter in group["params"]:
         if not parameter.is_floating_point():
-            raise ValueError(f"SFW optimizes real floating-point parameters, got {parameter.dtype}")
+            raise ValueError(f"constrained optimizers take real floating-point parameters, got {parameter.dtype}")
         if parameter.is_meta:
             raise ValueError("a parameter has no memory (device meta): initialise the model before the optimizer")
 
