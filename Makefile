@@ -70,7 +70,7 @@ format: setup
 	ruff check --fix .
 	ruff format .
 
-BENCHMARKS := step wire balance loader training
+BENCHMARKS := step wire balance loader training scaling_model
 # These make network namespaces: as root, or with sudo.
 HOST_BENCHMARKS := hosts overlap
 
