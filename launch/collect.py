@@ -27,7 +27,8 @@ from sfw_dist.run import RunFolder
 _EXAMPLES = "\n".join((__doc__ or "").split("\n\n")[1].splitlines())
 _COLUMNS = (
     "sparsity", "scope", "kind", "top1", "top5", "loss", "samples", "achieved_sparsity_all",
-    "achieved_sparsity_prunable", "parameters_kept", "flops", "bn_recalibrated", "seed",
+    "achieved_sparsity_prunable", "parameters_kept", "flops", "bn_recalibrated", "top1_recalibrated",
+    "top5_recalibrated", "loss_recalibrated", "recalibration_batches", "seed",
 )  # fmt: skip
 
 

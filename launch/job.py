@@ -63,7 +63,8 @@ class PruneJob:
             with joined_world() as world:
                 sparsities = submission.tasks[self.task]
                 run = RunFolder.existing(self.run)
-                evaluate(run, world, sparsities=sparsities, scope=submission.scope, kind=submission.kind)
+                asked = {"scope": submission.scope, "kind": submission.kind, "recalibrate": submission.recalibrate}
+                evaluate(run, world, sparsities=sparsities, **asked)
             submission.finished(self.task)
         except _PreemptedError:  # what was written is whole, and what was not will be done again
             requeue()

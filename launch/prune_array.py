@@ -44,10 +44,11 @@ def submit_array(
     after: str | None = None,
     scope: Scope | None = None,
     kind: Kind | None = None,
+    recalibrate: int | None = None,
 ) -> Submission:
     """Submit the tasks to Slurm, or run them here, not all at once; one that fails does not keep the others."""
     run = RunFolder(run.path.absolute())
-    submission = Submission.new(run, "prune", cluster, tasks=tasks, scope=scope, kind=kind)
+    submission = Submission.new(run, "prune", cluster, tasks=tasks, scope=scope, kind=kind, recalibrate=recalibrate)
     jobs = [PruneJob(run.path, submission.folder, task) for task in range(len(tasks))]
     match cluster.kind:
         case "slurm":
@@ -85,6 +86,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--scope", choices=get_args(Scope), help="what is pruned (default: the run's)")
     parser.add_argument("--kind", choices=get_args(Kind), help="where magnitudes compete (default: the run's)")
+    parser.add_argument(
+        "--recalibrate",
+        type=int,
+        metavar="N",
+        help="batches from which BatchNorm's statistics are measured anew after pruning; 0: not (default: the run's)",
+    )
     parser.add_argument("--per-task", type=int, default=1, metavar="N", help="sparsities of a task (default: 1)")
     parser.add_argument("--parallelism", dest="cluster.parallelism", metavar="N", help="tasks at a time")
     add_cluster_options(parser)
@@ -99,9 +106,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         wanted = Wanted(f"prune-{run.path.name}")
         print(script(run.submissions.absolute() / "DRY_RUN", cluster, wanted, len(tasks)))
         return 0
+    if (options.recalibrate or 0) < 0:
+        raise UserError(f"--recalibrate must be at least 0, got {options.recalibrate}: write 50, or 0 for none")
     if not run.weights.is_file():
         raise UserError(f"{run.path} has no model.safetensors: finish the training with --resume auto")
-    submission = submit_array(run, cluster, tasks, scope=options.scope, kind=options.kind)
+    asked = {"scope": options.scope, "kind": options.kind, "recalibrate": options.recalibrate}
+    submission = submit_array(run, cluster, tasks, **asked)
     failed = [] if submission.jobs else [task for task in range(len(tasks)) if not submission.is_finished(task)]
     if options.json:
         print(json.dumps({"run": str(run.path), "tasks": tasks, "jobs": submission.jobs, "failed": failed}))

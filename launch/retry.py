@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from launch.cluster import ClusterConfig, add_cluster_options, live, read_cluster
 from launch.collect import unfinished
@@ -36,10 +37,15 @@ def retry(run: RunFolder, cluster: ClusterConfig | None = None) -> list[Submissi
     if trainings and not run.weights.is_file():
         return [submit_training(load_config(trainings[-1].folder / "config.yaml"), cluster)]
     made, places = [], unfinished(run)
-    for scope, kind in dict.fromkeys((s.scope, s.kind) for s, _ in places):
-        tasks = [s.tasks[task] for s, task in places if (s.scope, s.kind) == (scope, kind)]
-        made.append(submit_array(run, cluster, tasks, scope=scope, kind=kind))
+    for asked in dict.fromkeys(_asked(submission) for submission, _ in places):
+        tasks = [submission.tasks[task] for submission, task in places if _asked(submission) == asked]
+        scope, kind, recalibrate = asked
+        made.append(submit_array(run, cluster, tasks, scope=scope, kind=kind, recalibrate=recalibrate))
     return made
+
+
+def _asked(submission: Submission) -> tuple[Any, Any, Any]:
+    return submission.scope, submission.kind, submission.recalibrate
 
 
 @reports_user_errors

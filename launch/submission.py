@@ -66,6 +66,11 @@ class Submission:
     def kind(self) -> Any:
         return self._record.get("kind")
 
+    @property
+    def recalibrate(self) -> Any:
+        """Batches for BatchNorm; None, as in the record of an older array: the run's."""
+        return self._record.get("recalibrate")
+
     def submit(self, wanted: Wanted, calls: Sequence[Callable[[], object]]) -> None:
         """To Slurm, a job for each call; raises :class:`UserError`, and leaves no folder, when it refuses."""
         try:

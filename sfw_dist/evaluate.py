@@ -1,6 +1,7 @@
 """Prune a trained network to many sparsities and measure each on the test set, in one pass over it.
 
 python -m sfw_dist.evaluate runs/digits_cnn
+python -m sfw_dist.evaluate runs/digits_cnn --max-drop 1.0
 python -m sfw_dist.evaluate runs/digits_cnn --sparsities 0.5,0.9:0.99:0.01 --kind layerwise
 torchrun --nproc-per-node 2 -m sfw_dist.evaluate runs/digits_cnn --sparsities 0.9 --export
 """
@@ -11,58 +12,23 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from contextlib import closing
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
-from torch.func import functional_call
 
-from sfw_dist.config import Config, load_config
-from sfw_dist.data import Loader, Normalize, dataset_info, open_loader
 from sfw_dist.distributed import World, barrier, joined_world
-from sfw_dist.engine import autocast
 from sfw_dist.errors import UserError, reports_user_errors
 from sfw_dist.files import write_json
-from sfw_dist.metrics import Metrics, Tally
-from sfw_dist.models import build_model
-from sfw_dist.prune import (
-    Kind,
-    Masks,
-    Scope,
-    count_flops,
-    dead_layers,
-    kept_flops,
-    layer_table,
-    magnitude_masks,
-    parse_sparsities,
-)
-from sfw_dist.run import RunFolder, write_tensors
+from sfw_dist.max_drop import evaluate_max_drop
+from sfw_dist.metrics import Metrics
+from sfw_dist.prune import Kind, Scope, parse_sparsities
+from sfw_dist.run import RunFolder
+from sfw_dist.trained import AS_TRAINED, TrainedRun, accuracy, check_same_pruning
 
 _EXAMPLES = "\n".join((__doc__ or "").split("\n\n")[1].splitlines())
-
-
-def measure_pruned(
-    model: nn.Module, masks: Sequence[Masks], loader: Loader, normalize: Normalize, config: Config, world: World
-) -> list[Metrics]:
-    """Metrics of ``model`` under each of ``masks``, in one pass over ``loader``; collective.
-
-    Only the masks (a byte an entry) are kept for each sparsity; masked weights are made anew for every batch.
-    """
-    model.eval()
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    tallies = [Tally(world.device) for _ in masks]
-    for images, labels in loader:
-        images, labels = images.to(world.device, non_blocking=True), labels.to(world.device, non_blocking=True)
-        inputs = normalize(images)
-        for tally, mask in zip(tallies, masks, strict=True):
-            pruned = {name: torch.where(kept, weights[name], 0) for name, kept in mask.items()}
-            with torch.no_grad(), autocast(config, world.device):
-                tally.add(functional_call(model, pruned, (inputs,)), labels)
-    return [tally.total(world) for tally in tallies]
 
 
 def evaluate(
@@ -72,106 +38,59 @@ def evaluate(
     sparsities: Sequence[float] | None = None,
     scope: Scope | None = None,
     kind: Kind | None = None,
+    recalibrate: int | None = None,
     data_root: str | None = None,
     export: bool = False,
 ) -> list[dict[str, Any]]:
     """Prune and measure a finished run; writes ``prune/s<sparsity>.json`` and returns what it wrote. Collective.
 
+    Each file holds the accuracy with BatchNorm's statistics as trained (``top1``, ``top5``, ``loss``) and, where the
+    network has BatchNorm, recalibrated (``top1_recalibrated``, ...; null where not).
+
     Args:
         run: with ``model.safetensors``.
-        sparsities, scope, kind: ``None`` takes the run's configuration (``prune:``).
-        data_root: where the data set lies now, if elsewhere than in training.
-        export: write the pruned weights too, as ``prune/s<sparsity>.safetensors``.
+        sparsities: ``None`` takes the run's configuration (``prune:``).
+        scope, kind, recalibrate, data_root: as for `sfw_dist.trained.TrainedRun`.
+        export: write the pruned networks, too, as ``prune/s<sparsity>.safetensors``, recalibrated where the file beside
+            says ``bn_recalibrated``.
 
     Raises:
-        UserError: no such run, not yet trained, another model's weights, or a data set that is not there.
+        UserError: as `TrainedRun`, sparsities that would share a file, or a file there of another scope or kind.
     """
-    config = load_config(run.config)
-    if data_root is not None:
-        config = replace(config, data=replace(config.data, root=data_root))
-    scope, kind = scope or config.prune.scope, kind or config.prune.kind
-    if sparsities is None:
-        sparsities = [0.5] if kind == "2:4" else config.prune.sparsities
-    files = {sparsity: run.prune / f"s{sparsity:.4f}.json" for sparsity in sparsities}
-    _check_files(files, scope, kind)
-    info = dataset_info(config.data)
-    loader = open_loader(
-        config.data, "test", seed=config.seed, rank=world.rank, world_size=world.size, device=world.device
-    )
-    model = _trained_model(run, config, len(info.classes), info.image_shape[0]).to(world.device)
-    normalize = Normalize(info.mean, info.std).to(world.device)
+    opened = TrainedRun(run, world, scope=scope, kind=kind, recalibrate=recalibrate, data_root=data_root)
+    with closing(opened) as trained:
+        prune = trained.config.prune
+        if sparsities is None:
+            sparsities = [0.5] if prune.kind == "2:4" else prune.sparsities
+        files = {sparsity: run.prune / f"s{sparsity:.4f}.json" for sparsity in sparsities}
+        if len(set(files.values())) < len(files):
+            raise UserError(f"sparsities {', '.join(map(str, files))} agree in four decimals: leave some out")
+        check_same_pruning(files.values(), prune)
 
-    masks = [magnitude_masks(model, sparsity, scope=scope, kind=kind) for sparsity in sparsities]
-    measured = measure_pruned(model, masks, loader, normalize, config, world)
-    loader.close()
-    flops = count_flops(model, torch.zeros(1, *info.image_shape, device=world.device))
-    total = sum(parameter.numel() for parameter in model.parameters())
-
-    results = []
-    for sparsity, mask, metrics in zip(sparsities, masks, measured, strict=True):
-        removed = mask.total - mask.kept
-        result = {
-            "sparsity": sparsity,
-            "scope": scope,
-            "kind": kind,
-            "achieved_sparsity_all": removed / total,
-            "achieved_sparsity_prunable": mask.sparsity,
-            **{key: _finite(value) for key, value in asdict(metrics).items()},
-            "split": "test",
-            "flops_dense": sum(flops.values()),
-            "flops": kept_flops(flops, mask),
-            "parameters_total": total,
-            "parameters_kept": total - removed,
-            "layers": layer_table(model, mask),
-            "dead_layers": dead_layers(mask),
-            "bn_recalibrated": False,
-            "seed": config.seed,
-        }
-        results.append(result)
-        if world.main:
-            write_json(files[sparsity], result)
-            if export:
-                _export(model, mask, files[sparsity].with_suffix(".safetensors"))
+        masks = [trained.masks(sparsity) for sparsity in sparsities]
+        statistics = trained.recalibrated(masks)
+        variants = [[AS_TRAINED, found] if trained.batches else [AS_TRAINED] for found in statistics]
+        measured = trained.measure("test", masks, variants)
+        results = []
+        for sparsity, mask, found, metrics in zip(sparsities, masks, statistics, measured, strict=True):
+            result = {
+                **trained.describe(sparsity, mask),
+                "split": "test",
+                **accuracy(metrics[0]),
+                **_recalibrated(metrics[1] if trained.batches else None),
+            }
+            results.append(result)
+            if world.main:
+                write_json(files[sparsity], result)
+                if export:
+                    trained.export(mask, found, files[sparsity].with_suffix(".safetensors"))
     barrier(world)
     return results
 
 
-def _check_files(files: dict[float, Path], scope: Scope, kind: Kind) -> None:
-    """Raise :class:`UserError` rather than write one result over another that is not of the same pruning."""
-    if len(set(files.values())) < len(files):
-        raise UserError(f"sparsities {', '.join(map(str, files))} agree in four decimals: leave some out")
-    for path in files.values():
-        if path.is_file():
-            there = json.loads(path.read_text())
-            if (there["scope"], there["kind"]) != (scope, kind):
-                raise UserError(
-                    f"{path} holds the result of --scope {there['scope']} --kind {there['kind']}: move "
-                    f"{path.parent} away to measure --scope {scope} --kind {kind}"
-                )
-
-
-def _trained_model(run: RunFolder, config: Config, classes: int, channels: int) -> nn.Module:
-    model = build_model(config.model.name, num_classes=classes, in_channels=channels, width=config.model.width)
-    try:
-        model.load_state_dict(run.load_weights())
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{run.weights} is not of the run's model ({reason}): train the run again") from None
-    return model
-
-
-def _export(model: nn.Module, masks: Masks, path: Path) -> None:
-    """The pruned network's parameters and buffers by name."""
-    state: dict[str, Tensor] = {
-        name: torch.where(masks[name], tensor, 0) if name in masks else tensor
-        for name, tensor in model.state_dict().items()
-    }
-    write_tensors(path, state)
-
-
-def _finite(value: float) -> float | None:
-    """``None`` in place of what JSON cannot say: a network pruned too far may have an infinite loss."""
-    return value if abs(value) < float("inf") else None
+def _recalibrated(metrics: Metrics | None) -> dict[str, Any]:
+    values = {} if metrics is None else accuracy(metrics)
+    return {f"{key}_recalibrated": values.get(key) for key in ("top1", "top5", "loss")}
 
 
 @reports_user_errors
@@ -188,36 +107,98 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--scope", choices=get_args(Scope), help="what is pruned (default: the run's)")
     parser.add_argument("--kind", choices=get_args(Kind), help="where magnitudes compete (default: the run's)")
+    parser.add_argument(
+        "--recalibrate",
+        type=int,
+        metavar="N",
+        help="batches of training images from which BatchNorm's statistics are measured anew after pruning, beside "
+        "the accuracy without; 0: only without (default: the run's)",
+    )
+    parser.add_argument(
+        "--max-drop",
+        type=float,
+        metavar="POINTS",
+        help="find the highest sparsity, to 0.1 points, whose validation accuracy is at most this many points below "
+        "the dense network's, as in 1.0; then measure that one on the test set, once",
+    )
     parser.add_argument("--data-root", metavar="DIR", help="folder of the prepared data sets (default: the run's)")
-    parser.add_argument("--export", action="store_true", help="write the pruned weights as safetensors, too")
+    parser.add_argument(
+        "--export",
+        action="store_true",
+        help="write the pruned networks as safetensors, too, with recalibrated statistics unless --recalibrate is 0",
+    )
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     arguments = parser.parse_args(argv)
 
+    if arguments.max_drop is not None and arguments.sparsities is not None:
+        raise UserError(f"--max-drop {arguments.max_drop:g} looks for the sparsity itself: leave --sparsities out")
     sparsities = None if arguments.sparsities is None else parse_sparsities(arguments.sparsities)
     run = RunFolder.existing(arguments.run)
+    options = {key: getattr(arguments, key) for key in ("scope", "kind", "recalibrate", "data_root", "export")}
     with joined_world() as world:
-        results = evaluate(
-            run,
-            world,
-            sparsities=sparsities,
-            scope=arguments.scope,
-            kind=arguments.kind,
-            data_root=arguments.data_root,
-            export=arguments.export,
-        )
-        if world.main:
-            print(json.dumps(results)) if arguments.json else _print_table(results)
+        if arguments.max_drop is not None:
+            found = evaluate_max_drop(run, world, arguments.max_drop, **options)
+            results, show = [found], _print_search
+        else:
+            results, show = evaluate(run, world, sparsities=sparsities, **options), _print_table
+        if not world.main:
+            return 0
+        if results and not results[0]["bn_layers"] and arguments.recalibrate != 0:
+            print("note: the network has no BatchNorm, so nothing was recalibrated", file=sys.stderr)
+        if arguments.json:
+            print(json.dumps(results if arguments.max_drop is None else results[0]))
+        else:
+            show(results)
     return 0
 
 
 def _print_table(results: list[dict[str, Any]]) -> None:
-    table = Table("sparsity", "top-1 %", "top-5 %", "loss", "parameters kept", "theoretical speed-up")
+    recalibrated = any(result["bn_recalibrated"] for result in results)
+    extra = ["recal. top-1 %"] if recalibrated else []
+    table = Table("sparsity", "top-1 %", *extra, "top-5 %", "loss", "parameters kept", "theoretical speed-up")
     for result in results:
-        loss = "-" if result["loss"] is None else f"{result['loss']:.4f}"
-        top1, top5 = f"{100 * result['top1']:.2f}", f"{100 * result['top5']:.2f}"
-        speed_up = f"{result['flops_dense'] / result['flops']:.2f}x" if result["flops"] else "-"
-        table.add_row(f"{result['sparsity']:.4g}", top1, top5, loss, f"{result['parameters_kept']:,}", speed_up)
+        anew = [_percent(result["top1_recalibrated"])] if recalibrated else []
+        top5, loss = _percent(result["top5"]), _loss(result["loss"])
+        kept = f"{result['parameters_kept']:,}"
+        table.add_row(f"{result['sparsity']:.4g}", _percent(result["top1"]), *anew, top5, loss, kept, _speed_up(result))
     Console().print(table)
+
+
+def _print_search(results: list[dict[str, Any]]) -> None:
+    """The points that were tried, what was found, and what a reader might not expect of it."""
+    (result,) = results
+    table = Table("sparsity", "validation top-1 %", "points lost", "loss", f"within {result['max_drop']:g}")
+    for row in result["searched"]:
+        top1, loss, within = _percent(row["top1"]), _loss(row["loss"]), "yes" if row["within"] else "no"
+        table.add_row(f"{row['sparsity']:.3f}", top1, f"{row['drop']:.2f}", loss, within)
+    Console().print(table)
+    test = result["test"]
+    how = "BatchNorm recalibrated" if result["bn_recalibrated"] else "BatchNorm as trained"
+    print(
+        f"sparsity {result['sparsity']:.3f} ({result['parameters_kept']:,} parameters kept, theoretical speed-up "
+        f"{_speed_up(result)}): test top-1 {_percent(test['top1'])} % on {test['samples']:,} images, {how}"
+    )
+    below = [
+        f"{row['sparsity']:g}"
+        for row in result["searched"]
+        if row["sparsity"] < result["sparsity"] and not row["within"]
+    ]
+    if below:
+        print(f"note: accuracy does not fall steadily: {', '.join(below)} lost more than {result['max_drop']:g} points")
+    if result["sparsity"] == result["searched"][-1]["sparsity"]:
+        print("note: the search goes no higher")
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.2f}"
+
+
+def _loss(loss: float | None) -> str:
+    return "-" if loss is None else f"{loss:.4f}"
+
+
+def _speed_up(result: dict[str, Any]) -> str:
+    return f"{result['flops_dense'] / result['flops']:.2f}x" if result["flops"] else "-"
 
 
 if __name__ == "__main__":

@@ -120,6 +120,12 @@ def magnitude_masks(model: nn.Module, sparsity: float, *, scope: Scope = "weight
     return Masks(masks, skipped=tuple(name for name in masks if name not in fitting))
 
 
+def masked_parameters(model: nn.Module, masks: Masks) -> dict[str, Tensor]:
+    """What `prune` would leave of the masked parameters, by name, as new tensors; ``model`` is not touched."""
+    parameters = dict(model.named_parameters())
+    return {name: torch.where(mask, parameters[name].detach(), 0) for name, mask in masks.items()}
+
+
 def layer_table(model: nn.Module, masks: Masks) -> list[LayerRow]:
     """What the masks leave of each prunable parameter of ``model``, in the order of ``named_parameters``."""
     parameters = dict(model.named_parameters())

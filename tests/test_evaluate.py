@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,15 @@ from training import ONE_PROCESS, small_config
 
 from sfw_dist.config import Config, load_config
 from sfw_dist.data import Normalize, dataset_info, open_loader
-from sfw_dist.evaluate import evaluate, main, measure_pruned
-from sfw_dist.metrics import measure
+from sfw_dist.evaluate import evaluate, main
+from sfw_dist.metrics import Metrics, measure
 from sfw_dist.models import build_model
-from sfw_dist.prune import magnitude_masks, prune
+from sfw_dist.prune import prune
+from sfw_dist.recalibration import recalibrate
 from sfw_dist.report import write_report
 from sfw_dist.run import RunFolder
 from sfw_dist.train import train
+from sfw_dist.trained import AS_TRAINED, TrainedRun
 
 
 @pytest.fixture(scope="module")
@@ -45,25 +48,41 @@ def _model(run: RunFolder, config: Config) -> torch.nn.Module:
     return model.eval()
 
 
-def test_one_pass_measures_what_pruning_in_place_does(run: RunFolder) -> None:
-    """Masked weights are made anew for each batch; a mask that leaked would show at the lower sparsity."""
+def _test_accuracy(model: torch.nn.Module, run: RunFolder) -> float:
     config = load_config(run.config)
     info = dataset_info(config.data)
     normalize = Normalize(info.mean, info.std)
-    model = _model(run, config)
-    before = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        loader = open_loader(config.data, "test", seed=0)
+        return measure(lambda images: model.eval()(normalize(images).contiguous()), loader, ONE_PROCESS).top1
+
+
+def test_one_pass_measures_what_pruning_in_place_does(run: RunFolder) -> None:
+    """Masked weights are made anew for each batch; a mask or statistics that leaked would show at another sparsity."""
+    config = load_config(run.config)
+    info = dataset_info(config.data)
+    normalize = Normalize(info.mean, info.std)
+    trained = TrainedRun(run, ONE_PROCESS)
+    before = copy.deepcopy(trained.model.state_dict())
     sparsities = [0.9, 0.0, 0.5]
-    masks = [magnitude_masks(model, sparsity) for sparsity in sparsities]
+    masks = [trained.masks(sparsity) for sparsity in sparsities]
+    statistics = trained.recalibrated(masks)
+    together = trained.measure("test", masks, [[AS_TRAINED, found] for found in statistics])
+    trained.close()
+    assert all(torch.equal(before[name], tensor) for name, tensor in trained.model.state_dict().items())
+
     loader = open_loader(config.data, "test", seed=0)
-    together = measure_pruned(model, masks, loader, normalize, config, ONE_PROCESS)
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    for sparsity, metrics in zip(sparsities, together, strict=True):
+    plain = replace(config.data, crop_padding=0)
+    training = [normalize(images).contiguous() for images, _ in open_loader(plain, "train", seed=0)]
+    for sparsity, measured in zip(sparsities, together, strict=True):
         alone = _model(run, config)
         prune(alone, sparsity)
-        with torch.no_grad():
-            expected = measure(lambda x, alone=alone: alone(normalize(x).contiguous()), loader, ONE_PROCESS)  # type: ignore[misc]
-        assert (metrics.top1, metrics.top5, metrics.samples) == (expected.top1, expected.top5, expected.samples)
-        assert metrics.loss == pytest.approx(expected.loss, rel=1e-5)
+        for metrics in measured:
+            with torch.no_grad():
+                expected = measure(lambda x, alone=alone: alone(normalize(x).contiguous()), loader, ONE_PROCESS)  # type: ignore[misc]
+            assert (metrics.top1, metrics.top5, metrics.samples) == (expected.top1, expected.top5, expected.samples)
+            assert metrics.loss == pytest.approx(expected.loss, rel=1e-5)
+            recalibrate(alone, training)  # for the second of the two
 
 
 def test_files_tell_the_exact_counts(run: RunFolder) -> None:
@@ -77,7 +96,9 @@ def test_files_tell_the_exact_counts(run: RunFolder) -> None:
     assert written["achieved_sparsity_prunable"] == removed / prunable
     assert written["achieved_sparsity_all"] == removed / written["parameters_total"]
     assert sum(layer["kept"] for layer in written["layers"]) == prunable - removed
-    assert written["samples"] == 451 and written["split"] == "test" and written["bn_recalibrated"] is False
+    assert written["samples"] == 451 and written["split"] == "test"
+    assert written["bn_layers"] == 3 and written["bn_recalibrated"] is True
+    assert (written["recalibration_batches"], written["recalibration_batch_size"]) == (10, 120)  # 10 is one pass
     assert 0 < written["flops"] < written["flops_dense"] == results[0]["flops"]
 
 
@@ -101,11 +122,18 @@ def test_layerwise_and_all(run: RunFolder) -> None:
 
 
 def test_exported_weights_are_the_pruned_ones(run: RunFolder) -> None:
-    evaluate(run, ONE_PROCESS, sparsities=[0.8], export=True)
+    """What is exported is not what was measured."""
+    evaluate(run, ONE_PROCESS, sparsities=[0.8], export=True, recalibrate=0)
     exported = load_file(run.prune / "s0.8000.safetensors")
     model = _model(run, load_config(run.config))
     prune(model, 0.8)
     assert all(torch.equal(exported[name], tensor) for name, tensor in model.state_dict().items())
+
+    (result,) = evaluate(run, ONE_PROCESS, sparsities=[0.8], export=True)
+    exported = load_file(run.prune / "s0.8000.safetensors")
+    assert all(torch.equal(exported[name], parameter) for name, parameter in model.named_parameters())
+    model.load_state_dict(exported)
+    assert _test_accuracy(model, run) == result["top1_recalibrated"] != result["top1"]
 
 
 def test_the_report_reads_the_run(run: RunFolder, tmp_path: Path) -> None:
@@ -125,6 +153,11 @@ def test_command_prints_json(run: RunFolder, capsys: pytest.CaptureFixture[str])
         (["{missing}"], "not a run's folder"),
         (["{run}", "--sparsities", "90"], "90"),
         (["{run}", "--sparsities", "0.9", "--kind", "2:4"], "0.5"),
+        (["{run}", "--recalibrate", "-1"], "prune.recalibrate must be at least 0, got -1"),
+        (["{run}", "--max-drop", "100"], "[0, 100) points"),
+        (["{run}", "--max-drop", "nan"], "write 1.0 for one point"),
+        (["{run}", "--max-drop", "1", "--sparsities", "0.9"], "leave --sparsities out"),
+        (["{run}", "--max-drop", "1", "--kind", "2:4"], "write --kind global"),
         (["{run}", "--sparsities", "0.99991,0.99992"], "four decimals"),
         (["{run}", "--data-root", "{missing}"], "not prepared"),
     ],
@@ -152,13 +185,14 @@ def test_weights_of_another_model(run: RunFolder, tmp_path: Path, capsys: pytest
 def test_a_network_pruned_too_far_may_have_no_finite_loss(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     """JSON has no infinity: the file says null, and other readers do not stumble."""
 
-    def infinite(*args: Any) -> list[Any]:
-        return [type(metrics)(metrics.top1, metrics.top5, float("inf"), metrics.samples) for metrics in original(*args)]
+    def infinite(*args: Any) -> list[list[Metrics]]:
+        return [[replace(metrics, loss=float("inf")) for metrics in variants] for variants in original(*args)]
 
-    original = measure_pruned
-    monkeypatch.setattr("sfw_dist.evaluate.measure_pruned", infinite)
+    original = TrainedRun.measure
+    monkeypatch.setattr(TrainedRun, "measure", infinite)
     evaluate(run, ONE_PROCESS, sparsities=[0.5])
-    assert json.loads((run.prune / "s0.5000.json").read_text())["loss"] is None
+    written = json.loads((run.prune / "s0.5000.json").read_text())
+    assert written["loss"] is None and written["loss_recalibrated"] is None
 
 
 def test_another_kind_does_not_overwrite_what_was_measured(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
@@ -168,6 +202,33 @@ def test_another_kind_does_not_overwrite_what_was_measured(run: RunFolder, capsy
     assert main([str(run.path), "--kind", "2:4"]) == 2
     assert "--kind global" in capsys.readouterr().err
     assert (run.prune / "s0.5000.json").read_bytes() == before
+
+
+def test_a_file_says_so_where_nothing_was_recalibrated(run: RunFolder) -> None:
+    """The accuracy as trained is taken for the other, or a reader of the file meets a key that is not there."""
+    (off,) = evaluate(run, ONE_PROCESS, sparsities=[0.9], recalibrate=0)
+    (on,) = evaluate(run, ONE_PROCESS, sparsities=[0.9], recalibrate=3)
+    assert off.keys() == on.keys()
+    assert not off["bn_recalibrated"] and off["recalibration_batches"] == 0 and off["top1_recalibrated"] is None
+    assert on["bn_recalibrated"] and on["recalibration_batches"] == 3 and on["top1_recalibrated"] is not None
+    assert (off["top1"], off["loss"]) == (on["top1"], on["loss"])
+
+
+def test_a_network_without_batchnorm_is_measured_once_and_told(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It fails, or a second curve that repeats the first looks as if recalibration were worth nothing."""
+
+    def without(*_: Any, **__: Any) -> torch.nn.Module:
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+
+    monkeypatch.setattr("sfw_dist.trained.build_model", without)
+    monkeypatch.setattr(RunFolder, "load_weights", lambda _: without().state_dict())
+    assert main([str(run.path), "--sparsities", "0.5", "--json"]) == 0
+    printed = capsys.readouterr()
+    (result,) = json.loads(printed.out)
+    assert result["bn_layers"] == 0 and not result["bn_recalibrated"] and result["top1_recalibrated"] is None
+    assert printed.err == "note: the network has no BatchNorm, so nothing was recalibrated\n"
 
 
 def test_two_of_four_needs_no_list(run: RunFolder) -> None:

@@ -25,7 +25,7 @@ LAYERS = (
     # Leaves: the mathematics and the parts of a training that know nothing of one another.
     {"reduction", "rounds", "cuts", "topk", "constraints", "reference", "plan", "wire", "fused"},
     {"distributed", "replicas", "models", "placement", "segment"},
-    {"prune", "interrupt", "binding"},
+    {"prune", "recalibration", "interrupt", "binding"},
     # The optimizer: one tensor's step, what travels together, and what happens to gradients on the way.
     {"step", "batch", "sharded", "holding", "groups", "state", "statistics", "reducer", "comm_hook", "optim"}
     | {"variants"},
@@ -33,7 +33,7 @@ LAYERS = (
     {"__init__", "config"},
     {"data", "schedule", "run", "checkpoint", "metrics", "progress"},
     {"engine"},
-    {"train", "evaluate"},
+    {"train", "trained", "max_drop", "evaluate"},
 )
 APART = {"report": {"errors", "files"}}
 MOST_LINES = 400
