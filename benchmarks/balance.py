@@ -45,7 +45,7 @@ def shapes_of(name: str) -> Shapes:
 
 def items_of(shapes: Shapes, spec: KSparsePolytope, split: int) -> list[Item]:
     sizes = [math.prod(shape) for shape in shapes]
-    return [Item(str(i), cost(n, spec), n, "", ROW if n > split else 0) for i, n in enumerate(sizes)]
+    return [Item(str(i), cost(torch.Size([n]), spec), n, "", ROW if n > split else 0) for i, n in enumerate(sizes)]
 
 
 def gathered_bytes(items: list[Item], plan: Plan, spec: KSparsePolytope, ranks: int) -> int:

@@ -3,7 +3,8 @@
 Every set is convex and symmetric about 0. A set may be concrete (``KSparsePolytope(k=10, radius=0.5)``) or a
 specification that sizes itself to each tensor (``KSparsePolytope(k_frac=0.05, tau=15.0)``); ``bind`` makes the second
 into the first. Sources: Lu et al., ICLR 2022, section 3 (K-sparse polytope); Pokutta, Spiegel, Zimmer,
-arXiv 2010.07243 (L_p balls, radius modes); Zimmer, Spiegel, Pokutta, arXiv 2205.11921 (k-support ball).
+arXiv 2010.07243 (L_p balls, radius modes); Zimmer, Spiegel, Pokutta, arXiv 2205.11921 (k-support ball). The sets that
+look at a tensor's filters or singular values are in :mod:`sfw_dist.structured`.
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ class Vertex(NamedTuple):
         return self.values.new_zeros(shape.numel()).index_copy_(0, self.indices, self.values).view(shape)
 
 
+_KINDS: dict[str, type[Constraint]] = {}
+"""Every set by its name; sets enter it as their classes are made."""
+
+
 class Constraint(ABC):
     """A convex set of tensors with ``n`` entries, symmetric about 0."""
 
@@ -42,6 +47,11 @@ class Constraint(ABC):
     """The set's name in configurations and state dicts."""
     signs_only: bool = False
     """Whether every nonzero of a vertex is ±radius, so that one bit a nonzero describes it."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "kind" in cls.__dict__:
+            _KINDS[cls.kind] = cls
 
     @abstractmethod
     def lmo_vertex(self, x: Tensor) -> Vertex:
@@ -68,8 +78,16 @@ class Constraint(ABC):
         """Plain values from which :func:`constraint_from_spec` makes an equal set."""
 
     def support(self, n: int) -> int:
-        """The most nonzeros that a vertex has."""
+        """The most nonzeros that a vertex over ``n`` entries has."""
         return n
+
+    def nonzeros(self, shape: torch.Size) -> int:
+        """The most nonzeros that a vertex of this shape has."""
+        return self.support(shape.numel())
+
+    def work(self, shape: torch.Size) -> float:
+        """Of one LMO, in memory passes times entries; a selection is 4: magnitudes out, partition in and out, scan."""
+        return 4.0 * shape.numel()
 
     def project(self, x: Tensor) -> Tensor:
         """``argmin_{y∈C} ‖y − x‖₂``; sets without a projection raise ``ValueError``."""
@@ -157,7 +175,10 @@ class _TopK(_Sized):
             raise ValueError(f"k_min must be at least 1, got {k_min}: the paper's is 10")
 
     def support(self, n: int) -> int:
-        """``K = min(max(k_min, ⌊k_frac·n⌋), n)``."""
+        return self.k_of(n)
+
+    def k_of(self, n: int) -> int:
+        """``K = min(max(k_min, ⌊k_frac·n⌋), n)`` of ``n`` things to choose from."""
         wanted = self.k if self.k_frac is None else max(self.k_min, int(self.k_frac * n))
         assert wanted is not None
         return min(wanted, n)
@@ -207,19 +228,9 @@ class KSupportBall(_TopK):
         return Vertex(indices, scaled_to(flat[indices], norm, self.radius(x.numel())))
 
     def gauge(self, x: Tensor) -> Tensor:
-        """The k-support norm over r (Argyriou et al., proposition 2.1).
-
-        With ``z`` the magnitudes in descending order and ``T_l = Σ_{i≥K−l} z_i``, take the smallest ``l`` with
-        ``z_{K−l−1} > T_l/(l+1)``; then ``‖x‖² = Σ_{i<K−l} z_i² + T_l²/(l+1)``.
-        """
-        k = self.support(x.numel())
-        z = x.detach().double().abs().reshape(-1).sort(descending=True).values
-        from_one = torch.arange(1, k + 1, device=x.device, dtype=torch.float64)  # l + 1
-        tails = z[:k].flip(0).cumsum(0) + z[k:].sum()  # T_l for l = 0 … K−1
-        before = torch.cat([z.new_full((1,), math.inf), z[: k - 1]]).flip(0)  # z_{K−l−1}, with z_0 = ∞
-        level = (before > tails / from_one).to(torch.int8).argmax()
-        head = torch.cat([z.new_zeros(1), z[: k - 1].square().cumsum(0)]).flip(0)[level]
-        return (head + tails[level].square() / from_one[level]).sqrt() / self.radius(x.numel())
+        """The k-support norm over r."""
+        n = x.numel()
+        return k_support_norm(x.detach().double().abs().reshape(-1), self.support(n)) / self.radius(n)
 
     def radius_for(self, diameter: float, n: int) -> float:
         return diameter / 2
@@ -244,6 +255,9 @@ class LpBall(_Sized):
 
     def support(self, n: int) -> int:
         return 1 if self.p == 1 else n
+
+    def work(self, shape: torch.Size) -> float:
+        return super().work(shape) if self.p == 1 else 0.0
 
     def lmo_vertex(self, x: Tensor) -> Vertex:
         radius, flat = self.radius(x.numel()), x.reshape(-1)
@@ -342,12 +356,26 @@ class Unconstrained(Constraint):
 
 def constraint_from_spec(spec: dict[str, Any]) -> Constraint:
     """The inverse of :meth:`Constraint.spec`. Raises ``ValueError`` for an unknown kind."""
-    kinds: dict[str, type[Constraint]] = {c.kind: c for c in (KSparsePolytope, KSupportBall, LpBall, Unconstrained)}
     arguments = dict(spec)
     kind = arguments.pop("kind")
-    if kind not in kinds:
-        raise ValueError(f"unknown constraint {kind!r}: known are {', '.join(kinds)}")
-    return kinds[kind](**arguments)
+    if kind not in _KINDS:
+        raise ValueError(f"unknown constraint {kind!r}: known are {', '.join(_KINDS)}")
+    return _KINDS[kind](**arguments)
+
+
+def k_support_norm(x: Tensor, k: int) -> Tensor:
+    """Of magnitudes, float64 ``(n,)``, 1 ≤ k ≤ n (Argyriou, Foygel, Srebro, 2012, proposition 2.1).
+
+    With ``z`` the magnitudes in descending order and ``T_l = Σ_{i≥K−l} z_i``, take the smallest ``l`` with
+    ``z_{K−l−1} > T_l/(l+1)``; then ``‖x‖² = Σ_{i<K−l} z_i² + T_l²/(l+1)``.
+    """
+    z = x.sort(descending=True).values
+    from_one = torch.arange(1, k + 1, device=x.device, dtype=torch.float64)  # l + 1
+    tails = z[:k].flip(0).cumsum(0) + z[k:].sum()  # T_l for l = 0 … K−1
+    before = torch.cat([z.new_full((1,), math.inf), z[: k - 1]]).flip(0)  # z_{K−l−1}, with z_0 = ∞
+    level = (before > tails / from_one).to(torch.int8).argmax()
+    head = torch.cat([z.new_zeros(1), z[: k - 1].square().cumsum(0)]).flip(0)[level]
+    return (head + tails[level].square() / from_one[level]).sqrt()
 
 
 def signed(x: Tensor, radius: float) -> Tensor:

@@ -171,7 +171,7 @@ class SFW(Optimizer):
         divisible = isinstance(constraint, KSparsePolytope | Unconstrained)
         unit = ROW if self._split is not None and n > self._split and divisible else 0
         description = f"{tuple(parameter.shape)} {parameter.dtype} {constraint!r}"
-        return Item(name_of(group, number, index), cost(n, constraint), n, description, unit)
+        return Item(name_of(group, number, index), cost(parameter.shape, constraint), n, description, unit)
 
     def merge_groups(self) -> None:
         """:func:`~sfw_dist.groups.merged`, before an engine takes the groups that steps group by group."""

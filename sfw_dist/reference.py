@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from sfw_dist.constraints import Constraint, KSparsePolytope, KSupportBall, LpBall
+from sfw_dist.structured import GroupKSupportBall, NuclearBall, SpectralKSupportBall
 
 
 class Step(NamedTuple):
@@ -32,7 +34,8 @@ def sfw_step(
     Args:
         theta, g: the tensor and its gradient, of one shape and any floating-point type.
         m: the momentum that the step before returned; ``None`` on the tensor's first step.
-        constraint: a concrete :class:`KSparsePolytope`, :class:`KSupportBall`, or :class:`LpBall` with p = 2 or ∞.
+        constraint: a concrete :class:`KSparsePolytope`, :class:`KSupportBall`, :class:`LpBall` with p = 2 or ∞,
+            :class:`GroupKSupportBall`, :class:`NuclearBall` or :class:`SpectralKSupportBall`.
         rescale: ``gradient``, ``fast_gradient``, ``diameter`` or ``none``.
     """
     theta, g = theta.double(), g.double()
@@ -70,6 +73,16 @@ def lmo(m: Tensor, constraint: Constraint) -> tuple[Tensor, float]:
         case LpBall(p=math.inf):
             r = constraint.radius(n)
             return -r * m.sign(), 2 * r * math.sqrt(n)
+        case GroupKSupportBall():
+            rows, r = matrix(m), constraint.radius(n)
+            kept = top_k(rows.norm(dim=1), constraint.k_of(len(rows))) > 0
+            return (-r * unit(rows * kept[:, None])).view(m.shape), 2 * r
+        case NuclearBall():
+            r = constraint.radius(n)
+            return -r * unit(truncated(m, 1)), 2 * r
+        case SpectralKSupportBall():
+            r = constraint.radius(n)
+            return -r * unit(truncated(m, constraint.k_of(min(matrix(m).shape)))), 2 * r
     raise ValueError(f"the reference has no LMO for {constraint!r}")
 
 
@@ -80,6 +93,17 @@ def top_k(x: Tensor, k: int) -> Tensor:
     kept = flat.new_zeros(flat.shape)
     kept[largest] = flat[largest]
     return kept.view(x.shape)
+
+
+def matrix(x: Tensor) -> Tensor:
+    """``x`` as a matrix of its first dimension by all others."""
+    return x.reshape(len(x), -1) if x.ndim > 0 else x.reshape(1, 1)
+
+
+def truncated(x: Tensor, k: int) -> Tensor:
+    """The nearest matrix of rank ``k``: the ``k`` largest singular triplets, by an SVD."""
+    u, s, vh = torch.linalg.svd(matrix(x), full_matrices=False)
+    return (u[:, :k] * s[:k] @ vh[:k]).view(x.shape)
 
 
 def unit(x: Tensor) -> Tensor:

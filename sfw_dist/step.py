@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sfw_dist.constraints import Constraint, LpBall, Unconstrained, Vertex
+from sfw_dist.constraints import Constraint, Unconstrained, Vertex
 from sfw_dist.placement import local
 from sfw_dist.reduction import Products, frank_wolfe_products, square_root, tree_sum
 from sfw_dist.wire import HEADER, VertexFormat
@@ -45,7 +45,7 @@ class Slot:
         n = parameter.numel()
         dtype = step_dtype(parameter)
         radius = constraint.radius(n) if constraint.signs_only else None
-        support = min(constraint.support(n), stop - start)
+        support = min(constraint.nonzeros(parameter.shape), stop - start)
         return cls(
             name,
             parameter,
@@ -77,16 +77,14 @@ def step_dtype(parameter: Tensor) -> torch.dtype:
     return torch.float64 if parameter.dtype == torch.float64 else torch.float32
 
 
-def cost(n: int, constraint: Constraint) -> float:
-    """Of the owner's work on a tensor of n entries, in memory passes times entries.
+def cost(shape: torch.Size, constraint: Constraint) -> float:
+    """Of the owner's work on a tensor of this shape, in memory passes times entries.
 
-    3 passes for the momentum (m in and out, g); for a constrained tensor 2 more for the step size (m, θ); and about
-    4 for a selection (magnitudes out, partition in and out, scan) where vertices are sparse.
+    3 passes for the momentum (m in and out, g); for a constrained tensor 2 more for the step size (m, θ), and the LMO.
     """
     if isinstance(constraint, Unconstrained):
-        return 3.0 * n
-    dense = isinstance(constraint, LpBall) and constraint.p != 1
-    return (5.0 if dense else 9.0) * n
+        return 3.0 * shape.numel()
+    return 5.0 * shape.numel() + constraint.work(shape)
 
 
 def answer(slot: Slot, state: dict[str, Any], gradient: Tensor | None) -> tuple[Tensor, Vertex]:
@@ -102,7 +100,8 @@ def answer(slot: Slot, state: dict[str, Any], gradient: Tensor | None) -> tuple[
         lr = torch.as_tensor(slot.group["lr"], dtype=torch.float64, device=m.device)
         poison = torch.where(m.isfinite().all(), 0.0, torch.nan).to(lr)
         return torch.stack([lr + poison, poison, lr]), Vertex(None, m)
-    vertex = slot.constraint.lmo_vertex(m)
+    # Some sets look at rows and singular values; those that do not may have to answer for a part of a tensor.
+    vertex = slot.constraint.lmo_vertex(m.view(slot.parameter.shape) if slot.whole else m)
     return step_size(slot, frank_wolfe_products(m, slot.theta(), *vertex)), vertex
 
 
