@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 
@@ -81,11 +81,20 @@ class Progress:
             for key, value in tensor_statistics._asdict().items():
                 self._board.add_scalar(f"{key}/{name}", value, step)
 
-    def epoch_done(self, epoch: int, step: int, train_loss: float, validation: Metrics | None, rate: float) -> None:
+    def epoch_done(
+        self,
+        epoch: int,
+        step: int,
+        train_loss: float,
+        validation: Metrics | None,
+        rate: float,
+        notes: Mapping[str, float],
+    ) -> None:
+        """``notes``: what else the epoch trained with, by name."""
         if not self._board:
             return
         seconds = round(time.perf_counter() - self._epoch_began, 3)
-        record = {"train_loss": train_loss, "lr": rate, "seconds": seconds}
+        record = {"train_loss": train_loss, "lr": rate, "seconds": seconds, **notes}
         text = f"epoch {epoch:3d}/{self._config.train.epochs}  loss {train_loss:.4f}"
         if validation:
             record |= {f"validation_{key}": value for key, value in asdict(validation).items()}

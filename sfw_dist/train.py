@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from jsonargparse import ArgumentParser
+from torch import Tensor
 
 from sfw_dist import checkpoint
 from sfw_dist.config import Config, load_config, parse_run
@@ -32,12 +33,14 @@ from sfw_dist.engine import Engine, check_world, open_engine
 from sfw_dist.errors import UserError, reports_user_errors
 from sfw_dist.files import make_folder
 from sfw_dist.interrupt import Interrupt
+from sfw_dist.methods import PREFIX as METHOD_PREFIX
+from sfw_dist.methods import Method, open_method
 from sfw_dist.metrics import Metrics, measure
 from sfw_dist.models import build_model
 from sfw_dist.optim import SFW
 from sfw_dist.progress import Progress, open_progress
 from sfw_dist.run import RunFolder
-from sfw_dist.schedule import Schedule
+from sfw_dist.schedule import KSchedule, Schedule
 
 _EXAMPLES = "\n".join((__doc__ or "").split("\n\n")[1].splitlines())
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -110,8 +113,10 @@ def train(config: Config, world: World, *, resume: bool = False, interrupt: Inte
     engine = open_engine(model, config, world)
     engine.warm_up(info.image_shape)
     schedule = Schedule(engine.optimizer, config.schedule, config.train.epochs)
+    k_schedule = KSchedule(engine.optimizer, config.optimizer, config.train.epochs)
+    method = open_method(engine, config, config.train.epochs * len(loaders["train"]))
     with _alone(run, world):
-        training = _Training(config, world, run, loaders, normalize, mix, engine, schedule)
+        training = _Training(config, world, run, loaders, normalize, mix, engine, schedule, k_schedule, method)
         training.restore()
         with nullcontext(interrupt) if interrupt else Interrupt() as noted:
             return _train(training, config, world, noted)
@@ -138,12 +143,12 @@ def _train(training: _Training, config: Config, world: World, interrupt: Interru
             if not whole:
                 progress.interrupted(training.save(), _how_to_go_on(training.run, config, world))
                 return _INTERRUPTED
-            rate = training.engine.optimizer.param_groups[0]["lr"]
+            rate, notes = training.engine.optimizer.param_groups[0]["lr"], training.notes()
             training.schedule.step(loss)
             position.begin_epoch(position.epoch + 1, world)
             validation = training.measure("validation") if "validation" in training.loaders else None
             training.save(validation)
-            progress.epoch_done(position.epoch, position.step, loss, validation, rate)
+            progress.epoch_done(position.epoch, position.step, loss, validation, rate, notes)
 
         # The one look at the test set: nothing is chosen by it.
         test = training.measure("test")
@@ -169,19 +174,32 @@ class _Training:
     mix: Mix
     engine: Engine
     schedule: Schedule
+    k_schedule: KSchedule
+    method: Method
     position: Position = field(default_factory=Position)
 
     def restore(self) -> None:
         """Go to the newest complete checkpoint, if there is one; and have the folder there."""
         latest = checkpoint.newest(self.run.checkpoints)
         if latest is not None:
-            tensors, state = checkpoint.load(latest, lambda stored: self.engine.room(stored, latest))
+            tensors, state = checkpoint.load(latest, lambda stored: self._room(stored, latest))
+            self.method.load(tensors)
             self.engine.load(tensors, state["options"], source=latest)
             self.schedule.load_state_dict(state["schedule"])
             self.position = Position(**state["position"])
         if self.world.main:
             self.run.create(self.config)
         barrier(self.world)
+
+    def _room(self, stored: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
+        of_method = {name: tensor for name, tensor in stored.items() if name.startswith(METHOD_PREFIX)}
+        others = {name: tensor for name, tensor in stored.items() if name not in of_method}
+        return self.engine.room(others, source) | checkpoint.on_cpu(of_method)
+
+    def notes(self) -> dict[str, float]:
+        """What changes from epoch to epoch beside the learning rate, in the present one."""
+        k_frac = {"k_frac": self.k_schedule.k_frac(self.position.epoch)} if self.k_schedule.changes else {}
+        return k_frac | self.method.notes()
 
     @property
     def finished(self) -> bool:
@@ -191,6 +209,7 @@ class _Training:
         """The rest of the epoch, from the position, which it moves; False when a rank was interrupted in it."""
         position, world, loader = self.position, self.world, self.loaders["train"]
         loader.load_state_dict({"epoch": position.epoch, "batch": position.batch})
+        self.k_schedule.begin_epoch(position.epoch)
         loss_sum = torch.tensor(position.loss_sum(world), dtype=torch.float64, device=world.device)
         # On a GPU a vote makes the host wait for the device, so it is held less often.
         votes_every = 1 if world.device.type == "cpu" else self.config.train.log_every
@@ -200,7 +219,8 @@ class _Training:
             # Dropout and the like depend on the step alone, so that a resumed run repeats an uninterrupted one.
             torch.manual_seed(_step_seed(self.config.seed, position.step, world.rank))
             images, labels = images.to(world.device, non_blocking=True), labels.to(world.device, non_blocking=True)
-            loss = self.engine.train_step(*self.mix(self.normalize(images), labels, position.step))
+            inputs, targets = self.mix(self.normalize(images), labels, position.step)
+            loss = self.method.train_step(inputs, targets, position.step)
             loss_sum += loss
             position.step += 1
             position.batch += 1
@@ -234,6 +254,10 @@ class _Training:
             lockstep=self.engine.lockstep,
         )
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds; collective."""
+        return self.engine.tensors() | self.method.tensors()
+
     def save(self, validation: Metrics | None = None) -> Path:
         """Write a checkpoint, and let ``best`` name it if no earlier one has its validation accuracy; collective."""
         position, world, folder = self.position, self.world, self.run.checkpoints
@@ -246,7 +270,7 @@ class _Training:
             "options": self.engine.options(),
         }
         path = checkpoint.save(
-            folder, self.engine.tensors(), state, world, epoch=position.epoch, step=position.step, best=best
+            folder, self.tensors(), state, world, epoch=position.epoch, step=position.step, best=best
         )
         if world.main:
             checkpoint.keep_newest(folder, self.config.train.keep_checkpoints)

@@ -28,11 +28,12 @@ LAYERS = (
     {"prune", "recalibration", "interrupt", "binding"},
     # The optimizer: one tensor's step, what travels together, and what happens to gradients on the way.
     {"step", "batch", "sharded", "holding", "groups", "state", "statistics", "reducer", "comm_hook", "optim"}
-    | {"variants"},
+    | {"variants", "first_step", "init"},
     # `__init__` offers the optimizer's names to scripts that want nothing else.
     {"__init__", "config"},
     {"data", "schedule", "run", "checkpoint", "metrics", "progress"},
     {"engine"},
+    {"methods"},
     {"train", "trained", "max_drop", "evaluate"},
 )
 APART = {"report": {"errors", "files"}}

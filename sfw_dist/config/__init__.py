@@ -9,6 +9,7 @@ Unknown keys and values outside a field's domain raise :class:`~sfw_dist.errors.
 the remedy.
 """
 
+from sfw_dist.config.methods import CramConfig, GradualConfig, KScheduleConfig
 from sfw_dist.config.parse import check_keys, instantiate, load_config, parse_run, read_yaml, save_config
 from sfw_dist.config.schema import (
     Config,
@@ -27,9 +28,12 @@ from sfw_dist.config.schema import (
 __all__ = [
     "Config",
     "ConstraintConfig",
+    "CramConfig",
     "DataConfig",
     "DeepSpeedConfig",
     "FSDPConfig",
+    "GradualConfig",
+    "KScheduleConfig",
     "ModelConfig",
     "OptimizerConfig",
     "PruneConfig",

@@ -10,15 +10,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from sfw_dist.config.domain import require as _require
+from sfw_dist.config.methods import CramConfig, GradualConfig, KScheduleConfig
 from sfw_dist.constraints import Constraint, KSparsePolytope, KSupportBall, LpBall, Unconstrained
 from sfw_dist.errors import UserError
 from sfw_dist.prune import PAPER_SPARSITIES, Kind, Scope
 from sfw_dist.step import Rescale
-
-
-def _require(valid: bool, key: str, value: object, domain: str, remedy: str) -> None:
-    if not valid:
-        raise UserError(f"{key} must be {domain}, got {value}: {remedy}")
 
 
 @dataclass
@@ -143,22 +140,25 @@ class ConstraintConfig:
 
 @dataclass
 class OptimizerConfig:
-    """The optimizer: SFW, or SGD as the baseline."""
+    """The optimizer: SFW, or one to compare it with."""
 
-    name: Literal["sfw", "sgd"] = "sfw"
-    """sfw: stochastic Frank-Wolfe; sgd: torch.optim.SGD."""
+    name: Literal["sfw", "sgd", "adagrad_sfw", "projected_sgd"] = "sfw"
+    """sfw: stochastic Frank-Wolfe; sgd: torch.optim.SGD; adagrad_sfw: Frank-Wolfe in AdaGrad's metric; projected_sgd:
+    SGD, and the nearest point of the set after each step. All but sgd have the constraint."""
     lr: float = 1.0
-    """Initial learning rate η; the paper's SFW takes 1.0, SGD about 0.05."""
+    """Initial learning rate η; the paper's SFW takes 1.0, SGD about 0.05, AdaGrad's SFW 0.01."""
     momentum: float = 0.9
     """Momentum ρ in [0, 1)."""
     rescale: Rescale = "gradient"
     """How the learning rate becomes a step size γ (sfw; docs/algorithm.md)."""
     weight_decay: float = 0.0
-    """L2 penalty: of all tensors for sgd, of the unconstrained ones for sfw."""
+    """L2 penalty: of all tensors for sgd and projected_sgd, of the unconstrained ones for sfw and adagrad_sfw."""
     constraint: ConstraintConfig = field(default_factory=ConstraintConfig)
-    """The constraint set (sfw)."""
+    """The constraint set (all but sgd); of lp with p 1, 2 or .inf for projected_sgd."""
+    k_schedule: KScheduleConfig = field(default_factory=KScheduleConfig)
+    """K over the training (k_sparse, k_support)."""
     unconstrained: Literal["none", "norm_and_bias"] = "none"
-    """Which tensors sfw leaves unconstrained and trains by momentum SGD."""
+    """Which tensors are left unconstrained and trained by momentum SGD (all but sgd)."""
     unconstrained_lr: float = 0.05
     """Initial learning rate of those tensors."""
     grads: Literal["all_reduce", "reduce_to_owner", "reduce_to_owner_bf16"] = "all_reduce"
@@ -167,13 +167,33 @@ class OptimizerConfig:
     """Select and exchange vertices while the backward pass goes on (sfw, several ranks); the same to the bit."""
 
     def __post_init__(self) -> None:
-        remedy = "write 1.0 for sfw or 0.05 for sgd"
+        remedy = "write 1.0 for sfw, 0.05 for sgd or 0.01 for adagrad_sfw"
         _require(0 < self.lr < math.inf, "optimizer.lr", self.lr, "> 0", remedy)
         _require(self.unconstrained_lr > 0, "optimizer.unconstrained_lr", self.unconstrained_lr, "> 0", "write 0.05")
         _require(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "in [0, 1)", "write 0.9")
         _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "at least 0", "write 0.0005 or 0")
         plain = self.name == "sfw" or (self.grads == "all_reduce" and not self.overlap)
         _require(plain, "optimizer.grads and overlap", f"{self.grads}, {self.overlap}", "for sfw", "leave them out")
+        if self.k_schedule.kind != "none":
+            self._check_k_schedule()
+        if self.name == "projected_sgd":
+            chosen, p = self.constraint.set, self.constraint.p
+            projects = chosen == "unconstrained" or (chosen == "lp" and p in (1, 2, math.inf))
+            given = f"{chosen} with p {p}" if chosen == "lp" else chosen
+            domain = "a set with a projection for projected_sgd"
+            _require(projects, "optimizer.constraint.set", given, domain, "write set: lp and p: 2")
+
+    def _check_k_schedule(self) -> None:
+        beside = f" beside k_schedule.kind: {self.k_schedule.kind}"
+        none = "or optimizer.k_schedule.kind: none"
+        chosen, radius = self.constraint.set, self.constraint.radius
+        constrained = self.name in ("sfw", "adagrad_sfw")
+        _require(constrained, "optimizer.name", self.name, "sfw or adagrad_sfw" + beside, f"write sfw, {none}")
+        of_k = chosen in ("k_sparse", "k_support")
+        domain = "k_sparse or k_support" + beside
+        _require(of_k, "optimizer.constraint.set", chosen, domain, f"write k_sparse, {none}")
+        domain = "absent" + beside + ", which keeps the diameter"
+        _require(radius is None, "optimizer.constraint.radius", radius, domain, f"write diameter or tau, {none}")
 
 
 @dataclass
@@ -284,6 +304,11 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    method: Literal["plain", "gradual", "cram"] = "plain"
+    """plain: the optimizer's steps alone; gradual: magnitude pruning while SGD trains; cram: compression-aware steps,
+    of two gradients each (docs/algorithm.md)."""
+    gradual: GradualConfig = field(default_factory=GradualConfig)
+    cram: CramConfig = field(default_factory=CramConfig)
     fsdp: FSDPConfig = field(default_factory=FSDPConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     prune: PruneConfig = field(default_factory=PruneConfig)
@@ -293,13 +318,32 @@ class Config:
         valid = plain and self.name.isprintable() and len(self.name) <= 100
         _require(valid, "name", repr(self.name), "a plain folder name", "write letters, digits, '_', '-' and '.'")
         _require(self.seed >= 0, "seed", self.seed, "at least 0", "write 0")
+        self._check_method()
         if self.engine != "ddp":
             self._check_divided()
+
+    def _check_method(self) -> None:
+        """What goes on beside plain steps needs every gradient on every rank, and an optimizer it was tried with."""
+        if self.method == "plain":
+            return
+        beside = f" beside method: {self.method}"
+        trained, gathered = self.optimizer.name, self.optimizer.grads
+        tried = ("sgd",) if self.method == "gradual" else ("sgd", "sfw")
+        domain = " or ".join(tried) + beside
+        _require(trained in tried, "optimizer.name", trained, domain, "write sgd and its lr, or method: plain")
+        _require(gathered == "all_reduce", "optimizer.grads", gathered, "all_reduce" + beside, "leave it out")
+        _require(not self.optimizer.overlap, "optimizer.overlap", True, "false" + beside, "leave it out")
 
     def _check_divided(self) -> None:
         """What needs the whole network, or all of its gradients, on every rank."""
         beside = f" beside engine: {self.engine}"
         remedy = "leave it out, or write engine: ddp"
+        optimizer = self.optimizer.name
+        _require(optimizer in ("sfw", "sgd"), "optimizer.name", optimizer, "sfw or sgd" + beside, "write engine: ddp")
+        _require(self.method == "plain", "method", self.method, "plain" + beside, remedy)
+        if self.engine == "deepspeed":
+            kind = self.optimizer.k_schedule.kind
+            _require(kind == "none", "optimizer.k_schedule.kind", kind, "none" + beside, remedy + " or fsdp")
         _require(
             self.optimizer.grads == "all_reduce", "optimizer.grads", self.optimizer.grads, "all_reduce" + beside, remedy
         )

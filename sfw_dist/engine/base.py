@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,25 +20,32 @@ from sfw_dist.constraints import Unconstrained
 from sfw_dist.distributed import World, broadcast_buffers
 from sfw_dist.errors import UserError
 from sfw_dist.optim import SFW
+from sfw_dist.variants import AdaGradSFW, ProjectedSGD
+
+_SHAPED = ("momentum_buffer", "sum_of_squares")
+"""State of an optimizer that has the shape of its parameter."""
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
-    """SFW or SGD over all of ``model``'s parameters, which it knows by name."""
-    if config.name == "sgd":
-        named = list(model.named_parameters())
-        return SGD(named, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
-    return SFW(
-        sfw_groups(model, config),
-        lr=config.lr,
-        momentum=config.momentum,
-        rescale=config.rescale,
-        weight_decay=config.weight_decay,
-    )
+    """The optimizer that the configuration asks for, over all of ``model``'s parameters, which it knows by name."""
+    options: dict[str, Any] = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
+    match config.name:
+        case "sgd":
+            return SGD(list(model.named_parameters()), **options)
+        case "projected_sgd":
+            return ProjectedSGD(constrained_groups(model, config), **options)
+        case "adagrad_sfw":
+            return AdaGradSFW(constrained_groups(model, config), **options)
+        case "sfw":
+            return SFW(constrained_groups(model, config), rescale=config.rescale, **options)
 
 
-def sfw_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """The param groups of SFW, the unconstrained one with its own learning rate."""
-    groups = constrain(model, config.constraint.build(), unconstrained=config.unconstrained)
+def constrained_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """One param group a constrained tensor, and one of the unconstrained, with a learning rate of its own."""
+    of_first_epoch = config.constraint
+    if config.k_schedule.kind != "none":
+        of_first_epoch = replace(of_first_epoch, k_frac=config.k_schedule.start)
+    groups = constrain(model, of_first_epoch.build(), unconstrained=config.unconstrained)
     for group in groups:
         if isinstance(group["constraint"], Unconstrained):
             group["lr"] = config.unconstrained_lr
@@ -75,6 +83,12 @@ class Engine(ABC):
 
     def train_step(self, images: Tensor, labels: Tensor) -> Tensor:
         """One optimizer step on this rank's part of a batch; the mean cross-entropy of that part, detached."""
+        loss = self.gradients(images, labels)
+        self.optimizer.step()
+        return loss
+
+    def gradients(self, images: Tensor, labels: Tensor) -> Tensor:
+        """A step's gradients, in new tensors, without the step; the loss as for :meth:`train_step`."""
         self.model.train()
         self.optimizer.zero_grad()
         total = torch.zeros((), device=self._world.device)
@@ -85,7 +99,6 @@ class Engine(ABC):
                 loss = loss / self._config.train.accumulate
                 loss.backward()
             total += loss.detach()
-        self.optimizer.step()
         return total
 
     def micro_batches(self, images: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -162,8 +175,8 @@ class Engine(ABC):
     def _check_names(self, stored: Mapping[str, Tensor], source: object) -> None:
         wanted = {f"model.{name}": shape for name, shape in self._shapes.items()}
         # Momentum may be absent (SGD's is before the first step), but not of another shape.
-        momentum = {f"optimizer.momentum_buffer.{name}": shape for name, shape in self._shapes.items()}
-        wanted |= {name: shape for name, shape in momentum.items() if name in stored}
+        kept = {f"optimizer.{key}.{name}": shape for key in _SHAPED for name, shape in self._shapes.items()}
+        wanted |= {name: shape for name, shape in kept.items() if name in stored}
         found = {name: t.shape for name, t in stored.items() if not name.startswith("optimizer.step.")}
         for name in wanted.keys() | found.keys():
             shapes = [tuple(of[name]) if name in of else "absent" for of in (wanted, found)]
@@ -209,7 +222,7 @@ def optimizer_state(tensors: Mapping[str, Tensor], options: list[dict[str, Any]]
     groups = [{**group, "params": [next(indices) for _ in group["param_names"]]} for group in options]
     state: dict[int, dict[str, Tensor]] = {}
     for index, name in enumerate(names):
-        for key in ("step", "momentum_buffer"):
+        for key in ("step", *_SHAPED):
             value = tensors.get(f"optimizer.{key}.{name}")
             if value is not None:
                 state.setdefault(index, {})[key] = value
