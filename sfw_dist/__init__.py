@@ -3,6 +3,7 @@
 from sfw_dist.binding import constrain
 from sfw_dist.comm_hook import reduce_to_owner
 from sfw_dist.constraints import KSparsePolytope, KSupportBall, LpBall, Unconstrained
+from sfw_dist.init import sfw_init
 from sfw_dist.optim import SFW
 from sfw_dist.prune import prune
 from sfw_dist.replicas import verify_replicas
@@ -23,5 +24,6 @@ __all__ = [
     "constrain",
     "prune",
     "reduce_to_owner",
+    "sfw_init",
     "verify_replicas",
 ]

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
-from sfw_dist import SFW, KSparsePolytope, LpBall
+from sfw_dist import SFW, KSparsePolytope, LpBall, sfw_init
 from sfw_dist.constraints import Constraint
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -73,3 +75,33 @@ def test_trajectory_is_the_published_one(run: dict[str, Any]) -> None:
             expected = TRAJECTORY[f"{run['key']}_p{j}"][step]
             scale = float(np.abs(expected).max()) or 1.0
             torch.testing.assert_close(parameter.data, torch.from_numpy(expected), rtol=1e-5, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize(("iterations", "rtol"), [(1, 1e-5), (20, 1e-5), (390, 1e-3)])
+def test_sfw_init_is_the_published_one(iterations: int, rtol: float) -> None:
+    """Adam without bias correction, or batches fetched in another order, show after one and after 20 iterations.
+
+    The convolution's bias stands before a BatchNorm, which takes it away again: its derivative is 0, and the published
+    scale of it what Adam makes of rounding.
+    """
+    stored = np.load(GOLDEN / f"sfw_init_{iterations}.npz")
+    net = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()),
+        *(nn.Conv2d(8, 16, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)),
+    )
+    assert [name for name, _ in net.named_parameters()] == list(stored["names"])
+    net.load_state_dict({n: torch.from_numpy(stored[f"w0.{n}"]) for n in stored["names"]}, strict=False)
+    groups = [
+        {"params": [(name, parameter)], "constraint": KSparsePolytope(k=int(k), radius=float(radius))}
+        for (name, parameter), k, radius in zip(net.named_parameters(), stored["k"], stored["radius"], strict=True)
+    ]
+    batches = list(zip(torch.from_numpy(stored["x"]), torch.from_numpy(stored["y"]), strict=True))
+    scales = sfw_init(net, F.cross_entropy, batches, groups, lr=1.0, steps=iterations)
+    for name, parameter in net.named_parameters():
+        expected = torch.from_numpy(stored[f"w1.{name}"])
+        if name == "0.bias":
+            assert abs(scales[name] - 1) < 1e-3 * iterations
+        else:
+            torch.testing.assert_close(parameter.detach(), expected, rtol=rtol, atol=1e-7)
+    assert scales["1.bias"] == scales["4.bias"] == 1  # zeros
