@@ -193,6 +193,78 @@ def test_two_runs_share_the_csv_and_the_curve(make_run: MakeRun) -> None:
     assert sfw.get_color() == sfw_dense.get_color() != sgd.get_color() == sgd_dense.get_color()
 
 
+def recalibrate(run: Path, gain: float = 0.01, batches: int = 9, **more: Any) -> None:
+    """Give a run's results an accuracy after recalibration."""
+    for path in (run / "prune").iterdir():
+        result = json.loads(path.read_text())
+        anew = {"top1_recalibrated": result["top1"] + gain, "top5_recalibrated": None, "loss_recalibrated": 0.05}
+        told = {"bn_recalibrated": True, "bn_layers": 3, "recalibration_batches": batches}
+        path.write_text(json.dumps({**result, **anew, **told, **more}))
+
+
+def test_both_curves_of_a_run_are_drawn_and_told_apart(make_run: MakeRun) -> None:
+    """Raw and recalibrated accuracies change places, or a run is not known by its colour any more."""
+    runs = [make_run("a"), make_run("b", accuracy={0.0: 0.9, 0.9: 0.3})]
+    for run in runs:
+        recalibrate(run)
+    figure = figures.draw_curve(read_runs(runs))
+    for axes in figure.axes[:2]:
+        raw, dense, anew, raw_b, _, anew_b = axes.get_lines()
+        assert np.asarray(anew.get_ydata()) == pytest.approx(np.asarray(raw.get_ydata()) + 1)
+        assert list(np.asarray(raw_b.get_ydata())) == [90.0, 30.0]
+        assert raw.get_linestyle() == raw_b.get_linestyle() == "--" and anew.get_linestyle() == "-"
+        assert list(np.asarray(dense.get_ydata())) == [98.0, 98.0]
+        assert raw.get_color() == dense.get_color() == anew.get_color() != anew_b.get_color() == raw_b.get_color()
+    told = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert told == ["a", "b", "BatchNorm recalibrated", "BatchNorm as trained", "dense accuracy, as trained"]
+
+
+def test_tables_and_csv_hold_both_accuracies(make_run: MakeRun) -> None:
+    """An accuracy stands in the other's row; a budget is counted from the dense accuracy of the other curve."""
+    run = make_run(accuracy={0.0: 0.95, 0.5: 0.94, 0.9: 0.93})
+    recalibrate(run, gain=0.03, top1_recalibrated=0.96)
+    cells = Parsed(page_of(run)).cells
+    assert cells[0] == ["Run", "Optimizer", "Pruning", "BatchNorm", "Dense", "50 %", "90 %"]
+    assert cells[1] == ["digits_sfw", "sfw", "global, weights", "as trained", "95.0", "94.0", "93.0"]
+    assert cells[2][3:] == ["recalibrated", "96.0", "96.0", "96.0"]
+    assert ["digits_sfw", "as trained", "0 %", "50 %", "90 %", "90 %"] in cells
+    assert ["digits_sfw", "recalibrated", *["90 %"] * 4] in cells
+    row = rows_of(run)[2]
+    assert (row["top1"], row["top1_recalibrated"], row["bn_recalibrated"]) == ("0.93", "0.96", "True")
+    assert (row["loss_recalibrated"], row["recalibration_batches"]) == ("0.05", "9")
+
+
+def test_files_from_before_recalibration_are_read(make_run: MakeRun) -> None:
+    """An old run cannot be reported any more, has an empty second curve, or takes the other's away."""
+    old, new, mixed, plain = make_run("old"), make_run("new"), make_run("mixed"), make_run("plain")
+    (row,) = {(row["bn_recalibrated"], row["top1_recalibrated"]) for row in rows_of(old)}
+    assert row == ("False", "")
+    assert "not recalibrated" not in page_of(old) and "BatchNorm</th>" not in page_of(old)
+    recalibrate(new)
+    recalibrate(mixed)
+    recalibrate(plain, top1_recalibrated=None, bn_layers=0)
+    path = mixed / "prune" / "s0.9000.json"
+    path.write_text(json.dumps(pruning_result(0.9, 0.5)))
+    path = mixed / "prune" / "s0.5000.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"recalibration_batches": 2}))
+    assert len(figures.draw_curve(read_runs([old, new])).axes[0].get_lines()) == 2 + 3
+    text = page_of(old, new, mixed, plain)
+    assert "old: BatchNorm was not recalibrated anywhere." in text and "new: BatchNorm" not in text
+    assert "mixed: BatchNorm was not recalibrated at 90 %." in text
+    assert "mixed: BatchNorm was recalibrated over different numbers of batches (2, 9)." in text
+    assert "plain: the network has no BatchNorm to recalibrate." in text
+
+
+def test_dense_accuracy_after_training_is_not_of_the_recalibrated_curve(make_run: MakeRun) -> None:
+    """Without a result at sparsity 0 a budget would compare statistics as trained with recalibrated ones."""
+    run = make_run(accuracy={0.9: 0.9})
+    recalibrate(run)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"event": "eval", "split": "test", "sparsity": 0.0, "top1": 0.96}) + "\n")
+    raw, anew = (curve.run for curve in table.curves(read_runs([run])))
+    assert (raw.dense_top1, anew.dense_top1) == (0.96, None)
+
+
 def test_table_shows_percent_with_one_decimal(make_run: MakeRun) -> None:
     """Fractions instead of percent, cells under the wrong sparsity, or a missing sparsity that shifts the row."""
     runs = [make_run("a"), make_run("b", accuracy={0.0: 0.99, 0.9: 0.3})]

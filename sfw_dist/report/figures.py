@@ -17,10 +17,11 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLocator
 
 from sfw_dist.report.runs import PruningResult, Record, Run, number
-from sfw_dist.report.table import chosen_sparsities, percent
+from sfw_dist.report.table import AS_TRAINED, RECALIBRATED, chosen_sparsities, curves, percent
 
 FloatArray = npt.NDArray[np.float64]
 Series = tuple[FloatArray, FloatArray]  # epochs, values
+Lines = dict[str, dict[str, Any]]  # what a legend says, and the style of the line beside it
 
 # Okabe and Ito's colours, which people with any colour vision can tell apart; their yellow is too pale for a line.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -28,7 +29,9 @@ MARKERS = ("o", "s", "^", "D", "v", "P")  # 6 and 7 have no common factor: 42 ru
 LAYER_SPARSITIES = (0.5, 0.9, 0.95, 0.99)
 SPARSITY_TICKS = (0.0, 0.9, 0.99, 0.999, 0.5, 0.95, 0.995, 0.8, 0.98, 0.998, 0.7, 0.97)  # the most wanted first
 RATIO_TICKS = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)
-DASHES = (0, (5, 4))
+DASHES, DOTS = (0, (5, 4)), (0, (1, 2.5))
+DASHED: dict[str, Any] = {"linestyle": DASHES, "linewidth": 1}
+WITHOUT: dict[str, Any] = {"linestyle": (0, (4, 2)), "linewidth": 1.3}  # a curve as trained, beside one recalibrated
 MOST_DECADES = 8  # of magnitudes below the largest weight
 MOST_LAYER_NAMES = 60
 LONGEST_LABEL = 48
@@ -73,21 +76,26 @@ def draw_all(runs: Sequence[Run]) -> dict[str, bytes]:
 
 
 def draw_curve(runs: Sequence[Run]) -> Figure:
-    """Accuracy against sparsity, and against the theoretical speed-up; dashed: the dense accuracy.
+    """Accuracy against sparsity, and against the theoretical speed-up; dotted: the dense accuracy as trained.
 
+    Where any run has BatchNorm recalibrated, lines are solid with that and dashed, their markers hollow, without.
     The axis of sparsity is logarithmic in the fraction that is kept: 90 % to 99 % take as much room as 0 % to 90 %.
     """
     figure = Figure(figsize=(10.5, 5.0), layout="constrained")
     by_sparsity, by_speedup = figure.subplots(1, 2, sharey=True, width_ratios=(1.9, 1))
-    for index, run in enumerate(runs):
-        style = {"color": colour(index), "marker": _marker(index), "markersize": 4.5}
-        results = [result for result in run.results if _density(result) > 0]  # an empty network has no place there
+    shown = curves(runs)
+    both = any(curve.batchnorm == RECALIBRATED for curve in shown)
+    for curve in shown:
+        style = {"color": colour(curve.index), "marker": _marker(curve.index), "markersize": 4.5}
+        if both and curve.batchnorm == AS_TRAINED:
+            style |= {**WITHOUT, "markerfacecolor": "white"}
+        results = [result for result in curve.run.results if _density(result) > 0]  # an empty one has no place there
         top1 = [100 * result.top1 for result in results]
         by_sparsity.plot([_density(result) for result in results], top1, **style)
         by_speedup.plot([result.theoretical_speedup for result in results], top1, **style)
-        if run.dense_top1 is not None:
+        if curve.batchnorm == AS_TRAINED and (dense := curve.run.dense_top1) is not None:
             for axes in (by_sparsity, by_speedup):
-                axes.axhline(100 * run.dense_top1, color=colour(index), linestyle=DASHES, linewidth=1, zorder=1)
+                axes.axhline(100 * dense, color=colour(curve.index), linestyle=DOTS, linewidth=1, zorder=1)
 
     densities = [_density(result) for run in runs for result in run.results if _density(result) > 0]
     _scale_sparsity(by_sparsity, "x", min(densities, default=1.0), distance=0.05)
@@ -99,7 +107,9 @@ def draw_curve(runs: Sequence[Run]) -> Figure:
     by_speedup.tick_params("y", left=False)
     by_speedup.set(xscale="log", xlabel="theoretical speed-up: dense FLOPs / FLOPs left")
     _show_ratios(by_speedup.xaxis, RATIO_TICKS, "×")
-    _legend(figure, runs, dashed="dense accuracy")
+    kinds: Lines = {"BatchNorm recalibrated": {}, "BatchNorm as trained": WITHOUT} if both else {}
+    dotted = "dense accuracy, as trained" if both else "dense accuracy"
+    _legend(figure, runs, lines=kinds | {dotted: {"linestyle": DOTS, "linewidth": 1}})
     return figure
 
 
@@ -120,7 +130,7 @@ def draw_weights(runs: Sequence[Run]) -> Figure | None:
     by_value.set(title="By value", xlabel="weight w", ylabel="share of the weights in a bin (%)", yscale="log")
     by_magnitude.set(title="By magnitude", xlabel="log₁₀ |w|; zeros and smaller ones are in the first bin")
     by_magnitude.tick_params("y", which="both", left=False)
-    _legend(figure, runs, list(weights), dashed="median magnitude")
+    _legend(figure, runs, list(weights), lines={"median magnitude": DASHED})
     return figure
 
 
@@ -163,7 +173,7 @@ def draw_layers(runs: Sequence[Run]) -> Figure | None:
     panels[-1].set_xticks(range(0, len(names), step), shown, fontsize=8, parse_math=False)
     panels[-1].tick_params("x", rotation=90 if len(names) > 6 else 0)
     figure.supylabel("sparsity of the layer", fontsize=10, color=SOFT)
-    _legend(figure, runs, dashed="the whole network")
+    _legend(figure, runs, lines={"the whole network": DASHED})
     return figure
 
 
@@ -218,14 +228,16 @@ def _histogram(axes: Axes, values: npt.NDArray[np.float32], edges: FloatArray, c
     axes.stairs(shares, edges, color=color, alpha=0.12, fill=True)
 
 
-def _legend(figure: Figure, runs: Sequence[Run], indices: Sequence[int] | None = None, dashed: str = "") -> None:
-    """Name the runs below the panels; ``dashed`` says what the dashed lines are."""
+def _legend(
+    figure: Figure, runs: Sequence[Run], indices: Sequence[int] | None = None, lines: Lines | None = None
+) -> None:
+    """Name the runs below the panels; ``lines`` are what lines of some style, of any colour, are."""
     shown = range(len(runs)) if indices is None else indices
     handles = [Line2D([], [], color=colour(index), marker=_marker(index), markersize=4.5) for index in shown]
     labels = [_shortened(runs[index].label) for index in shown]
-    if dashed:
-        handles.append(Line2D([], [], color=SOFT, linestyle=DASHES, linewidth=1))
-        labels.append(dashed)
+    for label, style in (lines or {}).items():
+        handles.append(Line2D([], [], color=SOFT, **style))
+        labels.append(label)
     fitting = LEGEND_WIDTH // (max(map(len, labels)) + 8)  # 8: the line, the marker and the gap
     legend = figure.legend(handles, labels, loc="outside lower center", ncols=min(len(handles), fitting))
     for text in legend.get_texts():

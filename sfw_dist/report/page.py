@@ -11,7 +11,7 @@ from string import Template
 from sfw_dist.report.figures import colour
 from sfw_dist.report.runs import PruningResult, Run
 from sfw_dist.report.style import STYLE
-from sfw_dist.report.table import chosen_sparsities, notes, percent, sparsity_within
+from sfw_dist.report.table import AS_TRAINED, Curve, chosen_sparsities, curves, notes, percent, sparsity_within
 
 TABLE_SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
 BUDGETS = (0.005, 0.01, 0.02, 0.05)  # accuracy that may be lost, as fractions
@@ -77,11 +77,14 @@ DEFINITIONS = {
     "It is therefore a little below 1 / (1 − sparsity) when only weights are pruned.",
     "Theoretical speed-up": "FLOPs of the dense network over those that remain when multiplications by removed "
     "weights are skipped, in convolutions and linear layers. Hardware reaches it only with kernels for sparse weights.",
+    "BatchNorm recalibrated": "After pruning, the running statistics of BatchNorm were reset and measured anew on "
+    "training images; no weight changed. The dense network that such accuracies are compared with was, too.",
     "Top-1": "The fraction of images whose highest score is the right class.",
 }
 CAPTIONS = {
     "curve.png": "Top-1 accuracy after one-shot pruning. The axis of sparsity is logarithmic in what is kept, so that "
-    "the high sparsities are not squeezed together. A dashed line is the accuracy of the unpruned network.",
+    "the high sparsities are not squeezed together. Where BatchNorm was recalibrated after pruning, solid lines are "
+    "with that and dashed ones without. A dotted line is the accuracy of the unpruned network as trained.",
     "weights.png": "Weights of convolutions and linear layers, counts on a logarithmic axis. The more of them lie near "
     "zero, the less the network loses when the smallest are removed.",
     "layers.png": "How a sparsity of the whole network falls on its layers, in the order of the network. A cross is a "
@@ -112,32 +115,47 @@ def render(runs: Sequence[Run], images: Mapping[str, bytes]) -> str:
 
 
 def _accuracy_table(runs: Sequence[Run], sparsities: Sequence[float]) -> str:
-    """Runs as rows, sparsities as columns; the best of a column is set in bold."""
-    columns = [[run.dense_top1 for run in runs]]
-    columns += [[result.top1 if (result := run.at(sparsity)) else None for run in runs] for sparsity in sparsities]
+    """Curves as rows, sparsities as columns; the best of a column is set in bold."""
+    rows = curves(runs)
+    columns = [[row.run.dense_top1 for row in rows]]
+    columns += [[result.top1 if (result := row.run.at(sparsity)) else None for row in rows] for sparsity in sparsities]
     cells = [_top1_column(column) for column in columns]
-    head = ["Run", "Optimizer", "Pruning", "Dense", *map(percent, sparsities)]
+    batchnorm = _batchnorm_column(rows)
+    head = ["Run", "Optimizer", "Pruning", *batchnorm[0], "Dense", *map(percent, sparsities)]
     body = [
         [
-            _run_cell(run, index),
-            escape(run.optimizer) or MISSING,
-            escape(_methods(run)),
-            *(column[index] for column in cells),
+            _run_cell(row.run, row.index),
+            escape(row.run.optimizer) or MISSING,
+            escape(_methods(row.run)),
+            *batchnorm[place],
+            *(column[place - 1] for column in cells),
         ]
-        for index, run in enumerate(runs)
+        for place, row in enumerate(rows, 1)
     ]
-    return _table("Top-1 accuracy in percent, by sparsity", head, body, text_columns=3)
+    return _table("Top-1 accuracy in percent, by sparsity", head, body, text_columns=3 + len(batchnorm[0]))
+
+
+def _batchnorm_column(rows: Sequence[Curve]) -> list[list[str]]:
+    """A column's head and cells, a list each: empty where no run has two curves to tell apart."""
+    if all(row.batchnorm == AS_TRAINED for row in rows):
+        return [[] for _ in (None, *rows)]
+    return [["BatchNorm"], *([row.batchnorm] for row in rows)]
 
 
 def _budget_table(runs: Sequence[Run]) -> str:
-    head = ["Run", *(f"{100 * budget:g} point{'s' if budget > 0.01 else ''}" for budget in BUDGETS)]
+    rows = curves(runs)
+    batchnorm = _batchnorm_column(rows)
+    head = ["Run", *batchnorm[0], *(f"{100 * budget:g} point{'s' if budget > 0.01 else ''}" for budget in BUDGETS)]
     body = [
-        [_run_cell(run, index), *(_percent_or_missing(sparsity_within(run, budget)) for budget in BUDGETS)]
-        for index, run in enumerate(runs)
+        [
+            _run_cell(row.run, row.index),
+            *batchnorm[place],
+            *(_percent_or_missing(sparsity_within(row.run, budget)) for budget in BUDGETS),
+        ]
+        for place, row in enumerate(rows, 1)
     ]
-    return _table(
-        "What an accuracy budget buys: the sparsity up to which top-1 stays this close to the dense network", head, body
-    )
+    caption = "What an accuracy budget buys: the sparsity up to which top-1 stays this close to the dense network"
+    return _table(caption, head, body, text_columns=1 + len(batchnorm[0]))
 
 
 def _savings_table(runs: Sequence[Run], sparsities: Sequence[float]) -> str:

@@ -6,7 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,15 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Scores:
+    """What a network scores. Accuracies are fractions."""
+
+    top1: float
+    top5: float  # NaN where there are fewer than five classes
+    loss: float
+
+
+@dataclass(frozen=True)
 class PruningResult:
     """One ``prune/s*.json``: a network at one sparsity, and what it scores. Accuracies are fractions."""
 
@@ -38,7 +47,6 @@ class PruningResult:
     sparsity_prunable: float  # achieved, over the parameters that the scope allows to remove
     scope: str
     kind: str
-    bn_recalibrated: bool
     split: str
     seed: int | None
     samples: int
@@ -51,6 +59,9 @@ class PruningResult:
     flops: int
     layers: tuple[Layer, ...]
     dead_layers: tuple[str, ...]
+    bn_layers: int | None  # None: the file is older than recalibration
+    recalibration_batches: int
+    recalibrated: Scores | None  # with BatchNorm's statistics measured anew; None: they were not
 
     @property
     def compression_ratio(self) -> float:
@@ -65,7 +76,7 @@ class PruningResult:
     @property
     def method(self) -> str:
         """How the weights were chosen, in words: results that differ in it are not points of one curve."""
-        return f"{self.kind}, {self.scope}" + (", BatchNorm recalibrated" if self.bn_recalibrated else "")
+        return f"{self.kind}, {self.scope}"
 
 
 @dataclass(frozen=True)
@@ -99,6 +110,15 @@ class Run:
             if record["event"] == "eval" and record.get("sparsity") == 0 and record.get("split") == first.split
         ]
         return evaluations[-1] if evaluations else None
+
+    @property
+    def recalibrated(self) -> Run | None:
+        """The run with what its networks score with BatchNorm recalibrated, in place of as trained; None: never."""
+        results = tuple(
+            replace(result, **asdict(result.recalibrated)) for result in self.results if result.recalibrated is not None
+        )
+        # Without the metrics: the evaluation after training is of the statistics as trained.
+        return replace(self, results=results, metrics=None) if results else None
 
     def at(self, sparsity: float) -> PruningResult | None:
         """The result at this requested sparsity."""
@@ -218,7 +238,6 @@ def _result(record: Record) -> PruningResult:
         sparsity_prunable=float(record["achieved_sparsity_prunable"]),
         scope=str(record["scope"]),
         kind=str(record["kind"]),
-        bn_recalibrated=bool(record.get("bn_recalibrated", False)),
         split=str(record["split"]),
         seed=record.get("seed"),
         samples=int(record["samples"]),
@@ -231,7 +250,16 @@ def _result(record: Record) -> PruningResult:
         flops=int(record["flops"]),
         layers=tuple(Layer(str(layer["name"]), layer["kept"] / layer["parameters"]) for layer in record["layers"]),
         dead_layers=tuple(map(str, record.get("dead_layers", ()))),
+        bn_layers=record.get("bn_layers"),
+        recalibration_batches=int(record.get("recalibration_batches", 0)),
+        recalibrated=_recalibrated(record),
     )
+
+
+def _recalibrated(record: Record) -> Scores | None:
+    if record.get("top1_recalibrated") is None:
+        return None
+    return Scores(*(number(record, f"{key}_recalibrated") for key in ("top1", "top5", "loss")))
 
 
 def number(record: Mapping[str, Any], key: str) -> float:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import takewhile
 
 from sfw_dist.report.runs import Run
+
+AS_TRAINED, RECALIBRATED = "as trained", "recalibrated"
 
 
 def curve_rows(runs: Sequence[Run]) -> list[dict[str, object]]:
@@ -20,13 +23,17 @@ def curve_rows(runs: Sequence[Run]) -> list[dict[str, object]]:
             "split": result.split,
             "scope": result.scope,
             "kind": result.kind,
-            "bn_recalibrated": result.bn_recalibrated,
             "sparsity": result.sparsity,
             "achieved_sparsity_all": result.sparsity_all,
             "achieved_sparsity_prunable": result.sparsity_prunable,
             "top1": result.top1,
             "top5": result.top5,
             "loss": result.loss,
+            "bn_recalibrated": result.recalibrated is not None,
+            "top1_recalibrated": result.recalibrated and result.recalibrated.top1,
+            "top5_recalibrated": result.recalibrated and result.recalibrated.top5,
+            "loss_recalibrated": result.recalibrated and result.recalibrated.loss,
+            "recalibration_batches": result.recalibration_batches,
             "samples": result.samples,
             "parameters_total": result.parameters_total,
             "parameters_kept": result.parameters_kept,
@@ -49,6 +56,25 @@ def curve_csv(runs: Sequence[Run]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a figure and one row of a table: a run, with one kind of BatchNorm statistics."""
+
+    index: int  # of the run among those of the report
+    run: Run
+    batchnorm: str  # AS_TRAINED or RECALIBRATED
+
+
+def curves(runs: Sequence[Run]) -> list[Curve]:
+    """One curve for each run, and a second one where BatchNorm was recalibrated."""
+    found = []
+    for index, run in enumerate(runs):
+        found.append(Curve(index, run, AS_TRAINED))
+        if (recalibrated := run.recalibrated) is not None:
+            found.append(Curve(index, recalibrated, RECALIBRATED))
+    return found
 
 
 def chosen_sparsities(runs: Sequence[Run], wanted: Sequence[float]) -> list[float]:
@@ -78,7 +104,27 @@ def notes(runs: Sequence[Run]) -> list[str]:
     """What a reader must know before comparing: what is missing, what differs, what died."""
     splits = {result.split for run in runs for result in run.results}
     across = [f"The accuracies come from different splits ({', '.join(sorted(splits))})."] if len(splits) > 1 else []
-    return across + [note for run in runs for note in _notes(run)]
+    both = any(run.recalibrated for run in runs)
+    return across + [note for run in runs for note in [*_notes(run), *(_batchnorm_notes(run) if both else [])]]
+
+
+def _batchnorm_notes(run: Run) -> list[str]:
+    """Where a curve is missing or has gaps although others are there."""
+    without = [percent(result.sparsity) for result in run.results if result.recalibrated is None]
+    batches = sorted({result.recalibration_batches for result in run.results} - {0})
+    found = []
+    if any(result.bn_layers == 0 for result in run.results):
+        found.append(f"{run.label}: the network has no BatchNorm to recalibrate.")
+    elif without:
+        shown = f"at {', '.join(without)}" if run.recalibrated else "anywhere"
+        found.append(f"{run.label}: BatchNorm was not recalibrated {shown}.")
+    if len(batches) > 1:
+        found.append(f"{run.label}: BatchNorm was recalibrated over different numbers of batches ({_list(batches)}).")
+    return found
+
+
+def _list(values: Sequence[int]) -> str:
+    return ", ".join(map(str, values))
 
 
 def _notes(run: Run) -> list[str]:
