@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from training import ONE_PROCESS, small_config
+from training import ONE_PROCESS, rivals, small_config
 
 from sfw_dist import train as training
-from sfw_dist.config import Config, ConstraintConfig, CramConfig, GradualConfig, KScheduleConfig, OptimizerConfig
+from sfw_dist.config import Config, ConstraintConfig, CramConfig, GradualConfig, OptimizerConfig
 from sfw_dist.engine import open_engine
 from sfw_dist.errors import UserError
 from sfw_dist.evaluate import evaluate
@@ -170,27 +170,17 @@ def test_plain_is_the_engines_own_step() -> None:
 
 # ------------------------------------------------------------------------------------------------ whole runs
 
-L2 = ConstraintConfig(set="lp", p=2.0, tau=15.0)
-RUNS: dict[str, dict[str, Any]] = {
-    "adagrad_sfw": {"optimizer": OptimizerConfig(name="adagrad_sfw", lr=0.01)},
-    "projected_sgd": {"optimizer": OptimizerConfig(name="projected_sgd", lr=0.1, constraint=L2)},
-    "k_schedule": {"optimizer": OptimizerConfig(lr=0.3, k_schedule=KScheduleConfig(kind="geometric", end=1.0))},
-    "gradual": {"optimizer": SGD, "method": "gradual", "gradual": GradualConfig(end=0.6, every=3)},
-    "cram": {"optimizer": SGD, "method": "cram"},
-    "cram_sfw": {"optimizer": OptimizerConfig(lr=0.3), "method": "cram"},
-}
-
 
 def events(config: Config) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("what", RUNS)
+@pytest.mark.parametrize("what", rivals())
 def test_an_interrupted_run_goes_on_bitwise(
     what: str, tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the middle of the second of three epochs. Fails when masks, K, draws or AdaGrad's sums are lost."""
-    config = replace(small_config(tmp_path / "runs", digits, epochs=3), **RUNS[what])
+    config = replace(small_config(tmp_path / "runs", digits, epochs=3), **rivals()[what])
     whole = replace(config, name="whole")
     assert training.train(whole, ONE_PROCESS) == 0
     original: Callable[..., Tensor] = Method.train_step if config.method != "cram" else CompressionAware.train_step
@@ -214,7 +204,7 @@ def test_records_tell_k_and_sparsity(tmp_path: Path, digits: Path) -> None:
     """Fails when a curve cannot say with which K, or how many weights, its epochs trained."""
     found: dict[str, list[float]] = {}
     for what, key in (("k_schedule", "k_frac"), ("gradual", "sparsity")):
-        config = replace(small_config(tmp_path / "runs", digits, what, epochs=3), **RUNS[what])
+        config = replace(small_config(tmp_path / "runs", digits, what, epochs=3), **rivals()[what])
         assert training.train(config, ONE_PROCESS) == 0
         found[key] = [e[key] for e in events(config) if e["event"] == "epoch"]
     assert found["k_frac"] == pytest.approx([0.2, 0.1, 0.05])
@@ -223,7 +213,7 @@ def test_records_tell_k_and_sparsity(tmp_path: Path, digits: Path) -> None:
 
 def test_a_gradually_pruned_network_is_measured_as_others_are(tmp_path: Path, digits: Path) -> None:
     """Fails when cutting it to its own sparsity changes it: its zeros are what magnitude pruning removes."""
-    config = replace(small_config(tmp_path / "runs", digits, epochs=3), **RUNS["gradual"])
+    config = replace(small_config(tmp_path / "runs", digits, epochs=3), **rivals()["gradual"])
     assert training.train(config, ONE_PROCESS) == 0
     dense, cut = evaluate(RunFolder(config.run_dir), ONE_PROCESS, sparsities=[0.0, 0.9])
     assert (dense["top1"], dense["loss"]) == (cut["top1"], cut["loss"])

@@ -7,7 +7,17 @@ from typing import Any
 
 import torch
 
-from sfw_dist.config import Config, DataConfig, ModelConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from sfw_dist.config import (
+    Config,
+    ConstraintConfig,
+    DataConfig,
+    GradualConfig,
+    KScheduleConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
 from sfw_dist.distributed import World
 
 ONE_PROCESS = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
@@ -24,3 +34,17 @@ def small_config(runs: Path, data_root: Path, name: str = "small", *, epochs: in
         schedule=ScheduleConfig(dynamic=True),
         train=TrainConfig(epochs=epochs, log_every=4),
     )
+
+
+def rivals() -> dict[str, dict[str, Any]]:
+    """What a small configuration takes to train in another way than by SFW alone, by name."""
+    sgd = OptimizerConfig(name="sgd", lr=0.1, weight_decay=0.01)
+    ball = ConstraintConfig(set="lp", p=2.0, tau=15.0)
+    return {
+        "adagrad_sfw": {"optimizer": OptimizerConfig(name="adagrad_sfw", lr=0.01)},
+        "projected_sgd": {"optimizer": OptimizerConfig(name="projected_sgd", lr=0.1, constraint=ball)},
+        "k_schedule": {"optimizer": OptimizerConfig(lr=0.3, k_schedule=KScheduleConfig(kind="geometric", end=1.0))},
+        "gradual": {"optimizer": sgd, "method": "gradual", "gradual": GradualConfig(end=0.6, every=3)},
+        "cram": {"optimizer": sgd, "method": "cram"},
+        "cram_sfw": {"optimizer": OptimizerConfig(lr=0.3), "method": "cram"},
+    }
