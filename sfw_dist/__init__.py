@@ -6,6 +6,7 @@ from sfw_dist.constraints import KSparsePolytope, KSupportBall, LpBall, Unconstr
 from sfw_dist.init import sfw_init
 from sfw_dist.optim import SFW
 from sfw_dist.prune import prune
+from sfw_dist.recalibration import recalibrate
 from sfw_dist.replicas import verify_replicas
 from sfw_dist.structured import GroupKSupportBall, NuclearBall, SpectralKSupportBall
 from sfw_dist.variants import AdaGradSFW, ProjectedSGD
@@ -23,6 +24,7 @@ __all__ = [
     "Unconstrained",
     "constrain",
     "prune",
+    "recalibrate",
     "reduce_to_owner",
     "sfw_init",
     "verify_replicas",
