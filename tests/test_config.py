@@ -30,7 +30,9 @@ from sfw_dist.config import (
     read_yaml,
     save_config,
 )
+from sfw_dist.constraints import Constraint
 from sfw_dist.errors import UserError
+from sfw_dist.structured import GroupKSupportBall, NuclearBall, SpectralKSupportBall
 
 ROOT = Path(__file__).parent.parent
 RUN_FILES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "cluster")
@@ -229,6 +231,24 @@ def test_a_saved_configuration_loads_as_itself(write: Write, config: Config) -> 
     assert load_config(write(save_config(config))) == config
 
 
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ("set: group_k_support, k_frac: 0.3, k_min: 2", GroupKSupportBall(k_frac=0.3, k_min=2, tau=15.0)),
+        ("set: nuclear, tau: 3", NuclearBall(tau=3.0)),
+        ("set: nuclear, svd: power, radius: 2", NuclearBall(radius=2.0, svd="power")),
+        (
+            "set: spectral_k_support, k_frac: 0.1, diameter: 5, svd: exact",
+            SpectralKSupportBall(k_frac=0.1, k_min=10, diameter=5.0, svd="exact"),
+        ),
+    ],
+)
+def test_sets_of_filters_and_of_low_rank(write: Write, fields: str, expected: Constraint) -> None:
+    """Fails when an option is read and does not reach the set."""
+    config = load_config(write(f"name: a\noptimizer: {{constraint: {{{fields}}}}}\n"))
+    assert config.optimizer.constraint.build() == expected
+
+
 def test_first_difference_names_the_key_and_both_values() -> None:
     """Fails when a refused resume does not say what differs."""
     mine = Config(name="a", optimizer=OptimizerConfig(lr=0.5, constraint=ConstraintConfig(k_frac=0.1)))
@@ -265,6 +285,10 @@ def test_a_configuration_from_before_there_were_engines_means_ddp(write: Write) 
         ("optimizer: {constraint: {tau: 1, radius: 2}}", "optimizer.constraint:", "'radius': 2.0", "exactly one of"),
         ("optimizer: {constraint: {tau: 1, diameter: 2}}", "optimizer.constraint:", "'tau': 1.0", "exactly one of"),
         ("optimizer: {constraint: {set: lp, p: 0.5}}", "optimizer.constraint: p", "0.5", "at least 1"),
+        ("optimizer: {constraint: {set: nuclear, svd: fast}}", "optimizer.constraint.svd", "fast", "'power'"),
+        ("optimizer: {constraint: {set: group_k_support, k_frac: 5}}", "optimizer.constraint: k_frac", "5.0", "0.05"),
+        ("engine: fsdp\noptimizer: {constraint: {set: nuclear}}", "constraint.set", "nuclear", "write engine: ddp"),
+        ("prune: {kind: rank}", "prune.kind", "rank", "'low_rank'"),
         ("optimizer: {lr: 0}", "optimizer.lr", "0.0", "write 1.0"),
         ("optimizer: {lr: .nan}", "optimizer.lr", "nan", "write 1.0"),
         ("optimizer: {momentum: 1}", "optimizer.momentum", "1.0", "write 0.9"),

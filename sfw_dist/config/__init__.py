@@ -9,11 +9,11 @@ Unknown keys and values outside a field's domain raise :class:`~sfw_dist.errors.
 the remedy.
 """
 
+from sfw_dist.config.constraint import ConstraintConfig
 from sfw_dist.config.methods import CramConfig, GradualConfig, KScheduleConfig
 from sfw_dist.config.parse import check_keys, instantiate, load_config, parse_run, read_yaml, save_config
 from sfw_dist.config.schema import (
     Config,
-    ConstraintConfig,
     DataConfig,
     DeepSpeedConfig,
     FSDPConfig,

@@ -10,10 +10,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from sfw_dist.config.constraint import NEED_WHOLE_TENSORS, ConstraintConfig
 from sfw_dist.config.domain import require as _require
 from sfw_dist.config.methods import CramConfig, GradualConfig, KScheduleConfig
-from sfw_dist.constraints import Constraint, KSparsePolytope, KSupportBall, LpBall, Unconstrained
-from sfw_dist.errors import UserError
 from sfw_dist.prune import PAPER_SPARSITIES, Kind, Scope
 from sfw_dist.step import Rescale
 
@@ -96,46 +95,6 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _require(self.width > 0, "model.width", self.width, "> 0", "write 1.0 for the published width")
-
-
-@dataclass
-class ConstraintConfig:
-    """The set each constrained tensor stays in; exactly one of tau, diameter and radius gives its size."""
-
-    set: Literal["k_sparse", "k_support", "lp", "unconstrained"] = "k_sparse"
-    """K-sparse polytope (the paper's), k-support ball, L_p ball, or no constraint."""
-    k_frac: float = 0.05
-    """K as a fraction of a tensor's entries, in (0, 1] (k_sparse, k_support)."""
-    k_min: int = 10
-    """Least K of a tensor (k_sparse, k_support)."""
-    p: float = 2.0
-    """Order of the norm, at least 1, `.inf` for the maximum norm (lp)."""
-    tau: float | None = None
-    """L2 diameter = 2·tau·E‖W_init‖₂; the default, with tau = 15, when none of the three is given."""
-    diameter: float | None = None
-    """L2 diameter of the set, the same for every tensor."""
-    radius: float | None = None
-    """Radius of the set, the same for every tensor."""
-
-    def __post_init__(self) -> None:
-        try:
-            self.build()
-        except ValueError as error:
-            raise UserError(f"optimizer.constraint: {error}") from None
-
-    def build(self) -> Constraint:
-        """The specification that :func:`sfw_dist.constrain` binds to each parameter. Raises ``ValueError``."""
-        sizes = {"tau": self.tau, "diameter": self.diameter, "radius": self.radius}
-        size = {key: value for key, value in sizes.items() if value is not None} or {"tau": 15.0}
-        match self.set:
-            case "k_sparse":
-                return KSparsePolytope(k_frac=self.k_frac, k_min=self.k_min, **size)  # type: ignore[arg-type]
-            case "k_support":
-                return KSupportBall(k_frac=self.k_frac, k_min=self.k_min, **size)  # type: ignore[arg-type]
-            case "lp":
-                return LpBall(p=self.p, **size)
-            case "unconstrained":
-                return Unconstrained()
 
 
 @dataclass
@@ -276,7 +235,8 @@ class PruneConfig:
     scope: Scope = "weights"
     """weights: of convolutions and linear layers; all: every parameter, as published."""
     kind: Kind = "global"
-    """Where magnitudes compete: over the network, within a tensor, or 2 of 4 along the input channels."""
+    """What goes: entries of least magnitude over the network (global), of each tensor (layerwise) or of four along the
+    input channels (2:4); whole filters (filters, filters-layerwise); singular values (low_rank)."""
     recalibrate: int = 50
     """Batches of training images from which BatchNorm's statistics are measured anew after pruning, at most one pass;
     accuracy is measured without and with that. 0: without alone."""
@@ -348,6 +308,9 @@ class Config:
             self.optimizer.grads == "all_reduce", "optimizer.grads", self.optimizer.grads, "all_reduce" + beside, remedy
         )
         _require(not self.optimizer.overlap, "optimizer.overlap", True, "false" + beside, remedy)
+        chosen = self.optimizer.constraint.set
+        divides = optimizer != "sfw" or chosen not in NEED_WHOLE_TENSORS
+        _require(divides, "optimizer.constraint.set", chosen, "a set of entries" + beside, "write engine: ddp")
         _require(not self.train.channels_last, "train.channels_last", True, "false" + beside, remedy)
         _require(not self.train.compile, "train.compile", True, "false" + beside, remedy)
 
