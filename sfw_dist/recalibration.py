@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sfw_dist.distributed import World, sum_over_ranks
 from sfw_dist.errors import UserError
-from sfw_dist.prune import Masks, masked_parameters
+from sfw_dist.prune import Pruning, masked_parameters
 
 Statistics = dict[str, Tensor]
 """BatchNorm's buffers (running_mean, running_var, num_batches_tracked) by their name in the model."""
@@ -61,7 +61,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> int:
 
 
 def recalibrated_statistics(
-    model: nn.Module, masks: Sequence[Masks], batches: Iterable[Tensor], world: World
+    model: nn.Module, masks: Sequence[Pruning], batches: Iterable[Tensor], world: World
 ) -> list[Statistics]:
     """The statistics that `recalibrate` would give to ``model`` under each of ``masks``, in one pass; collective.
 

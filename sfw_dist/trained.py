@@ -18,11 +18,12 @@ from sfw_dist.data import Loader, Normalize, Split, dataset_info, open_loader
 from sfw_dist.distributed import World
 from sfw_dist.engine import autocast
 from sfw_dist.errors import UserError
+from sfw_dist.low_rank import Factors
 from sfw_dist.metrics import Metrics, Tally
 from sfw_dist.models import build_model
 from sfw_dist.prune import (
     Kind,
-    Masks,
+    Pruning,
     Scope,
     count_flops,
     dead_layers,
@@ -30,6 +31,8 @@ from sfw_dist.prune import (
     layer_table,
     magnitude_masks,
     masked_parameters,
+    singular_factors,
+    truncated,
 )
 from sfw_dist.recalibration import Statistics, batch_norms, recalibrated_statistics
 from sfw_dist.run import RunFolder, write_tensors
@@ -74,6 +77,7 @@ class TrainedRun:
         self.model = _trained_model(run, config, len(info.classes), info.image_shape[0]).to(world.device).eval()
         self._normalize = Normalize(info.mean, info.std).to(world.device)
         self._flops: dict[str, int] | None = None
+        self._factors: Factors | None = None
         self.norms = len(batch_norms(self.model))
         """BatchNorm layers."""
         self.batches = 0
@@ -86,11 +90,16 @@ class TrainedRun:
         for loader in self._loaders.values():
             loader.close()
 
-    def masks(self, sparsity: float) -> Masks:
-        """As `magnitude_masks`, with the run's scope and kind."""
-        return magnitude_masks(self.model, sparsity, scope=self.config.prune.scope, kind=self.config.prune.kind)
+    def masks(self, sparsity: float) -> Pruning:
+        """As `prune`, with the run's scope and kind, but without changing the model."""
+        scope, kind = self.config.prune.scope, self.config.prune.kind
+        if kind != "low_rank":
+            return magnitude_masks(self.model, sparsity, scope=scope, kind=kind)
+        if self._factors is None:
+            self._factors = singular_factors(self.model, scope=scope)  # once: they serve every sparsity
+        return truncated(self._factors, sparsity)
 
-    def recalibrated(self, masks: Sequence[Masks]) -> list[Statistics]:
+    def recalibrated(self, masks: Sequence[Pruning]) -> list[Statistics]:
         """BatchNorm's statistics for the network under each of ``masks``, in one pass; collective.
 
         As trained when there are no ``batches``.
@@ -101,12 +110,12 @@ class TrainedRun:
             return recalibrated_statistics(self.model, masks, self._training_batches(), self._world)
 
     def measure(
-        self, split: Split, masks: Sequence[Masks], statistics: Sequence[Sequence[Statistics]]
+        self, split: Split, masks: Sequence[Pruning], statistics: Sequence[Sequence[Statistics]]
     ) -> list[list[Metrics]]:
         """Metrics of the network under each of ``masks``, with each of its ``statistics``; collective.
 
-        In one pass over the split. Only the masks (a byte an entry) and BatchNorm's statistics are kept for each
-        sparsity; masked weights are made anew for every batch.
+        In one pass over the split. Only the masks (a byte an entry) or ranks and BatchNorm's statistics are kept for
+        each sparsity; what is left of the weights is made anew for every batch.
         """
         device = self._world.device
         tallies = [[Tally(device) for _ in variants] for variants in statistics]
@@ -119,7 +128,7 @@ class TrainedRun:
                         tally.add(functional_call(self.model, {**pruned, **variant}, (inputs,)), labels)
         return [[tally.total(self._world) for tally in sums] for sums in tallies]
 
-    def describe(self, sparsity: float, masks: Masks) -> dict[str, Any]:
+    def describe(self, sparsity: float, masks: Pruning) -> dict[str, Any]:
         """What a result's file says of a pruned network beside its accuracy."""
         if self._flops is None:
             self._flops = count_flops(self.model, torch.zeros(1, *self._image_shape, device=self._world.device))
@@ -144,7 +153,7 @@ class TrainedRun:
             "seed": self.config.seed,
         }
 
-    def export(self, masks: Masks, statistics: Statistics, path: Path) -> None:
+    def export(self, masks: Pruning, statistics: Statistics, path: Path) -> None:
         """Write the pruned network's parameters and buffers by name, with these statistics."""
         write_tensors(path, {**self.model.state_dict(), **masked_parameters(self.model, masks), **statistics})
 

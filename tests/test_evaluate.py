@@ -233,3 +233,36 @@ def test_a_network_without_batchnorm_is_measured_once_and_told(
 
 def test_two_of_four_needs_no_list(run: RunFolder) -> None:
     assert [r["sparsity"] for r in evaluate(run, ONE_PROCESS, kind="2:4")] == [0.5]
+
+
+@pytest.mark.parametrize("kind", ["filters", "low_rank"])
+def test_structured_kinds_measure_what_prune_leaves(run: RunFolder, kind: Any, tmp_path: Path) -> None:
+    """One pass over many sparsities must measure the very networks that ``prune`` makes and ``--export`` writes."""
+    results = evaluate(run, ONE_PROCESS, sparsities=[0.0, 0.3, 0.6], kind=kind, export=True)
+    config = load_config(run.config)
+    info = dataset_info(config.data)
+    normalize = Normalize(info.mean, info.std)
+    loader = open_loader(config.data, "test", seed=0)
+    for result in results:
+        model = _model(run, config)
+        pruned = prune(model, result["sparsity"], kind=kind)
+        exported = load_file(run.prune / f"s{result['sparsity']:.4f}.safetensors")
+        assert all(torch.equal(exported[name], p) for name, p in model.named_parameters())
+        with torch.no_grad():
+            expected = measure(lambda x, model=model: model(normalize(x).contiguous()), loader, ONE_PROCESS)  # type: ignore[misc]
+        assert result["top1"] == expected.top1 and result["loss"] == pytest.approx(expected.loss, rel=1e-4)
+        assert result["parameters_total"] - result["parameters_kept"] == pruned.total - pruned.kept
+        assert result["dead_layers"] == [] and result["kind"] == kind
+        assert ("rank" in result["layers"][0]) == (kind == "low_rank")
+    assert results[0]["flops"] == results[0]["flops_dense"] > results[1]["flops"] > results[2]["flops"]
+    index = write_report([run.path], tmp_path / "report")
+    assert f"{kind}, weights" in index.read_text()
+
+
+def test_structured_kinds_are_commands(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    """``--kind`` takes them, and two kinds do not mix in one folder."""
+    assert main([str(run.path), "--sparsities", "0.5", "--kind", "low_rank", "--json"]) == 0
+    (result,) = json.loads(capsys.readouterr().out)
+    assert result["achieved_sparsity_prunable"] >= 0.5
+    assert main([str(run.path), "--sparsities", "0.5", "--kind", "filters-layerwise"]) == 2
+    assert "--kind low_rank" in capsys.readouterr().err

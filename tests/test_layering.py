@@ -23,7 +23,8 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     {"errors", "files"},
     # Leaves: the mathematics and the parts of a training that know nothing of one another.
-    {"reduction", "rounds", "cuts", "topk", "constraints", "structured", "reference", "plan", "wire", "fused"},
+    {"reduction", "rounds", "cuts", "topk", "constraints", "structured", "reference", "plan", "wire", "fused"}
+    | {"filters", "low_rank"},
     {"distributed", "replicas", "models", "placement", "segment"},
     {"prune", "recalibration", "interrupt", "binding"},
     # The optimizer: one tensor's step, what travels together, and what happens to gradients on the way.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sfw_dist.errors import UserError
 from sfw_dist.prune import (
     PAPER_SPARSITIES,
-    Kind,
+    MaskKind,
     Masks,
     count_flops,
     dead_layers,
@@ -91,7 +91,7 @@ def test_layerwise_counts_are_exact_in_every_layer(tensors: list[Tensor], sparsi
 
 @given(tied_matrices(), sparsities, sparsities, st.sampled_from(["global", "layerwise"]))
 @settings(max_examples=100, deadline=None)
-def test_masks_of_higher_sparsity_are_subsets(tensors: list[Tensor], a: float, b: float, kind: Kind) -> None:
+def test_masks_of_higher_sparsity_are_subsets(tensors: list[Tensor], a: float, b: float, kind: MaskKind) -> None:
     """Ties broken anew at each sparsity: pruning a pruned network further would bring removed weights back."""
     low, high = sorted((a, b))
     model = linears(tensors)
@@ -217,8 +217,8 @@ def test_channels_last_weights_tie_in_the_order_of_their_shape() -> None:
     assert expected.tolist() == sorted(expected.tolist(), reverse=True)
 
 
-@pytest.mark.parametrize("kind", ["global", "layerwise", "2:4"])
-def test_masks_leave_the_model_alone_and_prune_applies_exactly_them(kind: Kind) -> None:
+@pytest.mark.parametrize("kind", ["global", "layerwise", "2:4", "filters", "filters-layerwise"])
+def test_masks_leave_the_model_alone_and_prune_applies_exactly_them(kind: MaskKind) -> None:
     """A mask computed on an already changed model, or weights rounded by multiplying them."""
     model = small_net()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
