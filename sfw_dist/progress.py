@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -43,6 +44,24 @@ class Progress:
             self._run.log("start", world_size=self._world.size, engine=engine, parameters=parameters, loader=loader)
             self._say(f"training {self._run.path}: {parameters:,} parameters, {self._world.size} rank(s), {engine}")
         self._say(f"data: {loader}")
+
+    def init_begins(self, steps: int) -> None:
+        if self._bar and self._task is not None:
+            self._bar.reset(self._task, total=steps, description="SFW-Init")
+
+    def init_step(self, step: int, loss: float) -> None:
+        """An iteration of SFW-Init; ``loss`` is that after one step of SFW, over all ranks."""
+        self.advance()
+        if self._board and step % self._config.train.log_every == 0:
+            self._run.log("init", step=step, loss=loss)
+            self._run.beat(step=0, epoch=0, loss=loss)
+            self._board.add_scalar("init/loss", loss, step)
+
+    def init_done(self, scales: Mapping[str, float]) -> None:
+        if self._board:
+            self._run.log("init", step=self._config.init.steps, scales=dict(scales))
+            least, greatest = (f"{pick(scales.values()):.4g}" for pick in (min, max))
+            self._say(f"SFW-Init: {len(scales)} tensors scaled by {least} to {greatest}")
 
     def epoch_begins(self, epoch: int, batches: int, done: int) -> None:
         self._epoch = epoch
@@ -105,10 +124,13 @@ class Progress:
             self._board.add_scalar(f"epoch/{key}", value, epoch)
         self._say(f"{text}  lr {rate:.4g}  {seconds:.1f} s")
 
-    def interrupted(self, checkpoint: object, command: str) -> None:
+    def interrupted(self, checkpoint: Path | None, command: str) -> None:
+        """``checkpoint``: where the run goes on; ``None``: nothing is saved yet."""
         if self._board:
-            self._run.log("interrupted", checkpoint=str(checkpoint))
-            self._say(f"interrupted: saved {checkpoint}\ngo on with: {command}")
+            self._run.log("interrupted", checkpoint=str(checkpoint) if checkpoint else None)
+            what = f"interrupted: saved {checkpoint}" if checkpoint else "interrupted before the first checkpoint"
+            how = "go on with" if checkpoint else "begin again with"
+            self._say(f"{what}\n{how}: {command}")
 
     def done(self, test: Metrics) -> None:
         if self._board:

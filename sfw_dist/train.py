@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from jsonargparse import ArgumentParser
-from torch import Tensor
+from torch import Tensor, nn
 
 from sfw_dist import checkpoint
 from sfw_dist.config import Config, load_config, parse_run
@@ -32,6 +32,7 @@ from sfw_dist.distributed import World, any_rank, barrier, gather_floats, joined
 from sfw_dist.engine import Engine, check_world, open_engine
 from sfw_dist.errors import UserError, reports_user_errors
 from sfw_dist.files import make_folder
+from sfw_dist.fresh import HalfBatches, check_halves, learn_scales
 from sfw_dist.interrupt import Interrupt
 from sfw_dist.methods import PREFIX as METHOD_PREFIX
 from sfw_dist.methods import Method, open_method
@@ -110,6 +111,15 @@ def train(config: Config, world: World, *, resume: bool = False, interrupt: Inte
         label_smoothing=config.data.label_smoothing,
         seed=config.seed,
     )
+
+    def prepare_batch(images: Tensor, labels: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        return mix(normalize(images.to(world.device)), labels.to(world.device), number)
+
+    if config.init.steps and checkpoint.newest(run.checkpoints) is None:
+        half_batches = HalfBatches(loaders["train"], prepare_batch)
+        with _alone(run, world), nullcontext(interrupt) if interrupt else Interrupt() as noted:
+            if not _initialize(model, run, config, world, half_batches, noted):
+                return _INTERRUPTED
     engine = open_engine(model, config, world)
     engine.warm_up(info.image_shape)
     schedule = Schedule(engine.optimizer, config.schedule, config.train.epochs)
@@ -120,6 +130,20 @@ def train(config: Config, world: World, *, resume: bool = False, interrupt: Inte
         training.restore()
         with nullcontext(interrupt) if interrupt else Interrupt() as noted:
             return _train(training, config, world, noted)
+
+
+def _initialize(
+    model: nn.Module, run: RunFolder, config: Config, world: World, batches: HalfBatches, interrupt: Interrupt
+) -> bool:
+    """SFW-Init, while every rank has the whole network; False when interrupted, and then nothing of it is kept."""
+    if world.main:
+        run.create(config)
+    barrier(world)
+    with open_progress(run, config, world) as progress:
+        whole = learn_scales(model, config, world, batches, progress, interrupt)
+        if not whole:
+            progress.interrupted(None, _how_to_go_on(run, config, world))
+    return whole
 
 
 def _train(training: _Training, config: Config, world: World, interrupt: Interrupt) -> int:
@@ -309,6 +333,7 @@ def check_input(config: Config, rank: int, world_size: int, *, resume: bool) -> 
     for split in splits(config):
         rank_order(config.data, split, seed=config.seed, rank=rank, world_size=world_size)
     check_world(config, world_size)
+    check_halves(config, world_size)
     return run
 
 

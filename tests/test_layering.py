@@ -35,7 +35,7 @@ LAYERS = (
     {"data", "schedule", "run", "checkpoint", "metrics", "progress"},
     {"engine"},
     {"methods"},
-    {"train", "trained", "max_drop", "evaluate"},
+    {"fresh", "train", "trained", "max_drop", "evaluate"},
 )
 APART = {"report": {"errors", "files"}}
 MOST_LINES = 400

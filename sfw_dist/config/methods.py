@@ -1,4 +1,4 @@
-"""The fields of what may go on beside plain steps: K over the training, gradual pruning, compression-aware steps."""
+"""The fields of what may go on beside plain steps: SFW-Init before them, K over the training, pruning between them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,23 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from sfw_dist.config.domain import require
+
+
+@dataclass
+class InitConfig:
+    """SFW-Init: a scale for each tensor, learned before a fresh run's first step (docs/algorithm.md)."""
+
+    steps: int = 0
+    """Iterations, of one and a half batches each; the paper has 390, 0 leaves it out."""
+    kappa: float = 0.001
+    """Step size of the scales."""
+    floor: float = 0.01
+    """Least scale of a weight, in [0, 1); a bias's is 0."""
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 0, "init.steps", self.steps, "at least 0", "write 390, or 0 for none")
+        require(0 < self.kappa < math.inf, "init.kappa", self.kappa, "> 0", "write 0.001")
+        require(0 <= self.floor < 1, "init.floor", self.floor, "in [0, 1)", "write 0.01")
 
 
 @dataclass

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from sfw_dist.config.constraint import NEED_WHOLE_TENSORS, ConstraintConfig
 from sfw_dist.config.domain import require as _require
-from sfw_dist.config.methods import CramConfig, GradualConfig, KScheduleConfig
+from sfw_dist.config.methods import CramConfig, GradualConfig, InitConfig, KScheduleConfig
 from sfw_dist.prune import PAPER_SPARSITIES, Kind, Scope
 from sfw_dist.step import Rescale
 
@@ -263,6 +263,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    init: InitConfig = field(default_factory=InitConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     method: Literal["plain", "gradual", "cram"] = "plain"
     """plain: the optimizer's steps alone; gradual: magnitude pruning while SGD trains; cram: compression-aware steps,
@@ -278,6 +279,10 @@ class Config:
         valid = plain and self.name.isprintable() and len(self.name) <= 100
         _require(valid, "name", repr(self.name), "a plain folder name", "write letters, digits, '_', '-' and '.'")
         _require(self.seed >= 0, "seed", self.seed, "at least 0", "write 0")
+        if self.init.steps:
+            name, kind = self.optimizer.name, self.optimizer.k_schedule.kind
+            _require(name == "sfw", "init.steps", self.init.steps, f"0 beside optimizer.name: {name}", "leave it out")
+            _require(kind == "none", "optimizer.k_schedule.kind", kind, "none beside init.steps", "leave one out")
         self._check_method()
         if self.engine != "ddp":
             self._check_divided()
