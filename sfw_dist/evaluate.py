@@ -155,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _print_table(results: list[dict[str, Any]]) -> None:
     recalibrated = any(result["bn_recalibrated"] for result in results)
     extra = ["recal. top-1 %"] if recalibrated else []
-    table = Table("sparsity", "top-1 %", *extra, "top-5 %", "loss", "parameters kept", "theoretical speed-up")
+    table = Table("sparsity", "top-1 %", *extra, "top-5 %", "loss", "parameters kept", "speed-up in theory")
     for result in results:
         anew = [_percent(result["top1_recalibrated"])] if recalibrated else []
         top5, loss = _percent(result["top5"]), _loss(result["loss"])
