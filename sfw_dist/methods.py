@@ -98,8 +98,8 @@ class CompressionAware(Method):
 
         g ← ∇L(θ)        h ← M ⊙ ∇L(C(θ + ρ·g))        a step of the optimizer on h + g (CrAM⁺), or on h alone
 
-    arXiv 2207.14200, with the masked gradients of its section on sparse intermediate gradients. A step takes two
-    forward and backward passes. BatchNorm's running statistics are those of the dense network.
+    arXiv 2207.14200, in its form with sparse gradients. A step takes two forward and backward passes. BatchNorm's
+    running statistics are those of the dense network.
     """
 
     def __init__(self, engine: Engine, config: CramConfig, seed: int) -> None:
