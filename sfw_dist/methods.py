@@ -7,7 +7,8 @@ after it: every rank has the same gradients, and from equal weights the same mas
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import cast
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from sfw_dist.config import Config, CramConfig, GradualConfig
 from sfw_dist.engine import Engine
+from sfw_dist.errors import UserError
 from sfw_dist.prune import magnitude_masks, prune
 
 PREFIX = "method."
@@ -69,7 +71,8 @@ class GradualPruning(Method):
         # The last one, on which the sparsity is what was asked for, need not fall on a multiple.
         if self._begin <= done <= self._end and (regular or done == self._end):
             sparsity = self._config.target(done, self._steps)
-            self._masks = dict(magnitude_masks(self._engine.model, sparsity, kind=self._config.kind))
+            with _blaming_the_rate():
+                self._masks = dict(magnitude_masks(self._engine.model, sparsity, kind=self._config.kind))
 
     @torch.no_grad()
     def _apply(self) -> None:
@@ -116,7 +119,8 @@ class CompressionAware(Method):
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.add_(dense[name], alpha=self._config.rho)
-        masks = prune(model, self.sparsity(step))
+        with _blaming_the_rate():
+            masks = prune(model, self.sparsity(step))
         # Buffers as they were: the second pass would average the pruned network's statistics in.
         engine.gradients(images, labels)
         with torch.no_grad():
@@ -150,6 +154,15 @@ def open_method(engine: Engine, config: Config, steps: int) -> Method:
             return GradualPruning(engine, config.gradual, steps)
         case "cram":
             return CompressionAware(engine, config.cram, config.seed)
+
+
+@contextmanager
+def _blaming_the_rate() -> Iterator[None]:
+    """The configuration has been checked, so what stops pruning in a training is weights that are NaN."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{str(error).partition(':')[0]}: lower optimizer.lr") from None
 
 
 def _kept(mask: Tensor) -> int:

@@ -222,6 +222,17 @@ def test_a_gradually_pruned_network_is_measured_as_others_are(tmp_path: Path, di
 # ------------------------------------------------------------------------------------------------- bad input
 
 
+@pytest.mark.parametrize("method", ["gradual", "cram"])
+def test_a_diverging_run_says_what_to_do(method: Any) -> None:
+    """Fails when weights that are NaN are blamed on a checkpoint, as they are after a training."""
+    config = Config(name="x", method=method, gradual=GradualConfig(begin=0.0, every=1), optimizer=SGD)
+    model = network()
+    with torch.no_grad():
+        next(model.parameters()).fill_(math.nan)
+    with pytest.raises(UserError, match=r"^1\.weight holds NaN, which has no magnitude: lower optimizer\.lr$"):
+        opened(config, model).train_step(*batch(0), 0)
+
+
 @pytest.mark.parametrize(
     ("make", "parts"),
     [

@@ -58,8 +58,13 @@ def trained(config: Config) -> dict[str, Tensor]:
 
 
 def all_trained(rank: int) -> dict[str, dict[str, Tensor]]:
-    fsdp = {"k_schedule_fsdp": replace(CONFIGS["k_schedule"], engine="fsdp")}
-    return {what: trained(config) for what, config in (CONFIGS | fsdp).items()}
+    k_schedule = CONFIGS["k_schedule"]
+    overlap = replace(k_schedule.optimizer, grads="reduce_to_owner", overlap=True)
+    more = {
+        "k_schedule_fsdp": replace(k_schedule, engine="fsdp"),
+        "k_schedule_overlap": replace(k_schedule, optimizer=overlap),
+    }
+    return {what: trained(config) for what, config in (CONFIGS | more).items()}
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +72,10 @@ def on_ranks() -> list[dict[str, dict[str, Tensor]]]:
     return run_on_ranks(all_trained, RANKS)
 
 
-@pytest.mark.parametrize("what", [*CONFIGS, "k_schedule_fsdp"])
+@pytest.mark.parametrize("what", [*CONFIGS, "k_schedule_fsdp", "k_schedule_overlap"])
 def test_ranks_train_as_one_process_does(what: str, on_ranks: list[dict[str, dict[str, Tensor]]]) -> None:
     """Fails when ranks choose other masks, look at their own batch's gradient alone, or scale their shards by it."""
-    alone = trained(CONFIGS[what.removesuffix("_fsdp")])
+    alone = trained(CONFIGS[what.removesuffix("_fsdp").removesuffix("_overlap")])
     for name, tensor in on_ranks[0][what].items():
         torch.testing.assert_close(tensor, alone[name], rtol=1e-4, atol=1e-5)
 
@@ -78,7 +83,8 @@ def test_ranks_train_as_one_process_does(what: str, on_ranks: list[dict[str, dic
 def interrupted_and_resumed(rank: int, folder: str, data: str) -> list[str]:
     """Which runs ended with other weights when they went on after their first epoch."""
     here, different = world(), []
-    for what, options in rivals().items():
+    divided = {"k_schedule_fsdp": {**rivals()["k_schedule"], "engine": "fsdp"}}
+    for what, options in (rivals() | divided).items():
         config = replace(small_config(Path(folder), Path(data), what, epochs=2), **options)
         config.train = replace(config.train, verify_replicas=1, keep_checkpoints=1)
         whole = replace(config, name=f"{what}_whole", train=replace(config.train, keep_checkpoints=9))
