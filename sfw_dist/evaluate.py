@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--sparsities", metavar="LIST", help="fractions removed, as in 0.5,0.9:0.99:0.01 (default: the run's)"
     )
     parser.add_argument("--scope", choices=get_args(Scope), help="what is pruned (default: the run's)")
-    parser.add_argument("--kind", choices=get_args(Kind), help="where magnitudes compete (default: the run's)")
+    parser.add_argument("--kind", choices=get_args(Kind), help="what goes (default: the run's)")
     parser.add_argument(
         "--recalibrate",
         type=int,

@@ -70,7 +70,9 @@ $runs
 
 DEFINITIONS = {
     "Sparsity": "The fraction of the weights that is removed: set to zero, smallest magnitudes first, once, with no "
-    "training afterwards. The columns name the sparsity asked for; the figures use the one achieved.",
+    "training afterwards. The columns name the sparsity asked for; the figures use the one achieved. Where the "
+    "pruning is “filters” it is a fraction of the filters that is asked for; where it is “low_rank”, of the "
+    "parameters, of which a weight then has those of its two factors.",
     "Prunable weights": "Those that the scope allows to remove: the weights of convolutions and linear layers for "
     "“weights”, every parameter for “all”.",
     "Compression ratio": "All parameters of the network over those that are kept, biases and normalisation included. "
