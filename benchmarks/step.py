@@ -30,8 +30,7 @@ from torch import Tensor, nn
 from sfw_dist import SFW, KSparsePolytope, constrain
 from sfw_dist.batch import Batch, Ranks
 from sfw_dist.files import write_json
-from sfw_dist.plan import make_plan
-from sfw_dist.step import Slot
+from sfw_dist.ownership import plan_owners
 
 Step = Callable[[list[Tensor]], None]
 RANKS = 4
@@ -91,13 +90,8 @@ def rank_of_four(model: nn.Module, rank: int) -> Step:
     Every tensor has one owner here, for the LMO of a divided one waits for messages.
     """
     optimizer = SFW(groups_of(model), lr=1e-3, split=None)
-    items = [optimizer._item(group, i, 0) for i, group in enumerate(optimizer.param_groups)]
-    parts = make_plan(items, RANKS).parts
-    slots = []
-    for part in parts:
-        group = optimizer.param_groups[part.item]
-        name, parameter = items[part.item].name, group["params"][0]
-        slots.append(Slot.of(name, parameter, group, group["constraint"], part.start, part.stop))
+    plan, slots = plan_owners(optimizer.param_groups, RANKS, split=None)
+    parts = plan.parts
     batch = Batch(slots, [part.owner for part in parts], Ranks(None, rank, RANKS))
     segment = batch._segment
 

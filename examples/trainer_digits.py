@@ -4,36 +4,25 @@
     torchrun --nproc-per-node 2 examples/trainer_digits.py
     python examples/trainer_digits.py --resume runs/trainer_digits/checkpoint-220
 
-SFW is the first of Trainer's ``optimizers``; its own schedule moves the learning rate. For several processes there
-is a callback: Trainer asks the optimizer for its state on the process that saves, and SFW's lies on all of them.
+SFW is the first of Trainer's ``optimizers``; its own schedule moves the learning rate. On several processes Trainer
+asks the optimizer for its state on the one that saves: with ``replicate_momentum`` each has all of it.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import Any
 
-import torch
 from digits import SPARSITIES, accuracy, digits
 from transformers import (
     CLIPConfig,
     CLIPForImageClassification,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
 
 from sfw_dist import SFW, KSparsePolytope, constrain, prune
-
-
-class StateOfAllProcesses(TrainerCallback):
-    """The processes that save nothing take part in gathering SFW's state, for which the one that saves waits."""
-
-    def on_save(self, args: TrainingArguments, *others: Any, optimizer: torch.optim.Optimizer, **more: Any) -> None:
-        if not args.should_save:
-            optimizer.state_dict()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -46,7 +35,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
 
     set_seed(args.seed)
-    # Before SFW, which shares its work among the processes that have joined by then; these options join them.
     options = TrainingArguments(
         args.folder,
         num_train_epochs=args.epochs,
@@ -74,13 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     net = CLIPForImageClassification(CLIPConfig(vision_config=vision, num_labels=10))
     groups = constrain(net, KSparsePolytope(k_frac=0.02, k_min=10, tau=5.0), unconstrained="norm_and_bias")
     groups[-1]["lr"] = 0.02  # of normalisation layers and biases, which take momentum-SGD steps
-    optimizer = SFW(groups, lr=0.01, rescale="none")
+    optimizer = SFW(groups, lr=0.01, rescale="none", replicate_momentum=True)
     trainer = Trainer(
         net,
         options,
         train_dataset=[{"pixel_values": image, "labels": label} for image, label in train],
         optimizers=(optimizer, None),
-        callbacks=[StateOfAllProcesses()],
     )
     trainer.train(resume_from_checkpoint=args.resume)
     if trainer.is_world_process_zero():

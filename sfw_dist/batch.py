@@ -87,9 +87,18 @@ class Batch:
         owners: rank of each.
         ranks: who shares the work.
         fused: whether compiled kernels take what they can; the answers are the same.
+        replicate: whether momentum is moved on for the slots of other ranks too.
     """
 
-    def __init__(self, slots: Sequence[Slot], owners: Sequence[int], ranks: Ranks, *, fused: bool = True) -> None:
+    def __init__(
+        self,
+        slots: Sequence[Slot],
+        owners: Sequence[int],
+        ranks: Ranks,
+        *,
+        fused: bool = True,
+        replicate: bool = False,
+    ) -> None:
         self.slots, self._owners, self._ranks = list(slots), list(owners), ranks
         device = slots[0].parameter.device
         nbytes = [slot.format.nbytes for slot in slots]
@@ -116,6 +125,7 @@ class Batch:
         # The kernels move all they know, but the LMO of a divided tensor takes messages.
         self._answered = [i for i in own_whole if i in set(self._fused)]
         self._answered_plainly = [i for i in own_whole if i not in set(self._fused)]
+        self._followed = [i for i, written in enumerate(self._written) if written is None and replicate]
         self._kernel = kernel([self._piece(i) for i in self._fused]) if kernel and self._fused else None
         self._directions: dict[int, Tensor] = {}
 
@@ -151,6 +161,8 @@ class Batch:
         for i in self._answered_plainly:
             slot = self.slots[i]
             self._write(i, *answer(slot, state[slot.parameter], gradients[i]))
+        for i in self._followed:
+            momentum(self.slots[i], state[self.slots[i].parameter], gradients[i])
 
     def _write(self, i: int, header: Tensor, vertex: Vertex) -> None:
         written = self._written[i]
@@ -222,8 +234,8 @@ class Batch:
 
     def forget(self, names: Collection[str], state: State) -> None:
         """Let the momentum of these tensors start anew with their next gradients."""
-        for slot, written in zip(self.slots, self._written, strict=True):
-            if slot.name in names and written is not None:
+        for slot in self.slots:
+            if slot.name in names and "step" in state[slot.parameter]:
                 state[slot.parameter]["step"].zero_()
 
     def _add_up(self, x: Tensor) -> None:

@@ -13,18 +13,18 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from sfw_dist.batch import Batch, Ranks, agree
-from sfw_dist.constraints import Constraint, KSparsePolytope, Unconstrained
+from sfw_dist.constraints import Constraint, Unconstrained
 from sfw_dist.errors import UserError
-from sfw_dist.groups import check_group, constraint_of, from_plain, into_the_set, merged, name_of, to_plain
+from sfw_dist.groups import check_group, constraint_of, from_plain, into_the_set, merged, to_plain
 from sfw_dist.holding import Shared
-from sfw_dist.plan import Item, Part, make_plan
-from sfw_dist.reducer import Received, Reducer, Reduction, strided_as
-from sfw_dist.reduction import ROW
+from sfw_dist.ownership import plan_owners
+from sfw_dist.plan import Part
+from sfw_dist.reducer import Received, Reducer, Reduction
 from sfw_dist.segment import Segment
 from sfw_dist.sharded import Sharded
 from sfw_dist.state import by_place, check_shapes, gather_state, take_shared, take_state
 from sfw_dist.statistics import Headers, StepStatistics
-from sfw_dist.step import Rescale, Slot, cost, momentum_buffer
+from sfw_dist.step import Rescale, Slot, momentum_buffer
 
 
 class SFW(Optimizer):
@@ -65,6 +65,8 @@ class SFW(Optimizer):
         weight_decay: L2 penalty ≥ 0 of the unconstrained tensors.
         split: tensors of more entries than this may be divided between owners, where one owner would have far more
             work than the mean; ``None``: never. Their LMOs take four small messages more a step, all together.
+        replicate_momentum: keep momentum whole on every rank. ``state_dict`` then waits for no other rank, for
+            frameworks that call it on the one that saves. Gradients must be all-reduced.
         overlap: with a communication hook (:mod:`sfw_dist.comm_hook`), start a bucket's LMOs and the exchange of its
             vertices when its gradients are reduced, while the backward pass goes on. The answers are the same to the
             bit. Between backward and step nothing may then change the gradients: clipping has no effect, GradScaler is
@@ -86,12 +88,14 @@ class SFW(Optimizer):
         weight_decay: float = 0.0,
         *,
         split: int | None = 65_536,
+        replicate_momentum: bool = False,
         overlap: bool = False,
         fused: bool = True,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        self._ranks = Ranks.of(process_group)
-        self._split, self._fused, self.overlap = split, fused, overlap
+        self._group, self._ranks = process_group, Ranks.of(process_group)
+        self._split, self._replicate = None if replicate_momentum else split, replicate_momentum
+        self._fused, self.overlap = fused, overlap
         self._sets: list[Constraint] = []
         self._slots: list[Slot] = []
         self._parts: tuple[Part, ...] | None = None
@@ -124,7 +128,8 @@ class SFW(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """torch keeps its own attributes only; with ours, copies and pickles of an optimizer step on."""
-        ours = ("_ranks", "_split", "_fused", "overlap", "_sets", "_slots", "_parts", "_shared", "_headers")
+        ours = ["_group", "_ranks", "_split", "_replicate", "_fused", "overlap", "_sets", "_slots", "_parts"]
+        ours += ["_shared", "_headers"]
         fresh: dict[str, Any] = {"_batches": {}, "_reducer": None, "_begun": []}
         return {**super().__getstate__(), **{name: getattr(self, name) for name in ours}, **fresh}
 
@@ -133,27 +138,8 @@ class SFW(Optimizer):
         self._batches.clear()
         self._headers.clear()
         kept = self._parts or ()
-        tensors = [
-            (group, number, j)
-            for number, group in enumerate(self.param_groups)
-            for j, parameter in enumerate(group["params"])
-            if not isinstance(parameter, DTensor)
-        ]
-        items = [self._item(*tensor) for tensor in tensors]
-        for part in kept:
-            if part.stop - part.start < items[part.item].entries and items[part.item].unit == 0:
-                raise ValueError(
-                    f"{items[part.item].name} is divided between ranks, and its new set needs it whole: "
-                    "build the optimizer with split=None"
-                )
-        plan = make_plan(items, self._ranks.size, kept)
+        plan, self._slots = plan_owners(self.param_groups, self._ranks.size, self._split, kept)
         self._parts = plan.parts
-        self._slots = []
-        for part in plan.parts:
-            group, _, j = tensors[part.item]
-            constraint = constraint_of(group, j)
-            slot = Slot.of(items[part.item].name, group["params"][j], group, constraint, part.start, part.stop)
-            self._slots.append(slot)
         if self._slots:  # with DTensors alone there is no plan, and pipeline stages have optimizers of their own
             agree(bytes.fromhex(plan.fingerprint), self._ranks, {slot.parameter.device for slot in self._slots})
         known = {part.item for part in kept}
@@ -164,14 +150,6 @@ class SFW(Optimizer):
 
     def _sets_of_groups(self) -> list[Constraint]:
         return [constraint_of(group, j) for group in self.param_groups for j in range(len(group["params"]))]
-
-    def _item(self, group: dict[str, Any], number: int, index: int) -> Item:
-        parameter, constraint = group["params"][index], constraint_of(group, index)
-        n = parameter.numel()
-        divisible = isinstance(constraint, KSparsePolytope | Unconstrained)
-        unit = ROW if self._split is not None and n > self._split and divisible else 0
-        description = f"{tuple(parameter.shape)} {parameter.dtype} {constraint!r}"
-        return Item(name_of(group, number, index), cost(parameter.shape, constraint), n, description, unit)
 
     def merge_groups(self) -> None:
         """:func:`~sfw_dist.groups.merged`, before an engine takes the groups that steps group by group."""
@@ -206,7 +184,7 @@ class SFW(Optimizer):
         for one that never stepped, and would make this rank step alone.
         """
         state = self.state[slot.parameter]
-        if part.owner == self._ranks.rank:
+        if self._replicate or part.owner == self._ranks.rank:
             state["step"] = torch.zeros(())
             if slot.group["momentum"] > 0:
                 state["momentum_buffer"] = momentum_buffer(slot)
@@ -235,6 +213,7 @@ class SFW(Optimizer):
 
     def _step(self) -> None:
         if not self._begun:
+            self._follow_the_ranks()
             self._follow_the_groups()
         shared = self._shared.batches(self.param_groups)
         for slot in (*self._slots, *(slot for batch in shared for slot in batch.slots)):
@@ -254,6 +233,13 @@ class SFW(Optimizer):
         for batch in stepped:
             batch.move()
 
+    def _follow_the_ranks(self) -> None:
+        """Share the work with ranks that have joined since, as where a framework joins them after the script began."""
+        ranks = Ranks.of(self._group)
+        if self._slots and ranks.size != self._ranks.size == 1:
+            state, self._ranks = self.state_dict(), ranks
+            self.load_state_dict(state)
+
     def _follow_the_groups(self) -> None:
         if not self._shared.flat and any(a is not b for a, b in zip(self._sets, self._sets_of_groups(), strict=True)):
             self._make_plan()  # someone gave a group another set
@@ -262,7 +248,7 @@ class SFW(Optimizer):
         if indices not in self._batches:
             assert self._parts is not None
             slots, owners = [self._slots[i] for i in indices], [self._parts[i].owner for i in indices]
-            self._batches[indices] = Batch(slots, owners, ranks, fused=self._fused)
+            self._batches[indices] = Batch(slots, owners, ranks, fused=self._fused, replicate=self._replicate)
         return self._batches[indices]
 
     def receive(self, bucket: dist.GradBucket, reduction: Reduction) -> torch.futures.Future[Tensor]:
@@ -281,18 +267,9 @@ class SFW(Optimizer):
                     "a second backward pass before the step: accumulate under no_sync, or take overlap=False"
                 )
             self._follow_the_groups()
-        gradients = {p: strided_as(p, g) for p, g in zip(bucket.parameters(), bucket.gradients(), strict=True)}
-        indices = tuple(i for i, slot in enumerate(self._slots) if slot.parameter in gradients)
-        if len({self._slots[i].parameter for i in indices}) < len(gradients):
-            raise UserError("DDP reduces parameters that SFW does not have: give it all of them, or take no hook")
-        slots = [self._slots[i] for i in indices]
-        received = Received(
-            bucket.buffer(),
-            slots,
-            [self._parts[i].owner for i in indices],
-            [gradients[slot.parameter] for slot in slots],
-            bucket.index(),
-        )
+        if reduction.to_owners and self._replicate:
+            raise UserError("replicate_momentum needs all gradients on every rank: take all_reduce, or leave it out")
+        indices, received = Received.of(bucket, self._slots, [part.owner for part in self._parts])
         if not self.overlap:
             return self._reducer.run(received, reduction, None)[0]
         batch = self._batch_of(indices, self._reducer.ranks)
@@ -346,8 +323,8 @@ class SFW(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The whole state, every tensor's momentum included: loads at any number of ranks.
 
-        With several ranks it is collective: **every** rank calls it and gets the same. Of DTensors the momentum is a
-        DTensor, and stays where it is, as in any torch optimizer: ``torch.distributed.checkpoint`` stores it whole.
+        With several ranks it is collective, but for ``replicate_momentum``: **every** rank calls it. Of DTensors it
+        holds DTensors, as any torch optimizer does; ``torch.distributed.checkpoint`` stores those whole.
         Constraints are plain values, so ``torch.load(weights_only=True)`` reads what ``torch.save`` writes.
 
         Raises:
@@ -356,7 +333,7 @@ class SFW(Optimizer):
         local = super().state_dict()
         for group in local["param_groups"]:
             group["constraint"] = to_plain(group["constraint"])
-        if self._ranks.size > 1 and self._slots:
+        if self._ranks.size > 1 and self._slots and not self._replicate:
             assert self._parts is not None
             gathered = gather_state(self._parts, self._slots, self.state, self._ranks)
             local["state"] |= dict(zip(self._numbers(), gathered.values(), strict=True))
@@ -390,7 +367,7 @@ class SFW(Optimizer):
         self._parts = None
         self._make_plan()
         assert self._parts is not None
-        take_state(saved, self._parts, self._slots, self.state, self._ranks.rank)
+        take_state(saved, self._parts, self._slots, self.state, None if self._replicate else self._ranks.rank)
         for number in self._numbers(of_dtensors=True):
             take_shared(everything[number], self.state[parameters[number]])
 

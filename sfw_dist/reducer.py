@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.futures import Future
 
 from sfw_dist.batch import Ranks
+from sfw_dist.errors import UserError
 from sfw_dist.reduction import ROW, tree_sum
 from sfw_dist.step import Slot
 
@@ -35,6 +36,19 @@ class Received:
     """One a slot, that of its whole tensor; views of ``flat``."""
     number: int
     """Of the bucket in the backward pass."""
+
+    @classmethod
+    def of(
+        cls, bucket: dist.GradBucket, slots: Sequence[Slot], owners: Sequence[int]
+    ) -> tuple[tuple[int, ...], Received]:
+        """A bucket of DDP's, and which of all slots are in it. Raises ``UserError`` where a parameter has none."""
+        gradients = {p: strided_as(p, g) for p, g in zip(bucket.parameters(), bucket.gradients(), strict=True)}
+        indices = tuple(i for i, slot in enumerate(slots) if slot.parameter in gradients)
+        if len({slots[i].parameter for i in indices}) < len(gradients):
+            raise UserError("DDP reduces parameters that SFW does not have: give it all of them, or take no hook")
+        own = [slots[i] for i in indices]
+        views = [gradients[slot.parameter] for slot in own]
+        return indices, cls(bucket.buffer(), own, [owners[i] for i in indices], views, bucket.index())
 
 
 def strided_as(parameter: Tensor, gradient: Tensor) -> Tensor:

@@ -72,11 +72,11 @@ def check_shapes(saved: Mapping[int, dict[str, Tensor]], parts: Sequence[Part], 
 
 
 def take_state(
-    saved: Mapping[int, dict[str, Tensor]], parts: Sequence[Part], slots: Sequence[Slot], state: State, rank: int
+    saved: Mapping[int, dict[str, Tensor]], parts: Sequence[Part], slots: Sequence[Slot], state: State, rank: int | None
 ) -> None:
-    """Copy what is saved of each tensor into what this rank has of it."""
+    """Copy what is saved of each tensor into what this rank has of it; ``None``: every rank has all."""
     for part, slot in zip(parts, slots, strict=True):
-        if part.owner != rank:
+        if rank is not None and part.owner != rank:
             continue
         mine, whole = state[slot.parameter], saved.get(part.item, {})
         if "step" in whole:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -128,6 +129,8 @@ def on_every_rank(rank: int, saved: str | None, store: str) -> dict[str, Any]:
         "refused_state": refused_state(),
         "shards": trained_on_shards(rank, world_size),
         "checkpointed": through_torch_checkpoint_state(),
+        "replicated": replicated(rank),
+        "joined_late": joined_late(),
     }
     if saved is not None:
         halfway = torch.load(saved, weights_only=True)
@@ -135,6 +138,25 @@ def on_every_rank(rank: int, saved: str | None, store: str) -> dict[str, Any]:
     if world_size > 1:
         results["alone"] = state_dict_on_rank_0_alone(rank, world_size, store)  # the last: it breaks the group
     return results
+
+
+def replicated(rank: int) -> dict[str, Any]:
+    """A run of which rank 0 saves the state, alone."""
+    optimizer = SFW(groups(SHAPES, MIX, torch.float32), lr=0.05, replicate_momentum=True)
+    train(optimizer, range(HALF))
+    saved = copy.deepcopy(optimizer.state_dict()) if rank == 0 else None
+    train(optimizer, range(HALF, STEPS))
+    return {"parameters": values(optimizer), "saved": saved}
+
+
+def joined_late() -> dict[str, Any]:
+    """A run whose optimizer, and first steps, are older than the group of ranks."""
+    with mock.patch("sfw_dist.batch.dist.is_initialized", lambda: False):
+        optimizer = CASES["mix"]()
+        train(optimizer, range(HALF))
+    train(optimizer, range(HALF, STEPS))
+    buffers = [state["momentum_buffer"] for state in optimizer.state.values() if "momentum_buffer" in state]
+    return {"parameters": values(optimizer), "momentum_bytes": sum(buffer.nbytes for buffer in buffers)}
 
 
 def three_steps() -> list[Tensor]:
@@ -349,6 +371,27 @@ def test_the_state_dict_is_the_whole_state_on_every_rank(world: World, world_siz
         for mine, theirs in zip(state["state"].values(), expected["state"].values(), strict=True):
             assert mine.keys() == theirs.keys()
             assert_bitwise(list(mine.values()), list(theirs.values()))
+
+
+@on_each_world_size
+def test_replicated_momentum_is_saved_by_one_rank_alone(world: World, world_size: int) -> None:
+    """Fails when the rank that saves waits for others, or has not followed the momentum of what they own."""
+    expected = one_process("mix")
+    for rank in world(world_size):
+        assert_bitwise(rank["replicated"]["parameters"], expected["parameters"])
+    saved, state = world(world_size)[0]["replicated"]["saved"]["state"], expected["halfway"]["state"]["state"]
+    for mine, theirs in zip(saved.values(), state.values(), strict=True):
+        assert mine.keys() == theirs.keys()
+        assert_bitwise(list(mine.values()), list(theirs.values()))
+
+
+@on_each_world_size
+def test_an_optimizer_older_than_the_group_shares_its_work(world: World, world_size: int) -> None:
+    """Fails when each rank goes on alone, with all momentum and all LMOs, and nobody is told."""
+    found = [rank["joined_late"] for rank in world(world_size)]
+    for rank in found:
+        assert_bitwise(rank["parameters"], one_process("mix")["parameters"])
+    assert sum(rank["momentum_bytes"] for rank in found) == one_process("mix")["momentum_bytes"]
 
 
 @pytest.mark.parametrize("case", CASES)
