@@ -28,8 +28,8 @@ LAYERS = (
     {"distributed", "replicas", "models", "placement", "segment"},
     {"prune", "recalibration", "interrupt", "binding"},
     # The optimizer: one tensor's step, what travels together, and what happens to gradients on the way.
-    {"step", "batch", "sharded", "holding", "ownership", "groups", "state", "statistics", "reducer", "comm_hook", "optim"}
-    | {"variants", "first_step", "init"},
+    {"step", "batch", "sharded", "holding", "ownership", "groups", "state", "statistics", "reducer", "comm_hook"}
+    | {"optim", "variants", "first_step", "init"},
     # `__init__` offers the optimizer's names to scripts that want nothing else.
     {"__init__", "config"},
     {"data", "schedule", "run", "checkpoint", "metrics", "progress"},

@@ -192,6 +192,14 @@ def errors(rank: int) -> dict[str, str]:
         other(torch.ones(2, 3)).sum().backward()
     except Exception as error:
         found["strangers"] = str(error)
+
+    everywhere = SFW(constrain(strangers, KSparsePolytope(k=2, radius=1.0)), replicate_momentum=True)
+    owners_alone = DistributedDataParallel(strangers)
+    owners_alone.register_comm_hook(everywhere, reduce_to_owner)
+    try:
+        owners_alone(torch.ones(2, 3)).sum().backward()
+    except Exception as error:
+        found["replicated"] = str(error)
     return found
 
 
@@ -392,6 +400,7 @@ def test_what_cannot_work_is_refused(world: World, size: int) -> None:
         assert "take overlap=False, or bf16" in rank["errors"]["scaler"]
         assert "backward pass before the step" in rank["errors"]["twice"]
         assert "parameters that SFW does not have" in rank["errors"]["strangers"]
+        assert "replicate_momentum needs all gradients" in rank["errors"]["replicated"]
 
 
 @on_several
