@@ -87,6 +87,8 @@ def test_the_network_stays_in_sets_of_one_diameter(start: float, final: float, c
     run = Run(config(start, final, chosen=chosen, name=name, unconstrained="norm_and_bias"))
     sizes = [group["params"][0].numel() for group in run.groups]
     diameters = [group["constraint"].diameter(n) for group, n in zip(run.groups, sizes, strict=True)]
+    first = [group["constraint"].support(n) for group, n in zip(run.groups, sizes, strict=True)]
+    assert first == [int(start * n) for n in sizes], "the first weights would be scaled into two sets"
     seen = []
     for epoch in range(EPOCHS):
         run.schedule.begin_epoch(epoch)

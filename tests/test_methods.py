@@ -66,7 +66,7 @@ def test_the_sparsity_is_zhu_and_guptas_cubic() -> None:
 
 def test_weights_are_removed_on_time_and_never_come_back() -> None:
     """Fails when pruning happens at other steps, removed weights grow again, or the end is not what was asked for."""
-    config = gradual(sparsity=0.9, begin=0.25, end=0.7, every=4)
+    config = gradual(sparsity=0.9, begin=0.25, end=0.7, every=6)
     model = network()
     method = opened(config, model)
     total, removed, before = 16 * 12 + 12 * 3, [], torch.zeros(0, dtype=torch.bool)
@@ -77,8 +77,8 @@ def test_weights_are_removed_on_time_and_never_come_back() -> None:
             assert flat[before].count_nonzero() == 0
         before = flat == 0
         removed.append(zeros(model))
-    # Prunings after 5, 9 and 13 of 20 steps, and after the 14th, which ends it.
-    expected = {done: round(config.gradual.target(done, STEPS) * total) for done in (5, 9, 13, 14)}
+    # Prunings after 5 and 11 of 20 steps, and after the 14th, which ends it.
+    expected = {done: round(config.gradual.target(done, STEPS) * total) for done in (5, 11, 14)}
     last = 0
     for done in range(1, STEPS + 1):
         last = expected.get(done, last)
@@ -209,6 +209,18 @@ def test_records_tell_k_and_sparsity(tmp_path: Path, digits: Path) -> None:
         found[key] = [e[key] for e in events(config) if e["event"] == "epoch"]
     assert found["k_frac"] == pytest.approx([0.2, 0.1, 0.05])
     assert found["sparsity"][-1] == pytest.approx(0.9, abs=1e-3) and found["sparsity"] == sorted(found["sparsity"])
+
+
+def test_the_sets_of_a_run_follow_its_epochs(tmp_path: Path, digits: Path) -> None:
+    """Fails when the record tells of a K that the optimizer never had."""
+    config = replace(small_config(tmp_path / "runs", digits, epochs=3), **rivals()["k_schedule"])
+    assert training.train(config, ONE_PROCESS) == 0
+    weights = load_file(config.run_dir / "model.safetensors")
+    folders = sorted((config.run_dir / "checkpoints").glob("epoch_*"))  # after the last two epochs
+    for folder, k_frac in zip(folders, (0.1, 0.05), strict=True):
+        for group in json.loads((folder / "state.json").read_text())["options"]:
+            n = weights[group["param_names"][0]].numel()
+            assert group["constraint"]["k"] == min(max(10, int(k_frac * n + 1e-9)), n)
 
 
 def test_a_gradually_pruned_network_is_measured_as_others_are(tmp_path: Path, digits: Path) -> None:

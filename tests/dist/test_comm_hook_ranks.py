@@ -193,8 +193,9 @@ def errors(rank: int) -> dict[str, str]:
     except Exception as error:
         found["strangers"] = str(error)
 
-    everywhere = SFW(constrain(strangers, KSparsePolytope(k=2, radius=1.0)), replicate_momentum=True)
-    owners_alone = DistributedDataParallel(strangers)
+    layer = nn.Linear(3, 3)
+    everywhere = SFW(constrain(layer, KSparsePolytope(k=2, radius=1.0)), replicate_momentum=True)
+    owners_alone = DistributedDataParallel(layer)
     owners_alone.register_comm_hook(everywhere, reduce_to_owner)
     try:
         owners_alone(torch.ones(2, 3)).sum().backward()
