@@ -31,13 +31,14 @@ def tensor(n: int, constraint: Constraint, dtype: torch.dtype = torch.float32, *
     """A parameter of ``n`` entries with the options of its group."""
     group = {"lr": 0.8, "momentum": 0.9, "rescale": "gradient", "weight_decay": 0.0, "constraint": constraint}
     parameter = torch.nn.Parameter((torch.randn(n) * 0.1).to(dtype))
-    return Slot.of("tensor", parameter, {**group, **options}, 0, n)
+    return Slot.of("tensor", parameter, {**group, **options}, constraint, 0, n)
 
 
 def parts(n: int, constraint: Constraint, starts: Sequence[int], **options: Any) -> list[Slot]:
     """A tensor of ``n`` entries in parts that begin at ``starts``; each is stepped as if it were a tensor."""
     whole = tensor(n, constraint, **options)
-    return [Slot.of("part", whole.parameter, whole.group, *of) for of in zip(starts, [*starts[1:], n], strict=True)]
+    edges = zip(starts, [*starts[1:], n], strict=True)
+    return [Slot.of("part", whole.parameter, whole.group, constraint, *of) for of in edges]
 
 
 def mixed() -> list[Slot]:
