@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for sparsity in SPARSITIES:  # each mask contains the ones before it, so one network serves for all
             prune(net, sparsity)
             print(f"sparsity {sparsity:.2f}: accuracy {accuracy(net, test):.3f}")
-    accelerator.wait_for_everyone()  # one that left earlier would take down connections that others still use
+    accelerator.wait_for_everyone()  # one that ends right after a collective may do so while gloo holds its tensors
     accelerator.end_training()
 
 

@@ -95,6 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for sparsity in SPARSITIES:  # each mask contains the ones before it, so one network serves for all
             prune(net, sparsity)
             print(f"sparsity {sparsity:.2f}: accuracy {accuracy(net, test):.3f}")
+    dist.barrier()  # a rank that ends right after a collective may do so while gloo's threads still hold its tensors
     dist.destroy_process_group()
 
 
