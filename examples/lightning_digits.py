@@ -79,7 +79,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for sparsity in SPARSITIES:  # each mask contains the ones before it, so one network serves for all
             prune(model.net, sparsity)
             print(f"sparsity {sparsity:.2f}: accuracy {accuracy(model.net, test):.3f}")
-    trainer.strategy.barrier()  # a rank that ends right after a collective may do so while gloo still holds its tensors
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,6 +47,9 @@ def joined_world() -> Iterator[World]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+            # Frees the groups. Gloo's threads, which may still let go of tensors, then end here, and not while the
+            # interpreter does: it would end a thread that asks for its lock, and abort.
+            gc.collect()
 
 
 def any_rank(flag: bool, world: World) -> bool:
