@@ -33,8 +33,14 @@ class Headers:
         self._tables.clear()
 
     def keep(self, slots: Sequence[Slot], table: Tensor) -> None:
-        """Take the headers ``(slots, 3)`` of some tensors, in the place of their last ones."""
-        self._tables[tuple(slot.name for slot in slots)] = table
+        """Take the headers ``(slots, 3)`` of some tensors, in the place of their last ones.
+
+        They may have stepped in other company then: DDP lays its buckets out anew, and overlap comes and goes.
+        """
+        names = tuple(slot.name for slot in slots)
+        for old in [old for old in self._tables if not set(names).isdisjoint(old)]:
+            del self._tables[old]
+        self._tables[names] = table
 
     def not_finite(self, *, wait: bool) -> set[str]:
         """The tensors whose gradients were not finite; of those on a GPU only with ``wait``, for it takes waiting."""

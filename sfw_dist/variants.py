@@ -64,17 +64,17 @@ class ConstrainedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        todo = [
+        stepping = [
             (group, number, index, parameter)
             for number, group in enumerate(self.param_groups)
             for index, parameter in enumerate(group["params"])
             if parameter.grad is not None
         ]
-        for group, number, index, parameter in todo:
+        for group, number, index, parameter in stepping:
             if parameter.grad.is_sparse:
                 name = name_of(group, number, index)
                 raise UserError(f"{name} has a sparse gradient: take dense ones (nn.Embedding(sparse=False))")
-        for group, _, index, parameter in todo:
+        for group, _, index, parameter in stepping:
             self._move(parameter, parameter.grad, group, constraint_of(group, index))
         return loss
 

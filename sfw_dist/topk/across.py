@@ -19,7 +19,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sfw_dist.rounds import Talk
 from sfw_dist.topk.kept import INTEGERS, LAST_BITS, kept_beside_the_kth
 
 _BITS = 12
@@ -200,6 +199,3 @@ def _ties_in_blocks(
     last, _ = _kth_bin((yield counts).long(), left)
     limit[blocks] = 2**bits - 1 - ((prefix << LAST_BITS) | last)
     return limit
-
-
-__all__ = ["Selected", "Share", "Talk", "select_across"]
