@@ -1,4 +1,4 @@
-"""What goes on around an optimizer's steps: nothing, gradual magnitude pruning, or compression-aware steps.
+"""What goes on around an optimizer's steps: nothing, sampled sparsities, gradual pruning, or compression-aware steps.
 
 They need the whole network, and all of its gradients, on every rank. Replicas that are equal before a step are equal
 after it: every rank has the same gradients, and from equal weights the same masks.
@@ -7,15 +7,14 @@ after it: every rank has the same gradients, and from equal weights the same mas
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sfw_dist.config import Config, CramConfig, GradualConfig
+from sfw_dist.config import Config, CramConfig, GradualConfig, SampledConfig
 from sfw_dist.engine import Engine
 from sfw_dist.errors import UserError
 from sfw_dist.prune import magnitude_masks, prune
@@ -112,37 +111,92 @@ class CompressionAware(Method):
     def train_step(self, images: Tensor, labels: Tensor, step: int) -> Tensor:
         engine, model = self._engine, self._engine.model
         loss = engine.gradients(images, labels)
-        trained = {name: p for name, p in model.named_parameters() if p.grad is not None}
-        dense = {name: cast(Tensor, p.grad) for name, p in trained.items()}
-        everything = [*model.parameters(), *model.buffers()]
-        before = [tensor.detach().clone() for tensor in everything]
-        with torch.no_grad():
-            for name, parameter in trained.items():
-                parameter.add_(dense[name], alpha=self._config.rho)
-        with _blaming_the_rate():
-            masks = prune(model, self.sparsity(step))
-        # Buffers as they were: the second pass would average the pruned network's statistics in.
-        engine.gradients(images, labels)
-        with torch.no_grad():
-            for tensor, value in zip(everything, before, strict=True):
-                tensor.copy_(value)
-            for name, parameter in trained.items():
-                assert parameter.grad is not None
-                if name in masks:
-                    parameter.grad.masked_fill_(~masks[name], 0)
-                if self._config.dense:
-                    parameter.grad.add_(dense[name])
+        dense = _gradients(model)
+        with _restored(model):
+            with torch.no_grad():
+                for name, gradient in dense.items():
+                    model.get_parameter(name).add_(gradient, alpha=self._config.rho)
+            masks = _cut(model, self.sparsity(step))
+            engine.gradients(images, labels)
+        _mask_gradients(model, masks)
+        if self._config.dense:
+            for name, gradient in _gradients(model).items():
+                gradient.add_(dense[name])
         engine.optimizer.step()
         return loss
 
     def sparsity(self, step: int) -> float:
-        """What is removed in a step: a hash of seed and step chooses, on all ranks alike, and when a run goes on."""
-        number = int(np.random.SeedSequence([self._seed, step, _DRAW]).generate_state(1)[0])
-        return self._config.sparsities[number % len(self._config.sparsities)]
+        """What is removed in a step."""
+        return _drawn(self._config.sparsities, self._seed, step)
+
+
+class SampledSparsity(Method):
+    """Each step trains the network at a sparsity drawn for it: one gradient, where CrAM⁺ takes two.
+
+    With M the mask of global magnitude pruning to the sparsity drawn, which may be 0::
+
+        g ← M ⊙ ∇L(M ⊙ θ)        a step of the optimizer on g
+
+    CrAM's sparse gradient without its perturbation (ρ = 0), alternating with the dense network's in place of adding
+    it; as universally slimmable networks sample their widths (Yu and Huang, ICCV 2019, arXiv 1903.05134). BatchNorm's
+    running statistics are those of the dense network, from the steps that draw 0. A step's loss is of what it drew.
+    """
+
+    def __init__(self, engine: Engine, config: SampledConfig, seed: int) -> None:
+        super().__init__(engine)
+        self._config, self._seed = config, seed
+
+    def train_step(self, images: Tensor, labels: Tensor, step: int) -> Tensor:
+        engine, model = self._engine, self._engine.model
+        sparsity = self.sparsity(step)
+        if sparsity == 0:
+            return super().train_step(images, labels, step)
+        with _restored(model):
+            masks = _cut(model, sparsity)
+            loss = engine.gradients(images, labels)
+        _mask_gradients(model, masks)
+        engine.optimizer.step()
+        return loss
+
+    def sparsity(self, step: int) -> float:
+        """What is removed in a step."""
+        return _drawn(self._config.sparsities, self._seed, step)
 
 
 _DRAW = 0xC4A3
 """Keeps this draw apart from others that are made of seed and step."""
+
+
+def _drawn(choices: Sequence[float], seed: int, step: int) -> float:
+    """One of ``choices``: a hash of seed and step decides, on all ranks alike, and when a run goes on."""
+    number = int(np.random.SeedSequence([seed, step, _DRAW]).generate_state(1)[0])
+    return choices[number % len(choices)]
+
+
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Afterwards parameters and buffers are what they were: a pruned network's statistics are not averaged in."""
+    everything = [*model.parameters(), *model.buffers()]
+    before = [tensor.detach().clone() for tensor in everything]
+    yield
+    with torch.no_grad():
+        for tensor, value in zip(everything, before, strict=True):
+            tensor.copy_(value)
+
+
+def _cut(model: nn.Module, sparsity: float) -> Mapping[str, Tensor]:
+    with _blaming_the_rate():
+        return prune(model, sparsity)
+
+
+def _gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def _mask_gradients(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    for name, gradient in _gradients(model).items():
+        if name in masks:
+            gradient.masked_fill_(~masks[name], 0)
 
 
 def open_method(engine: Engine, config: Config, steps: int) -> Method:
@@ -152,6 +206,8 @@ def open_method(engine: Engine, config: Config, steps: int) -> Method:
             return Method(engine)
         case "gradual":
             return GradualPruning(engine, config.gradual, steps)
+        case "sampled":
+            return SampledSparsity(engine, config.sampled, config.seed)
         case "cram":
             return CompressionAware(engine, config.cram, config.seed)
 

@@ -18,16 +18,22 @@ from torch import Tensor, nn
 from training import ONE_PROCESS, rivals, small_config
 
 from sfw_dist import train as training
-from sfw_dist.config import Config, ConstraintConfig, CramConfig, GradualConfig, OptimizerConfig
+from sfw_dist.config import Config, ConstraintConfig, CramConfig, GradualConfig, OptimizerConfig, SampledConfig
 from sfw_dist.engine import open_engine
 from sfw_dist.errors import UserError
 from sfw_dist.evaluate import evaluate
-from sfw_dist.methods import CompressionAware, GradualPruning, Method, open_method
+from sfw_dist.methods import CompressionAware, GradualPruning, Method, SampledSparsity, open_method
 from sfw_dist.prune import magnitude_masks
 from sfw_dist.run import RunFolder
 
 STEPS = 20
 SGD = OptimizerConfig(name="sgd", lr=0.1, weight_decay=0.01)
+CUT = Config(
+    name="x",
+    method="sampled",
+    sampled=SampledConfig([0.0, 0.6]),
+    optimizer=replace(SGD, weight_decay=0.0, momentum=0.0),
+)
 
 
 def network() -> nn.Module:
@@ -50,6 +56,12 @@ def zeros(model: nn.Module) -> int:
 
 def gradual(**options: Any) -> Config:
     return Config(name="x", method="gradual", gradual=GradualConfig(**options), optimizer=SGD)
+
+
+def step_that_draws(sparsity: float, config: Config) -> int:
+    method = opened(config)
+    assert isinstance(method, SampledSparsity)
+    return next(step for step in range(100) if method.sparsity(step) == sparsity)
 
 
 # ------------------------------------------------------------------------------------------- gradual pruning
@@ -155,12 +167,55 @@ def test_each_step_draws_a_sparsity_that_step_and_seed_decide() -> None:
     assert all(15 <= draws[0].count(sparsity) <= 25 + 5 for sparsity in (0.5, 0.7, 0.9))
 
 
-def test_frozen_parameters_stay() -> None:
+@pytest.mark.parametrize("config", [CUT, Config(name="x", method="cram", optimizer=SGD)], ids=["sampled", "cram"])
+def test_frozen_parameters_stay(config: Config) -> None:
     model = network()
     frozen = next(model.parameters()).requires_grad_(False)
     before = frozen.detach().clone()
-    opened(Config(name="x", method="cram", optimizer=SGD), model).train_step(*batch(0), 0)
+    opened(config, model).train_step(*batch(0), step_that_draws(0.6, config) if config is CUT else 0)
     assert torch.equal(frozen, before)
+
+
+# ----------------------------------------------------------------------------------------- sampled sparsities
+
+
+def test_a_step_trains_the_network_that_was_drawn() -> None:
+    """Fails when the gradient is the dense network's, a removed weight moves, or its statistics are averaged in."""
+    step = step_that_draws(0.6, CUT)
+    images, labels = batch(step)
+    model, twin = network(), network().train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        masks = magnitude_masks(twin, 0.6)
+        for name, mask in masks.items():
+            twin.get_parameter(name).mul_(mask)
+    expected_loss = F.cross_entropy(twin(images), labels)
+    expected_loss.backward()
+
+    loss = opened(CUT, model).train_step(images, labels, step)
+    assert loss == expected_loss.detach()
+    for name, p in model.named_parameters():
+        gradient = twin.get_parameter(name).grad
+        assert gradient is not None
+        torch.testing.assert_close(p.detach(), before[name] - 0.1 * gradient * masks.get(name, torch.ones(())))
+    assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())
+
+
+def test_a_step_that_draws_zero_is_a_plain_one() -> None:
+    """Fails when BatchNorm's running statistics are never those of the dense network, or a weight is left out."""
+    step = step_that_draws(0.0, CUT)
+    models = network(), network()
+    for model, config in zip(models, (CUT, replace(CUT, method="plain")), strict=True):
+        opened(config, model).train_step(*batch(step), step)
+    mine, theirs = (model.state_dict() for model in models)
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    assert mine["2.num_batches_tracked"] == 1
+
+
+def test_what_is_named_twice_is_drawn_twice_as_often() -> None:
+    method = opened(replace(CUT, sampled=SampledConfig([0.0, 0.0, 0.9])))
+    assert isinstance(method, SampledSparsity)
+    assert 170 < [method.sparsity(step) for step in range(300)].count(0.0) < 230
 
 
 def test_plain_is_the_engines_own_step() -> None:
@@ -183,7 +238,9 @@ def test_an_interrupted_run_goes_on_bitwise(
     config = replace(small_config(tmp_path / "runs", digits, epochs=3), **rivals()[what])
     whole = replace(config, name="whole")
     assert training.train(whole, ONE_PROCESS) == 0
-    original: Callable[..., Tensor] = Method.train_step if config.method != "cram" else CompressionAware.train_step
+    # Whose step is interrupted: a class that has a train_step of its own takes it in place of the plain one.
+    stepping = {"cram": CompressionAware, "sampled": SampledSparsity}.get(config.method, Method)
+    original: Callable[..., Tensor] = stepping.train_step
 
     def train_step(self: Method, images: Tensor, labels: Tensor, step: int) -> Tensor:
         if step == 13:
@@ -191,7 +248,7 @@ def test_an_interrupted_run_goes_on_bitwise(
         return original(self, images, labels, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Method if config.method != "cram" else CompressionAware, "train_step", train_step)
+        patch.setattr(stepping, "train_step", train_step)
         assert training.train(config, ONE_PROCESS) == 130
     assert training.train(config, ONE_PROCESS, resume=True) == 0
     mine, theirs = (load_file(c.run_dir / "model.safetensors") for c in (config, whole))
@@ -257,6 +314,8 @@ def test_a_diverging_run_says_what_to_do(method: Any) -> None:
         (lambda: CramConfig(rho=-1), ("cram.rho", "-1", "write 0.05")),
         (lambda: CramConfig(rho=math.nan), ("cram.rho", "nan", "write 0.05")),
         (lambda: CramConfig(sparsities=[]), ("cram.sparsities", "[]", "write [0.5")),
+        (lambda: SampledConfig([0.0, 1.0]), ("sampled.sparsities", "1.0", "write 0.9")),
+        (lambda: SampledConfig([0.5, 0.9]), ("sampled.sparsities", "[0.5, 0.9]", "with 0", "write [0.0, 0.5")),
         (lambda: CramConfig(sparsities=[0.5, 90]), ("cram.sparsities", "90", "write 0.9")),
         (lambda: Config(name="x", method="gradual"), ("optimizer.name", "sfw", "sgd beside method: gradual")),
         (

@@ -46,5 +46,6 @@ def rivals() -> dict[str, dict[str, Any]]:
         "k_schedule": {"optimizer": OptimizerConfig(lr=0.3, k_schedule=KScheduleConfig(kind="geometric", end=1.0))},
         "gradual": {"optimizer": sgd, "method": "gradual", "gradual": GradualConfig(end=0.6, every=3)},
         "cram": {"optimizer": sgd, "method": "cram"},
+        "sampled": {"optimizer": OptimizerConfig(lr=0.3), "method": "sampled"},
         "cram_sfw": {"optimizer": OptimizerConfig(lr=0.3), "method": "cram"},
     }

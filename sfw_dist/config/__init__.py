@@ -10,7 +10,7 @@ the remedy.
 """
 
 from sfw_dist.config.constraint import ConstraintConfig
-from sfw_dist.config.methods import CramConfig, GradualConfig, InitConfig, KScheduleConfig
+from sfw_dist.config.methods import CramConfig, GradualConfig, InitConfig, KScheduleConfig, SampledConfig
 from sfw_dist.config.parse import check_keys, instantiate, load_config, parse_run, read_yaml, save_config
 from sfw_dist.config.schema import (
     Config,
@@ -38,6 +38,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "PruneConfig",
+    "SampledConfig",
     "ScheduleConfig",
     "TrainConfig",
     "check_keys",

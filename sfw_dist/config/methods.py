@@ -106,3 +106,18 @@ class CramConfig:
         require(len(self.sparsities) > 0, "cram.sparsities", self.sparsities, "at least one", "write [0.5, 0.7, 0.9]")
         for sparsity in self.sparsities:
             require(0 < sparsity < 1, "cram.sparsities", sparsity, "in (0, 1)", "write 0.9 to remove 90 %")
+
+
+@dataclass
+class SampledConfig:
+    """Steps at sampled sparsities (method: sampled)."""
+
+    sparsities: list[float] = field(default_factory=lambda: [0.0, 0.5, 0.8, 0.9, 0.95, 0.98])
+    """Fractions removed, in [0, 1), 0 among them; each step draws one, and one that is named twice is drawn twice as
+    often."""
+
+    def __post_init__(self) -> None:
+        for sparsity in self.sparsities:
+            require(0 <= sparsity < 1, "sampled.sparsities", sparsity, "in [0, 1)", "write 0.9 to remove 90 %")
+        remedy = "write [0.0, 0.5, 0.8, 0.9, 0.95, 0.98]"
+        require(0 in self.sparsities, "sampled.sparsities", self.sparsities, "with 0, the dense network,", remedy)

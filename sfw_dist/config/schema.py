@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from sfw_dist.config.constraint import NEED_WHOLE_TENSORS, ConstraintConfig
 from sfw_dist.config.domain import require as _require
-from sfw_dist.config.methods import CramConfig, GradualConfig, InitConfig, KScheduleConfig
+from sfw_dist.config.methods import CramConfig, GradualConfig, InitConfig, KScheduleConfig, SampledConfig
 from sfw_dist.prune import PAPER_SPARSITIES, Kind, Scope
 from sfw_dist.step import Rescale
 
@@ -265,9 +265,11 @@ class Config:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     init: InitConfig = field(default_factory=InitConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    method: Literal["plain", "gradual", "cram"] = "plain"
-    """plain: the optimizer's steps alone; gradual: magnitude pruning while SGD trains; cram: compression-aware steps,
-    of two gradients each (docs/algorithm.md)."""
+    method: Literal["plain", "sampled", "gradual", "cram"] = "plain"
+    """plain: the optimizer's steps alone; sampled: each step trains the network pruned to a sparsity drawn for it, or
+    dense; gradual: magnitude pruning while SGD trains; cram: compression-aware steps, of two gradients each
+    (docs/algorithm.md)."""
+    sampled: SampledConfig = field(default_factory=SampledConfig)
     gradual: GradualConfig = field(default_factory=GradualConfig)
     cram: CramConfig = field(default_factory=CramConfig)
     fsdp: FSDPConfig = field(default_factory=FSDPConfig)

@@ -27,6 +27,7 @@ SGD = OptimizerConfig(name="sgd", lr=0.1)
 CONFIGS = {
     "gradual": Config(name="x", optimizer=SGD, method="gradual", gradual=GradualConfig(begin=0, end=0.5, every=1)),
     "cram": Config(name="x", optimizer=SGD, method="cram", cram=CramConfig(rho=0.2)),
+    "sampled": Config(name="x", optimizer=OptimizerConfig(lr=0.3), method="sampled"),
     "k_schedule": Config(name="x", optimizer=OptimizerConfig(lr=0.3, k_schedule=KScheduleConfig(kind="linear", end=1))),
 }
 EPOCHS, STEPS = 4, 3
