@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
 from evidence import gather, main
-from evidence_runs import Outcome, Planned, pending, run_all
+from evidence_runs import Outcome, Planned, check, pending, run_all
 from evidence_study import read_study
 from evidence_tables import Row, read_rows, rows_csv, summarise
 
@@ -85,6 +85,14 @@ def test_arguments_that_the_training_refuses_show_before_the_first_run(
     assert main([str(study), "--out", str(tmp_path / "out"), "--runs-dir", str(tmp_path / "runs")]) == 2
     assert "optimizer.lrr" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks/studies").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_study_can_begin(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails when a field or a configuration is renamed and a study is forgotten."""
+    monkeypatch.chdir(ROOT)
+    study = read_study(path)
+    check([Planned(study, arm, seed=0, runs_dir=tmp_path, threads=1) for arm in study.arms])
 
 
 def test_commands_hold_the_study_s_arguments_and_the_arm_s_over_them(tmp_path: Path) -> None:
