@@ -113,13 +113,15 @@ def run_study(study: Study, runs: Sequence[Planned], jobs: int) -> None:
         UserError: a run's arguments are wrong, its folder holds another run, or it failed, after all others ended.
     """
     check(runs)
-    todo = [run for run in runs if pending(run)]
-    print(f"{study.title}: {len(runs)} runs, {len(runs) - len(todo)} of them done already", flush=True)
-    outcomes = run_all(todo, jobs)
+    unfinished = [run for run in runs if pending(run)]
+    print(f"{study.title}: {len(runs)} runs, {len(runs) - len(unfinished)} of them done already", flush=True)
+    outcomes = run_all(unfinished, jobs)
     failed = [run for run, outcome in outcomes.items() if outcome is Outcome.FAILED]
     if failed:
         named = ", ".join(f"{run.name} (see {run.log})" for run in failed)
-        raise UserError(f"{len(failed)} of {len(todo)} runs failed: {named}: mend that, then start the study again")
+        raise UserError(
+            f"{len(failed)} of {len(unfinished)} runs failed: {named}: mend that, then start the study again"
+        )
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sfw_dist.config import Config, CramConfig, GradualConfig, SampledConfig
+from sfw_dist.config import Config, CramConfig, GradualConfig
 from sfw_dist.engine import Engine
 from sfw_dist.errors import UserError
 from sfw_dist.prune import magnitude_masks, prune
@@ -93,7 +93,20 @@ class GradualPruning(Method):
         return {"sparsity": (total - kept) / total if total else 0.0}
 
 
-class CompressionAware(Method):
+class _Drawing(Method):
+    """What each step draws a sparsity for."""
+
+    def __init__(self, engine: Engine, sparsities: Sequence[float], seed: int) -> None:
+        super().__init__(engine)
+        self._sparsities, self._seed = sparsities, seed
+
+    def sparsity(self, step: int) -> float:
+        """What is removed in a step: a hash of seed and step chooses, on all ranks alike, and when a run goes on."""
+        number = int(np.random.SeedSequence([self._seed, step, _DRAW]).generate_state(1)[0])
+        return self._sparsities[number % len(self._sparsities)]
+
+
+class CompressionAware(_Drawing):
     """CrAM: steps that make the network good where magnitude pruning would take it (Peste et al., ICLR 2023).
 
     With C the global magnitude pruning to a sparsity that each step draws from a few, M its mask, ρ how far to look::
@@ -105,8 +118,8 @@ class CompressionAware(Method):
     """
 
     def __init__(self, engine: Engine, config: CramConfig, seed: int) -> None:
-        super().__init__(engine)
-        self._config, self._seed = config, seed
+        super().__init__(engine, config.sparsities, seed)
+        self._config = config
 
     def train_step(self, images: Tensor, labels: Tensor, step: int) -> Tensor:
         engine, model = self._engine, self._engine.model
@@ -125,12 +138,8 @@ class CompressionAware(Method):
         engine.optimizer.step()
         return loss
 
-    def sparsity(self, step: int) -> float:
-        """What is removed in a step."""
-        return _drawn(self._config.sparsities, self._seed, step)
 
-
-class SampledSparsity(Method):
+class SampledSparsity(_Drawing):
     """Each step trains the network at a sparsity drawn for it: one gradient, where CrAM⁺ takes two.
 
     With M the mask of global magnitude pruning to the sparsity drawn, which may be 0::
@@ -141,10 +150,6 @@ class SampledSparsity(Method):
     it; as universally slimmable networks sample their widths (Yu and Huang, ICCV 2019, arXiv 1903.05134). BatchNorm's
     running statistics are those of the dense network, from the steps that draw 0. A step's loss is of what it drew.
     """
-
-    def __init__(self, engine: Engine, config: SampledConfig, seed: int) -> None:
-        super().__init__(engine)
-        self._config, self._seed = config, seed
 
     def train_step(self, images: Tensor, labels: Tensor, step: int) -> Tensor:
         engine, model = self._engine, self._engine.model
@@ -158,19 +163,9 @@ class SampledSparsity(Method):
         engine.optimizer.step()
         return loss
 
-    def sparsity(self, step: int) -> float:
-        """What is removed in a step."""
-        return _drawn(self._config.sparsities, self._seed, step)
-
 
 _DRAW = 0xC4A3
 """Keeps this draw apart from others that are made of seed and step."""
-
-
-def _drawn(choices: Sequence[float], seed: int, step: int) -> float:
-    """One of ``choices``: a hash of seed and step decides, on all ranks alike, and when a run goes on."""
-    number = int(np.random.SeedSequence([seed, step, _DRAW]).generate_state(1)[0])
-    return choices[number % len(choices)]
 
 
 @contextmanager
@@ -207,7 +202,7 @@ def open_method(engine: Engine, config: Config, steps: int) -> Method:
         case "gradual":
             return GradualPruning(engine, config.gradual, steps)
         case "sampled":
-            return SampledSparsity(engine, config.sampled, config.seed)
+            return SampledSparsity(engine, config.sampled.sparsities, config.seed)
         case "cram":
             return CompressionAware(engine, config.cram, config.seed)
 
