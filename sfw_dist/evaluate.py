@@ -21,7 +21,7 @@ from rich.table import Table
 
 from sfw_dist.distributed import World, barrier, joined_world
 from sfw_dist.errors import UserError, reports_user_errors
-from sfw_dist.files import write_json
+from sfw_dist.files import make_folder, write_json
 from sfw_dist.max_drop import evaluate_max_drop
 from sfw_dist.metrics import Metrics
 from sfw_dist.prune import Kind, Scope, parse_sparsities
@@ -66,6 +66,8 @@ def evaluate(
         if len(set(files.values())) < len(files):
             raise UserError(f"sparsities {', '.join(map(str, files))} agree in four decimals: leave some out")
         check_same_pruning(files.values(), prune)
+        if world.main:
+            make_folder(run.prune)  # somebody may have deleted it, to measure anew
 
         masks = [trained.masks(sparsity) for sparsity in sparsities]
         statistics = trained.recalibrated(masks)

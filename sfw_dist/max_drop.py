@@ -16,7 +16,7 @@ from typing import Any
 from sfw_dist.config import Config
 from sfw_dist.distributed import World, barrier
 from sfw_dist.errors import UserError
-from sfw_dist.files import write_json
+from sfw_dist.files import make_folder, write_json
 from sfw_dist.metrics import Metrics
 from sfw_dist.prune import Kind, Scope
 from sfw_dist.run import RunFolder
@@ -85,6 +85,8 @@ def evaluate_max_drop(
         _check_can_search(trained.config, run)
         path = run.prune / f"max_drop_{float(points)}.json"
         check_same_pruning([path], trained.config.prune)
+        if world.main:
+            make_folder(run.prune)
         measured = _Measured(trained, points)
         sparsity = search(measured.within) / PER_ONE
         masks = trained.masks(sparsity)
