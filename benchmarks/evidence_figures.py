@@ -21,7 +21,7 @@ WIDTH = 10.5  # inches
 MOST_TOGETHER = 4  # arms whose two kinds of lines one panel can hold
 MOST_ARMS = 8  # that lines can tell apart; beyond, a dot chart is drawn as well
 TURN = 0.9  # sparsity at which the second panel begins
-RATIOS = (2, 4, 8, 16, 32)
+RATIOS = (1, 2, 4, 8, 16, 32)
 BAR_SPARSITIES = (0.0, 0.9, 0.95)
 LEGEND_WIDTH = 130  # characters
 
@@ -63,12 +63,12 @@ def draw_curve(summary: Summary, title: str) -> Figure:
 
 
 def draw_compression(summary: Summary, title: str) -> Figure:
-    """Accuracy against 2 to 32 times fewer prunable weights, BatchNorm recalibrated where there is any."""
+    """Accuracy dense and with 2 to 32 times fewer prunable weights, BatchNorm recalibrated where there is any."""
     figure = Figure(figsize=(WIDTH, _legend_height(summary) + 4.2), layout="constrained")
     axes = figure.subplots()
     _lines(axes, _within(summary, _compression, RATIOS[0], RATIOS[-1]), None, _compression)
     axes.set_xscale("log", base=2)
-    axes.set_xticks(RATIOS, [f"{ratio}×" for ratio in RATIOS])
+    axes.set_xticks(RATIOS, ["dense", *(f"{ratio}×" for ratio in RATIOS[1:])])
     axes.minorticks_off()
     axes.set(xlabel="compression: prunable weights / those kept", ylabel=f"test top-1 (%), {_best_kind(summary)}")
     _name(figure, summary, title, {})
