@@ -16,7 +16,7 @@ A study is a YAML file:
 
 Each arm and seed is one run, <study>-<arm>-s<seed>, whose output goes to a log beside its folder. What is done is not
 done again: start the study once more, and it goes on. --out receives runs.csv and all that --draw makes of it
-(summary.csv, table.md, curve.png, compression.png and, of more than eight arms, bars.png), the study, commands.txt,
+(summary.csv, table.md, the figures that suit it: curve.png, compression.png, bars.png), the study, commands.txt,
 and in logs/ each run's config.yaml and metrics.jsonl.
 """
 
@@ -30,7 +30,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from evidence_figures import draw_all
+from evidence_figures import FIGURES, draw_all
 from evidence_runs import Outcome, Planned, check, cores, pending, run_all
 from evidence_study import Study, read_study
 from evidence_tables import Row, markdown, read_rows, rows_csv, summarise, summary_csv
@@ -97,8 +97,8 @@ def draw(out: Path, title: str | None = None) -> None:
     write_text(out / "table.md", markdown(summary, title))
     for name, content in drawn.items():
         _write(out / name, content)
-    if "bars.png" not in drawn:  # an earlier study's figure would contradict this one
-        (out / "bars.png").unlink(missing_ok=True)
+    for name in set(FIGURES) - set(drawn):  # an earlier study's figure would contradict this one
+        (out / name).unlink(missing_ok=True)
 
 
 def _write(path: Path, content: bytes) -> None:

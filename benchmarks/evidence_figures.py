@@ -17,9 +17,10 @@ from sfw_dist.report.figures import COLOURS, MARKERS, SOFT, STYLE, WITHOUT, colo
 from sfw_dist.report.table import percent
 
 Drawing = Callable[[Summary, str], Figure]
+FIGURES = ("curve.png", "compression.png", "bars.png")
 WIDTH = 10.5  # inches
 MOST_TOGETHER = 4  # arms whose two kinds of lines one panel can hold
-MOST_ARMS = 8  # that lines can tell apart; beyond, a dot chart is drawn as well
+MOST_ARMS = 9  # that lines can tell apart; beyond, a dot chart is drawn as well
 TURN = 0.9  # sparsity at which the second panel begins
 RATIOS = (1, 2, 4, 8, 16, 32)
 BAR_SPARSITIES = (0.0, 0.9, 0.95)
@@ -28,8 +29,9 @@ LEGEND_WIDTH = 130  # characters
 
 def draw_all(summary: Summary, title: str) -> dict[str, bytes]:
     """Every figure that suits the study, by file name."""
-    drawings: dict[str, Drawing] = {"curve.png": draw_curve, "compression.png": draw_compression}
-    if len(summary) > MOST_ARMS:
+    several = any(len(points) > 1 for points in summary.values())
+    drawings: dict[str, Drawing] = {"curve.png": draw_curve, "compression.png": draw_compression} if several else {}
+    if len(summary) > MOST_ARMS or not several:
         drawings["bars.png"] = draw_bars
     with matplotlib.rc_context(STYLE):
         return {name: _png(draw(summary, title)) for name, draw in drawings.items()}

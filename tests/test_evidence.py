@@ -194,16 +194,27 @@ def test_draw_makes_everything_from_the_rows_alone(tmp_path: Path) -> None:
     assert (last["arm"], last["n"], last["drop_mean"], last["drop_std"]) == ("b", "1", "10.0", "")
 
 
-def test_of_many_arms_there_is_a_dot_chart_and_it_goes_when_they_are_few(tmp_path: Path) -> None:
-    def draw(count: int) -> bool:
-        arms = [(f"a{i}", f"${i}|") for i in range(count)]
-        many = [Row("tiny", *arm, 0, s, 1 / (1 - s), s, 90, 91, 92, 1) for arm in arms for s in (0, 0.9)]
-        (tmp_path / "runs.csv").write_text(rows_csv(many))
-        assert main(["--draw", "--out", str(tmp_path)]) == 0
-        return (tmp_path / "bars.png").exists()
-
-    assert draw(9)
-    assert not draw(8)
+@pytest.mark.parametrize(
+    ("arms", "sparsities", "figures"),
+    [
+        (9, (0, 0.9), {"curve.png", "compression.png"}),
+        (10, (0, 0.9), {"curve.png", "compression.png", "bars.png"}),
+        (2, (0,), {"bars.png"}),
+    ],
+)
+def test_the_figures_are_those_that_suit_and_others_go(
+    tmp_path: Path, arms: int, sparsities: tuple[float, ...], figures: set[str]
+) -> None:
+    """Lines cannot tell many arms apart, and one sparsity makes no line; an earlier study's figure would mislead."""
+    for name in ("curve.png", "compression.png", "bars.png"):
+        (tmp_path / name).write_text("of an earlier study")
+    names = [(f"a{i}", f"${i}|") for i in range(arms)]
+    rows = [Row("tiny", *name, 0, s, 1 / (1 - s), s, 90, 91, 92, 1) for name in names for s in sparsities]
+    (tmp_path / "runs.csv").write_text(rows_csv(rows))
+    assert main(["--draw", "--out", str(tmp_path)]) == 0
+    drawn = list(tmp_path.glob("*.png"))
+    assert {path.name for path in drawn} == figures
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
 
 
 def test_draw_names_a_file_that_is_none_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

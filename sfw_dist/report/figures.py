@@ -24,8 +24,8 @@ Series = tuple[FloatArray, FloatArray]  # epochs, values
 Lines = dict[str, dict[str, Any]]  # what a legend says, and the style of the line beside it
 
 # Okabe and Ito's colours, which people with any colour vision can tell apart; their yellow is too pale for a line.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D46")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # 7 and 8 have no common factor: 56 runs before a pair repeats
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D46", "#8A8A8A")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # 7 and 9 have no common factor: 63 runs before a pair repeats
 LAYER_SPARSITIES = (0.5, 0.9, 0.95, 0.99)
 SPARSITY_TICKS = (0.0, 0.9, 0.99, 0.999, 0.5, 0.95, 0.995, 0.8, 0.98, 0.998, 0.7, 0.97)  # the most wanted first
 RATIO_TICKS = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)
