@@ -69,9 +69,10 @@ class Planned:
         """Begins the training, or goes on with it."""
         return ["python", "-m", "sfw_dist.train", *self.settings(), "--resume", "auto"]
 
-    def evaluate_command(self) -> list[str]:
-        """Prunes and measures."""
-        return ["python", "-m", "sfw_dist.evaluate", str(self.folder), "--sparsities", self.study.sparsities_text]
+    def evaluate_command(self, sparsities: str | None = None) -> list[str]:
+        """Prunes and measures; without ``sparsities``, the study's."""
+        chosen = self.study.sparsities_text if sparsities is None else sparsities
+        return ["python", "-m", "sfw_dist.evaluate", str(self.folder), "--sparsities", chosen]
 
     def commands_run(self) -> list[str]:
         """The different commands in the log, in order; of a run that has no log, those that would make it."""
@@ -117,8 +118,12 @@ def pending(run: Planned) -> list[list[str]]:
     folder = RunFolder(run.folder)
     if not folder.weights.is_file():
         return [run.train_command(), run.evaluate_command()]
-    results = [folder.prune / f"s{sparsity:.4f}.json" for sparsity in run.study.sparsities]
-    return [] if all(result.is_file() for result in results) else [run.evaluate_command()]
+    sparsities = run.study.sparsities
+    missing = [s for s in sparsities if not (folder.prune / f"s{s:.4f}.json").is_file()]
+    if not missing:
+        return []
+    # A study that has grown measures what is new alone.
+    return [run.evaluate_command(None if missing == sparsities else ",".join(map(str, missing)))]
 
 
 class Children:

@@ -107,13 +107,14 @@ def test_commands_hold_the_study_s_arguments_and_the_arm_s_over_them(tmp_path: P
 
 
 def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
-    """A study that was cut off goes on; one that trains anew what is there takes its time twice."""
+    """A study that was cut off, or has grown, goes on; one that does again what is there takes its time twice."""
     run = planned(tmp_path)
     (run.folder / "prune").mkdir(parents=True)
     assert pending(run) == [run.train_command(), run.evaluate_command()]
     (run.folder / "model.safetensors").touch()
-    (run.folder / "prune/s0.0000.json").touch()
     assert pending(run) == [run.evaluate_command()]
+    (run.folder / "prune/s0.0000.json").touch()
+    assert pending(run) == [run.evaluate_command("0.5")] and run.evaluate_command()[-1] == "0,0.5"
     (run.folder / "prune/s0.5000.json").touch()
     assert pending(run) == []
     assert run_all([run], jobs=1) == {run: Outcome.DONE}
