@@ -24,6 +24,7 @@ Series = tuple[FloatArray, FloatArray]  # epochs, values
 Lines = dict[str, dict[str, Any]]  # what a legend says, and the style of the line beside it
 
 # Okabe and Ito's colours, which people with any colour vision can tell apart; their yellow is too pale for a line.
+# Brown and grey are ours, for an eighth and a ninth run; the markers help.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D46", "#8A8A8A")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # 7 and 9 have no common factor: 63 runs before a pair repeats
 LAYER_SPARSITIES = (0.5, 0.9, 0.95, 0.99)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from on_slurm import CLUSTER, Site
 
-MANY = "0:0.999:0.001"  # a pruning task that lasts much longer than it takes to find and signal it
+MANY = "0:0.999:0.001"  # a pruning task long enough to be found and signalled on a loaded machine
 
 
 def test_a_chain_ends_with_a_report(cluster: Site) -> None:
