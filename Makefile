@@ -59,7 +59,7 @@ test: setup
 	python -m pytest
 
 test-dist: setup
-	python -m pytest tests/dist
+	python -m pytest tests/multiprocess
 
 lint: setup
 	ruff check .
@@ -70,16 +70,16 @@ format: setup
 	ruff check --fix .
 	ruff format .
 
-BENCHMARKS := step wire balance loader training scaling_model
+BENCHMARKS := step vertex_codec balance loader training scaling.model
 # These make network namespaces: as root, or with sudo.
-HOST_BENCHMARKS := hosts overlap
+HOST_BENCHMARKS := hosts.step hosts.overlap
 
 bench: setup
-	@for name in $(BENCHMARKS); do python benchmarks/$$name.py || exit $$?; done
+	@for name in $(BENCHMARKS); do python -m benchmarks.$$name || exit $$?; done
 
 bench-hosts: setup
 	@if [ "$$(id -u)" = 0 ]; then as_root=; else as_root=sudo; fi; \
-	for name in $(HOST_BENCHMARKS); do $$as_root "$(abspath $(BIN))/python" benchmarks/$$name.py || exit $$?; done
+	for name in $(HOST_BENCHMARKS); do $$as_root "$(abspath $(BIN))/python" -m benchmarks.$$name || exit $$?; done
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

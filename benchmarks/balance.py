@@ -1,7 +1,7 @@
 """How evenly the ranks share the work and what they send in a step, from the plan alone: nothing is sent or measured.
 
-    python benchmarks/balance.py
-    python benchmarks/balance.py --models resnet18 torchvision/vit_l_16 --ranks 2 8 64 --k-frac 0.05
+    python -m benchmarks.balance
+    python -m benchmarks.balance --models resnet18 torchvision/vit_l_16 --ranks 2 8 64 --k-frac 0.05
 
 "max/mean" is the greatest load of a rank over the mean, "undivided" what it would be if every tensor had one owner;
 "divided" counts tensors that have several. Bytes are those of the gathered vertices; one all-gather moves equal
@@ -21,10 +21,10 @@ import torch
 from sfw_dist.constraints import KSparsePolytope
 from sfw_dist.files import write_json
 from sfw_dist.models import build_model
-from sfw_dist.plan import Item, Plan, lay_out, make_plan
-from sfw_dist.reduction import ROW
-from sfw_dist.step import cost
-from sfw_dist.wire import VertexFormat
+from sfw_dist.ops.pairwise_sum import ROW
+from sfw_dist.optim.shard import cost
+from sfw_dist.optim.sharding.assignment import Item, Plan, lay_out, make_plan
+from sfw_dist.optim.vertex_codec import VertexFormat
 
 Shapes = list[tuple[int, ...]]
 

@@ -1,7 +1,7 @@
 """Feeding images: every backend against torchvision's ImageFolder and DataLoader, interleaved in one run.
 
-    python benchmarks/loader.py
-    python benchmarks/loader.py --images 20000 --rounds 9 --out results/loader.json
+    python -m benchmarks.loader
+    python -m benchmarks.loader --images 20000 --rounds 9 --out results/loader.json
 
 The images are made up, 64×64 JPEGs of about 2 KB, in a temporary folder. Every round reads one epoch (the fast
 backends: several) with random crop and flip. First batches are those of the second new process to use the backend.
@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from images import MEAN, STD, image_folder_loader, make_images
 
+from benchmarks.images import MEAN, STD, image_folder_loader, make_images
 from sfw_dist.config import DataConfig
 from sfw_dist.data import Loader, Normalize, open_loader
 from sfw_dist.files import write_json

@@ -1,7 +1,7 @@
 """The optimizer's step alone, on gradients of a real training run: SFW against fused SGD and one torch.topk a tensor.
 
-    python benchmarks/step.py
-    python benchmarks/step.py --models vgg16 --rounds 20 --threads 1 --out results/step.json
+    python -m benchmarks.step
+    python -m benchmarks.step --models vgg16 --rounds 20 --threads 1 --out results/step.json
 
 "rank of four" is what one of four ranks computes: the answers of the tensors it owns, and the update of all; the mean
 over the four. All take the same gradients and are interleaved in one run; the caches are overwritten before each, as a
@@ -24,13 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gradients import K_FRAC, K_MIN, TAU, training_run
 from torch import Tensor, nn
 
+from benchmarks.gradients import K_FRAC, K_MIN, TAU, training_run
 from sfw_dist import SFW, KSparsePolytope, constrain
-from sfw_dist.batch import Batch, Ranks
+from sfw_dist.distributed.rank_group import Ranks
 from sfw_dist.files import write_json
-from sfw_dist.ownership import plan_owners
+from sfw_dist.optim.sharding.ownership import plan_owners
+from sfw_dist.optim.sharding.replicated import Batch
 
 Step = Callable[[list[Tensor]], None]
 RANKS = 4

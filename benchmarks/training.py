@@ -1,7 +1,7 @@
 """Whole training steps: the loop as published against ours, interleaved in one run.
 
-    python benchmarks/training.py
-    python benchmarks/training.py --steps 20 --rounds 3 --compile --out results/training.json
+    python -m benchmarks.training
+    python -m benchmarks.training --steps 20 --rounds 3 --compile --out results/training.json
 
 As published: float32, NCHW, ImageFolder with a DataLoader of two workers, one torch.topk a tensor. Ours: bfloat16
 autocast, channels_last, the loader of `data.backend: auto`, SFW. ResNet-18 on made-up JPEGs; the share of time spent
@@ -23,18 +23,18 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from gradients import K_FRAC, K_MIN, TAU
-from images import MEAN, STD, image_folder_loader, make_images
-from step import topk_per_tensor
 from torch import Tensor
 
+from benchmarks.gradients import K_FRAC, K_MIN, TAU
+from benchmarks.images import MEAN, STD, image_folder_loader, make_images
+from benchmarks.step import topk_per_tensor
 from sfw_dist import KSparsePolytope, constrain
 from sfw_dist.config import Config, DataConfig, ModelConfig, TrainConfig
 from sfw_dist.data import Normalize, open_loader
-from sfw_dist.distributed import World
-from sfw_dist.engine.ddp import DDPEngine
+from sfw_dist.distributed.world import World
 from sfw_dist.files import write_json
 from sfw_dist.models import build_model
+from sfw_dist.train.strategies.ddp import DDPEngine
 
 CLASSES = 10
 

@@ -12,10 +12,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.cluster import cancel, live
+from launch.slurm import cancel, live
 from launch.submission import submissions
 from sfw_dist.errors import UserError, reports_user_errors
-from sfw_dist.run import RunFolder
+from sfw_dist.train.run_folder import RunFolder
 
 _EXAMPLES = "\n".join((__doc__ or "").split("\n\n")[1].splitlines())
 _PATIENCE = 120.0

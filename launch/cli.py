@@ -7,10 +7,10 @@ import importlib
 import sys
 
 _VERBS = {
-    "train": ("sfw_dist.train", "train a network, as one process or as a rank under torchrun"),
+    "train": ("sfw_dist.train.__main__", "train a network, as one process or as a rank under torchrun"),
     "local": ("launch.local", "train on several ranks of this machine"),
-    "evaluate": ("sfw_dist.evaluate", "prune a trained network and measure it"),
-    "report": ("sfw_dist.report", "draw one or several runs on one page"),
+    "evaluate": ("sfw_dist.evaluate.__main__", "prune a trained network and measure it"),
+    "report": ("sfw_dist.report.__main__", "draw one or several runs on one page"),
     "submit": ("launch.train", "submit a training to a cluster, with --chain its pruning and report too"),
     "prune-array": ("launch.prune_array", "prune a trained network as an array of jobs"),
     "collect": ("launch.collect", "merge what an array wrote, and list what is missing"),

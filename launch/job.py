@@ -20,12 +20,12 @@ from types import FrameType
 from launch.collect import collect
 from launch.submission import Submission
 from sfw_dist.config import Config
-from sfw_dist.distributed import joined_world
+from sfw_dist.distributed.world import joined_world
 from sfw_dist.errors import UserError
-from sfw_dist.evaluate import evaluate
-from sfw_dist.interrupt import Interrupt
-from sfw_dist.run import RunFolder
-from sfw_dist.train import train
+from sfw_dist.evaluate.sweep import evaluate
+from sfw_dist.train.run_folder import RunFolder
+from sfw_dist.train.signals import Interrupt
+from sfw_dist.train.trainer import train
 
 _INTERRUPTED = 130
 _FIRST_PORT, _PORTS = 15000, 17000  # below the ephemeral range

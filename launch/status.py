@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.cluster import states
+from launch.slurm import states
 from launch.submission import Submission, submissions
 from sfw_dist.errors import UserError, reports_user_errors
-from sfw_dist.run import RunFolder
+from sfw_dist.train.run_folder import RunFolder
 
 _EXAMPLES = "\n".join((__doc__ or "").split("\n\n")[1].splitlines())
 STALLED_AFTER = 600.0

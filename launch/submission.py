@@ -12,10 +12,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from launch.cluster import ClusterConfig, Wanted, submit
+from launch.slurm import ClusterConfig, Wanted, submit
 from sfw_dist.errors import UserError
 from sfw_dist.files import make_folder, write_json, write_text
-from sfw_dist.run import RunFolder, environment
+from sfw_dist.train.run_folder import RunFolder, environment
 
 What = Literal["train", "prune", "collect"]
 

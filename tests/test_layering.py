@@ -1,12 +1,13 @@
 """The import rule, checked on the source without running it.
 
-``sfw_dist`` is made of units: the modules and packages directly below it. ``LAYERS`` lists them from the bottom up. A
+``sfw_dist`` is made of units: the modules and packages directly below it. ``LAYERS`` lists them from the bottom up, the
+library before the application. A
 unit imports only from its own layer or an earlier one, and no modules import each other in a circle. So the mathematics
 can be read, tested and used without configuration, data or training, and whoever changes a layer knows that only the
 later ones can break. Apart from the layers stands ``report``, which reads the files of a run and may be copied out.
 
-Third parties are kept where they can be missing: FFCV in ``data/ffcv.py``, DeepSpeed in ``engine/deepspeed.py``, Triton
-in ``fused``, and submitit in ``launch``, which ``sfw_dist`` does not know.
+Third parties are kept where they can be missing: FFCV in ``data/loading/ffcv.py``, DeepSpeed in ``optim/deepspeed.py``, Triton
+in ``optim/kernels``, and submitit in ``launch``, which ``sfw_dist`` does not know.
 """
 
 from __future__ import annotations
@@ -20,23 +21,20 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-LAYERS = (
-    {"errors", "files"},
-    # Leaves: the mathematics and the parts of a training that know nothing of one another.
-    {"reduction", "rounds", "cuts", "topk", "constraints", "structured", "reference", "plan", "wire", "fused"}
-    | {"filters", "low_rank"},
-    {"distributed", "replicas", "models", "placement", "segment"},
-    {"prune", "recalibration", "interrupt", "binding"},
-    # The optimizer: one tensor's step, what travels together, and what happens to gradients on the way.
-    {"step", "batch", "sharded", "holding", "ownership", "groups", "state", "statistics", "reducer", "comm_hook"}
-    | {"optim", "variants", "first_step", "init"},
-    # `__init__` offers the optimizer's names to scripts that want nothing else.
-    {"__init__", "config"},
-    {"data", "schedule", "run", "checkpoint", "metrics", "progress"},
-    {"engine"},
-    {"methods"},
-    {"fresh", "train", "trained", "max_drop", "evaluate"},
+LIBRARY = (
+    {"errors"},
+    {"distributed"},
+    {"ops"},
+    {"constraints", "pruning"},
+    {"optim"},
 )
+APPLICATION = (
+    {"__init__", "files", "models", "config"},
+    {"data"},
+    {"train"},
+    {"evaluate"},
+)
+LAYERS = (*LIBRARY, *APPLICATION)
 APART = {"report": {"errors", "files"}}
 MOST_LINES = 400
 
@@ -75,7 +73,7 @@ IMPORTS = {module: imports(module, path, set(SOURCES)) for module, path in SOURC
 
 
 def unit(module: str) -> str:
-    """``sfw_dist.data.order`` is part of ``data``; ``sfw_dist`` itself is ``__init__``."""
+    """``sfw_dist.data.sampler`` is part of ``data``; ``sfw_dist`` itself is ``__init__``."""
     return module.split(".")[1] if "." in module else "__init__"
 
 
@@ -123,9 +121,9 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     [
         ("launch", set()),
         ("submitit", set()),
-        ("ffcv", {"sfw_dist.data.ffcv"}),
-        ("deepspeed", {"sfw_dist.engine.deepspeed"}),
-        ("triton", {"sfw_dist.fused.cuda_kernels", "sfw_dist.fused.cuda_layout"}),
+        ("ffcv", {"sfw_dist.data.loading.ffcv"}),
+        ("deepspeed", {"sfw_dist.optim.deepspeed"}),
+        ("triton", {"sfw_dist.optim.kernels.triton_kernels", "sfw_dist.optim.kernels.triton_layout"}),
     ],
 )
 def test_optional_parts_are_imported_in_one_place(name: str, allowed: set[str]) -> None:

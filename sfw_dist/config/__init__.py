@@ -10,7 +10,6 @@ the remedy.
 """
 
 from sfw_dist.config.constraint import ConstraintConfig
-from sfw_dist.config.methods import CramConfig, GradualConfig, InitConfig, KScheduleConfig, SampledConfig
 from sfw_dist.config.parse import check_keys, instantiate, load_config, parse_run, read_yaml, save_config
 from sfw_dist.config.schema import (
     Config,
@@ -24,6 +23,7 @@ from sfw_dist.config.schema import (
     TrainConfig,
     first_difference,
 )
+from sfw_dist.config.training_methods import CramConfig, GradualConfig, InitConfig, KScheduleConfig, SampledConfig
 
 __all__ = [
     "Config",

@@ -5,9 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sfw_dist.constraints import Constraint, KSparsePolytope, KSupportBall, LpBall, Unconstrained
+from sfw_dist.constraints import (
+    Constraint,
+    GroupKSupportBall,
+    KSparsePolytope,
+    KSupportBall,
+    LpBall,
+    NuclearBall,
+    SpectralKSupportBall,
+    Unconstrained,
+)
+from sfw_dist.constraints.matrix import SVD
 from sfw_dist.errors import UserError
-from sfw_dist.structured import SVD, GroupKSupportBall, NuclearBall, SpectralKSupportBall
 
 SetName = Literal["k_sparse", "k_support", "lp", "unconstrained", "group_k_support", "nuclear", "spectral_k_support"]
 NEED_WHOLE_TENSORS = ("group_k_support", "nuclear", "spectral_k_support")

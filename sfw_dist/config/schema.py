@@ -10,11 +10,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from sfw_dist.config.check import require as _require
 from sfw_dist.config.constraint import NEED_WHOLE_TENSORS, ConstraintConfig
-from sfw_dist.config.domain import require as _require
-from sfw_dist.config.methods import CramConfig, GradualConfig, InitConfig, KScheduleConfig, SampledConfig
-from sfw_dist.prune import PAPER_SPARSITIES, Kind, Scope
-from sfw_dist.step import Rescale
+from sfw_dist.config.training_methods import CramConfig, GradualConfig, InitConfig, KScheduleConfig, SampledConfig
+from sfw_dist.optim.update import Rescale
+from sfw_dist.pruning.one_shot import Kind
+from sfw_dist.pruning.scope import Scope
+from sfw_dist.pruning.sparsities import PAPER_SPARSITIES
 
 
 @dataclass

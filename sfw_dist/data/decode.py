@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sfw_dist.data.bar import progress_bar
-from sfw_dist.data.raw import ImageFiles
+from sfw_dist.data.datasets.progress_bar import progress_bar
+from sfw_dist.data.datasets.raw import ImageFiles
 from sfw_dist.files import make_folder, replacing
 
 CHUNK = 2048

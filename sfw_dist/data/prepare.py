@@ -13,6 +13,8 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
+from sfw_dist.data.datasets.raw import ImageFiles, Images, RawArrays
+from sfw_dist.data.datasets.registry import Dataset, find_dataset
 from sfw_dist.data.decode import Decoded, decode
 from sfw_dist.data.manifest import (
     MANIFEST,
@@ -29,8 +31,6 @@ from sfw_dist.data.manifest import (
     labels_file,
     read_manifest,
 )
-from sfw_dist.data.raw import ImageFiles, Images, RawArrays
-from sfw_dist.data.registry import Dataset, find_dataset
 from sfw_dist.errors import UserError
 from sfw_dist.files import make_folder, replacing, write_json
 
@@ -238,7 +238,7 @@ def _add_betons(folder: Path, manifest: Manifest) -> None:
 def _beton_writer() -> BetonWriter | None:
     """FFCV's file format, or ``None`` where FFCV is not installed or does not load (a shared library is missing)."""
     try:
-        from sfw_dist.data.ffcv import write_beton
+        from sfw_dist.data.loading.ffcv import write_beton
     except (ImportError, OSError):
         return None
     return write_beton

@@ -5,6 +5,6 @@ It reads only the files of run folders; it knows nothing of the code that wrote 
 
 from __future__ import annotations
 
-from sfw_dist.report.command import main, write_report
+from sfw_dist.report.write import write_report
 
-__all__ = ["main", "write_report"]
+__all__ = ["write_report"]

@@ -2,8 +2,46 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
-from sfw_dist.report.command import main
+from sfw_dist.errors import reports_user_errors
+from sfw_dist.report import table
+from sfw_dist.report.runs import read_runs
+from sfw_dist.report.write import strict_json, write_files
 
-sys.exit(main())
+EXAMPLE = """example:
+  python -m sfw_dist.report runs/digits_sfw runs/digits_sgd --out reports/digits
+"""
+
+
+@reports_user_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command: see ``--help``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m sfw_dist.report",
+        description="Draw accuracy against sparsity, the weights, the training and the layers of runs, on one page.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="a run's folder; each is one line in a figure"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: report/ in the first run)")
+    parser.add_argument("--json", action="store_true", help="print the page's path and the curve's rows as JSON")
+    arguments = parser.parse_args(argv)
+
+    runs = read_runs(arguments.runs)
+    index = write_files(runs, arguments.out)
+    if arguments.json:
+        print(json.dumps({"index": str(index), "curve": [strict_json(row) for row in table.curve_rows(runs)]}))
+    else:
+        print(index)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -8,7 +8,12 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from step_pairs import (
+from torch import Tensor
+
+from sfw_dist.constraints import Unconstrained
+from sfw_dist.errors import UserError
+from sfw_dist.optim.shard import Slot
+from tests.support.step_pairs import (
     Pair,
     mixed,
     run_missing,
@@ -20,7 +25,7 @@ from step_pairs import (
     tensor,
     tied,
 )
-from step_runs import (
+from tests.support.step_runs import (
     INDICES,
     MASK,
     Twins,
@@ -31,12 +36,7 @@ from step_runs import (
     run_schedules,
     set_gradients,
 )
-from step_runs import run_missing as run_whole_missing
-from torch import Tensor
-
-from sfw_dist.constraints import Unconstrained
-from sfw_dist.errors import UserError
-from sfw_dist.step import Slot
+from tests.support.step_runs import run_missing as run_whole_missing
 
 pytest.importorskip("triton")
 
@@ -180,7 +180,7 @@ def test_whole_steps_are_those_of_torch_on_the_gpu(
 
 def test_the_optimizer_takes_the_kernels_by_itself() -> None:
     """Nothing asks for them."""
-    from sfw_dist.fused.cuda import CUDAKernel
+    from sfw_dist.optim.kernels.cuda import CUDAKernel
 
     fused = optimizer(GPU, FUSIBLE, fused=True)
     set_gradients(fused, 0)

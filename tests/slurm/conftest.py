@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from on_slurm import Site, local_cluster, started
+
+from tests.support.on_slurm import Site, local_cluster, started
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

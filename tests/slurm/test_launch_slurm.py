@@ -7,7 +7,7 @@ import os
 import signal
 from pathlib import Path
 
-from on_slurm import CLUSTER, Site
+from tests.support.on_slurm import CLUSTER, Site
 
 MANY = "0:0.999:0.001"  # a pruning task long enough to be found and signalled on a loaded machine
 

@@ -9,7 +9,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from on_slurm import Site, local_cluster, started
+
+from tests.support.on_slurm import Site, local_cluster, started
 
 
 def daemons(folder: Path) -> dict[str, int]:

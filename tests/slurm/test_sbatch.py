@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from on_slurm import ROOT, Site
+
+from tests.support.on_slurm import ROOT, Site
 
 
 @pytest.fixture

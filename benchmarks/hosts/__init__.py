@@ -1,0 +1,1 @@
+"""Benchmarks on several hosts, which are network namespaces of this machine."""

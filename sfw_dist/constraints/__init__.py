@@ -1,0 +1,25 @@
+"""Convex sets and their linear minimization oracles (LMOs), and :func:`constrain`, which binds one to every
+parameter.
+"""
+
+from sfw_dist.constraints.base import Constraint, Vertex, constraint_from_spec
+from sfw_dist.constraints.binding import constrain, expected_initial_norm
+from sfw_dist.constraints.k_sparse import KSparsePolytope, KSupportBall
+from sfw_dist.constraints.lp import LpBall
+from sfw_dist.constraints.matrix import GroupKSupportBall, NuclearBall, SpectralKSupportBall
+from sfw_dist.constraints.unconstrained import Unconstrained
+
+__all__ = [
+    "Constraint",
+    "GroupKSupportBall",
+    "KSparsePolytope",
+    "KSupportBall",
+    "LpBall",
+    "NuclearBall",
+    "SpectralKSupportBall",
+    "Unconstrained",
+    "Vertex",
+    "constrain",
+    "constraint_from_spec",
+    "expected_initial_norm",
+]

@@ -1,0 +1,38 @@
+"""No constraint: momentum SGD."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfw_dist.constraints.base import Constraint, Vertex
+
+
+class Unconstrained(Constraint):
+    """All tensors: the optimizer takes momentum-SGD steps instead. It has no LMO."""
+
+    kind = "unconstrained"
+
+    def lmo_vertex(self, x: Tensor) -> Vertex:
+        raise ValueError("Unconstrained has no LMO: a linear function has no minimum over the whole space")
+
+    def gauge(self, x: Tensor) -> Tensor:
+        return torch.zeros((), dtype=torch.float64, device=x.device)
+
+    def project(self, x: Tensor) -> Tensor:
+        return x.clone()
+
+    def radius(self, n: int) -> float:
+        return math.inf
+
+    def diameter(self, n: int) -> float:
+        return math.inf
+
+    def bind(self, n: int, initial_norm: float) -> Constraint:
+        return self
+
+    def spec(self) -> dict[str, Any]:
+        return {"kind": self.kind}

@@ -1,0 +1,162 @@
+"""Readers of the data sets that come as a few binary files: each goes from the root folder to raw arrays.
+
+They take the files in ``root/raw/NAME``, packed or unpacked, and download what is not there.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sfw_dist.data.datasets.download import Remote, fetch
+from sfw_dist.data.datasets.idx import read_idx
+from sfw_dist.data.datasets.raw import RawArrays
+from sfw_dist.data.datasets.unpack import unpack
+from sfw_dist.data.sampler import split_validation
+from sfw_dist.errors import UserError
+
+Reader = Callable[[Path], RawArrays]
+
+
+def raw_folder(root: Path, name: str) -> Path:
+    """Where the files of a data set are looked for, and downloaded to."""
+    return root / "raw" / name
+
+
+def unpacked(remote: Remote, parent: Path, top: str) -> Path:
+    """The folder ``parent/top``: the one that is there, else unpacked from the archive, else from a download."""
+    folder = parent / top
+    if not folder.is_dir():
+        unpack(fetch(remote, parent), folder)
+    return folder
+
+
+def read_digits(root: Path) -> RawArrays:
+    """The 1,797 digits within scikit-learn, 0..16 stretched to 0..240; a fixed stratified split, 75 % for training."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise UserError(f"data set 'digits' comes with scikit-learn ({error}): pip install scikit-learn") from None
+    digits = load_digits()
+    images = (digits.images * 15).astype(np.uint8)[..., np.newaxis]
+    labels = digits.target.astype(np.int64)
+    train, test = split_validation(labels, fraction=0.25, seed=0)
+    return RawArrays(images[train], labels[train], images[test], labels[test])
+
+
+# --- MNIST and Fashion-MNIST ------------------------------------------------------------------------------------------
+
+
+def mnist_reader(
+    name: str, url: str, checksums: Mapping[str, str], elsewhere: Path | None = None, alternative: str = ""
+) -> Reader:
+    """For four IDX files, gzipped or plain, called as MNIST's are.
+
+    ``checksums`` are of ``<key>.gz``, which is downloaded from below ``url`` when the file is neither in
+    ``root/raw/NAME`` nor in the folder ``elsewhere``.
+    """
+
+    def locate(stem: str, root: Path) -> Path:
+        own = raw_folder(root, name)
+        folders = [own] if elsewhere is None else [own, elsewhere]
+        candidates = (folder / f"{stem}{suffix}" for folder in folders for suffix in (".gz", ""))
+        found = next((path for path in candidates if path.exists()), None)
+        return found or fetch(Remote(f"{url}{stem}.gz", checksums[stem], alternative), own)
+
+    def read_part(split: str, root: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        images_path, labels_path = (
+            locate(f"{split}-images-idx3-ubyte", root),
+            locate(f"{split}-labels-idx1-ubyte", root),
+        )
+        images, labels = read_idx(images_path, dimensions=3), read_idx(labels_path, dimensions=1)
+        if images.shape[1:] != (28, 28):
+            raise UserError(f"{images_path} holds images of {images.shape[1:]}, wanted (28, 28): replace it")
+        if len(images) != len(labels):
+            raise UserError(
+                f"{images_path} holds {len(images)} images, {labels_path} {len(labels)} labels: replace both"
+            )
+        _check_labels(labels, 10, labels_path)
+        return images[..., np.newaxis], labels.astype(np.int64)
+
+    return lambda root: RawArrays(*read_part("train", root), *read_part("t10k", root))
+
+
+def _check_labels(labels: NDArray[Any], classes: int, path: Path) -> None:
+    if labels.max(initial=0) >= classes:
+        raise UserError(f"{path} holds the label {labels.max()}, wanted 0 to {classes - 1}: replace it")
+
+
+# --- CIFAR ------------------------------------------------------------------------------------------------------------
+
+
+def cifar_reader(
+    name: str, remote: Remote, top: str, train: Sequence[str], test: str, classes_file: str, label_bytes: int
+) -> Reader:
+    """For the binary version (the Python version is pickles, which can run any code when they are read).
+
+    A record is ``label_bytes``, of which the last is the label, and 3 × 32 × 32 pixels, channels first.
+    """
+
+    def read(root: Path) -> RawArrays:
+        folder = unpacked(remote, raw_folder(root, name), top)
+        classes = tuple((_read(folder / classes_file)).decode().split())
+        parts = [_read_records([folder / file for file in files], label_bytes) for files in (train, [test])]
+        for files, (_, labels) in zip((train[-1], test), parts, strict=True):
+            _check_labels(labels, len(classes), folder / files)
+        return RawArrays(*parts[0], *parts[1], classes)
+
+    return read
+
+
+def _read_records(paths: Sequence[Path], label_bytes: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    size = label_bytes + 3 * 32 * 32
+    records = []
+    for path in paths:
+        content = _read(path)
+        if not content or len(content) % size:
+            raise UserError(f"{path} has {len(content)} bytes, no multiple of {size}: delete its folder to get it anew")
+        records.append(np.frombuffer(content, np.uint8).reshape(-1, size))
+    joined = np.concatenate(records)
+    images = joined[:, label_bytes:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    return np.ascontiguousarray(images), joined[:, label_bytes - 1].astype(np.int64)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): delete its folder to get it anew") from None
+
+
+# --- SVHN -------------------------------------------------------------------------------------------------------------
+
+
+def svhn_reader(name: str, train: Remote, test: Remote) -> Reader:
+    """For the cropped digits in MATLAB files: ``X`` ``(32, 32, 3, n)``, and ``y`` ``(n, 1)`` where 10 means zero."""
+
+    def read(root: Path) -> RawArrays:
+        paths = [fetch(remote, raw_folder(root, name)) for remote in (train, test)]
+        return RawArrays(*_read_svhn_part(paths[0]), *_read_svhn_part(paths[1]))
+
+    return read
+
+
+def _read_svhn_part(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
+
+    try:
+        content = loadmat(path)
+        images, labels = content["X"], content["y"].ravel().astype(np.int64)
+        if images.dtype != np.uint8 or images.shape != (32, 32, 3, len(labels)):
+            raise ValueError(f"X is {images.dtype} {images.shape}, y has {len(labels)} labels")
+        if labels.min(initial=1) < 1 or labels.max(initial=1) > 10:
+            raise ValueError("labels are not 1 to 10")
+    except (OSError, ValueError, TypeError, KeyError, NotImplementedError, zlib.error, MatReadError) as error:
+        raise UserError(f"{path} is damaged ({error}): delete it to fetch it anew") from None
+    return np.ascontiguousarray(images.transpose(3, 0, 1, 2)), labels % 10

@@ -1,0 +1,97 @@
+"""Published files: downloaded with resume, kept only with the published checksum."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+import urllib.request
+import zlib
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+from urllib.error import HTTPError
+
+from sfw_dist.data.datasets.progress_bar import progress_bar
+from sfw_dist.errors import UserError
+from sfw_dist.files import make_folder
+
+BLOCK = 1 << 20
+RANGE_NOT_SATISFIABLE, PARTIAL_CONTENT = 416, 206
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A file that can be downloaded."""
+
+    url: str
+    checksum: str
+    """``md5:…`` or ``sha256:…`` of the file, ``content-sha256:…`` of what it holds gzipped; in hexadecimal."""
+    alternative: str = ""
+    """Another way to get it, for the error message."""
+
+    @property
+    def name(self) -> str:
+        return self.url.rpartition("/")[2]
+
+
+def fetch(remote: Remote, folder: Path) -> Path:
+    """The file ``folder/remote.name``: the one that is there, else downloaded.
+
+    An interrupted download stays beside it (``.part``) and is continued by the next call. Raises :class:`UserError`
+    naming address, checksum and folder when the file cannot be had, or the one that is there has another checksum.
+    """
+    target = folder / remote.name
+    part = target.with_name(f"{target.name}.part")
+    if target.exists():
+        if not _matches(target, remote.checksum):
+            raise UserError(f"{target} is damaged (wanted {remote.checksum}): delete it to fetch {remote.url} anew")
+        return target
+    try:
+        make_folder(folder)
+        _download(remote.url, part)
+        if not _matches(part, remote.checksum):
+            part.unlink()
+            raise ValueError("what arrived has another checksum")
+    except (OSError, ValueError, HTTPException) as error:
+        remedy = f"{remote.alternative}, or " if remote.alternative else ""
+        raise UserError(
+            f"cannot download {remote.url} ({error}; wanted {remote.checksum}): {remedy}put {remote.name} into {folder}"
+        ) from None
+    os.replace(part, target)
+    return target
+
+
+def _download(url: str, part: Path) -> None:
+    """Fetch what ``part`` lacks, or everything where the server does not serve ranges."""
+    done = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=30)
+    except HTTPError as error:
+        if done and error.code == RANGE_NOT_SATISFIABLE:
+            return  # there is no more; the checksum tells whether it is right
+        raise
+    with response:
+        if response.status != PARTIAL_CONTENT:
+            done = 0
+        length = response.headers.get("Content-Length")
+        total = done + int(length) if length else None
+        with part.open("ab" if done else "wb") as file, progress_bar(part.stem, total, done) as advance:
+            while block := response.read(BLOCK):
+                file.write(block)
+                done += len(block)
+                advance(len(block))
+            file.flush()
+            os.fsync(file.fileno())
+    if total is not None and done < total:
+        raise ConnectionError(f"the connection ended after {done:,} of {total:,} bytes, the next try continues there")
+
+
+def _matches(path: Path, checksum: str) -> bool:
+    kind, _, wanted = checksum.rpartition(":")
+    try:
+        with gzip.open(path) if kind.startswith("content-") else path.open("rb") as file:
+            return hashlib.file_digest(file, kind.removeprefix("content-")).hexdigest() == wanted
+    except (gzip.BadGzipFile, EOFError, zlib.error):
+        return False

@@ -1,0 +1,94 @@
+"""Readers of the data sets that are folders of image files: they list the files, which are decoded later."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from sfw_dist.data.datasets.array_sets import Reader, raw_folder, unpacked
+from sfw_dist.data.datasets.download import Remote
+from sfw_dist.data.datasets.raw import ImageFiles, RawArrays
+from sfw_dist.errors import UserError
+
+_Samples = list[tuple[Path, str]]
+"""``(file, class)``"""
+
+
+def tiny_imagenet_reader(name: str, remote: Remote, top: str) -> Reader:
+    """For Tiny-ImageNet's own layout; its validation images are the test part, for its test images have no labels.
+
+    ``wnids.txt`` names the classes, sorted here; ``train/WNID/WNID_boxes.txt`` and ``val/val_annotations.txt`` list
+    the files, so that a missing one is known by name.
+    """
+
+    def read(root: Path) -> RawArrays:
+        folder = unpacked(remote, raw_folder(root, name), top)
+        classes = tuple(sorted(line[0] for line in _table(folder / "wnids.txt")))
+        train = [
+            (folder / "train" / wnid / "images" / line[0], wnid)
+            for wnid in classes
+            for line in _table(folder / "train" / wnid / f"{wnid}_boxes.txt")
+        ]
+        annotations = folder / "val" / "val_annotations.txt"
+        lines = list(_table(annotations))
+        strange = next((line for line in lines if len(line) < 2 or line[1] not in classes), None)
+        if strange:
+            raise UserError(f"{annotations} is damaged (no class of wnids.txt in {strange}): {_again(annotations)}")
+        return _listed(train, [(folder / "val" / "images" / line[0], line[1]) for line in lines], classes, fit=False)
+
+    return read
+
+
+def read_imagefolder(root: Path) -> RawArrays:
+    """``root/raw/imagefolder/PART/CLASS/…``: every file that is not hidden, at any depth, is an image of its class.
+
+    The parts are ``train`` and ``test`` (else ``val``); the classes are the folders of ``train``, sorted.
+    """
+    folder = raw_folder(root, "imagefolder")
+    test_folder = folder / ("test" if (folder / "test").is_dir() else "val")
+    train, test = (_class_folders(part) for part in (folder / "train", test_folder))
+    classes = tuple(sorted({label for _, label in train}))
+    unknown = sorted({label for _, label in test} - set(classes))
+    if unknown:
+        raise UserError(f"{test_folder} has the class {unknown[0]!r}, which {folder / 'train'} has not: remove it")
+    return _listed(train, test, classes, fit=True)
+
+
+def _class_folders(part: Path) -> _Samples:
+    if not part.is_dir():
+        raise UserError(f"{part} is not there: put images into {part.parent}/train/CLASS and {part.parent}/val/CLASS")
+    samples: _Samples = []
+    for folder in sorted(path for path in part.iterdir() if path.is_dir() and not path.name.startswith(".")):
+        files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+        if not files:
+            raise UserError(f"{folder} holds no images: remove it, or put the images of class {folder.name!r} into it")
+        samples += [(file, folder.name) for file in files]
+    if not samples:
+        raise UserError(f"{part} holds no folders of images: put them into {part}/CLASS")
+    return samples
+
+
+def _listed(train: _Samples, test: _Samples, classes: tuple[str, ...], fit: bool) -> RawArrays:
+    number = {label: i for i, label in enumerate(classes)}
+
+    def part(samples: _Samples) -> tuple[ImageFiles, np.ndarray]:
+        labels = np.array([number[label] for _, label in samples], np.int64)
+        return ImageFiles(tuple(file for file, _ in samples), fit), labels
+
+    return RawArrays(*part(train), *part(test), classes)
+
+
+def _table(path: Path) -> Iterator[list[str]]:
+    """The fields of every line that is not blank, which tabs or spaces part."""
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "missing" if isinstance(error, FileNotFoundError) else str(error)
+        raise UserError(f"{path} cannot be read ({reason}): {_again(path)}") from None
+    return (line.split() for line in lines if line.strip())
+
+
+def _again(path: Path) -> str:
+    return f"unpack {path.name} anew, or delete the data set's folder below raw to have it unpacked"

@@ -1,0 +1,220 @@
+"""From a configuration to the loader of one split on one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sfw_dist.data.datasets.registry import find_dataset
+from sfw_dist.data.loading.augment import Augmentation, Draws
+from sfw_dist.data.loading.backend import Backend
+from sfw_dist.data.loading.ffcv_probe import ffcv_problem
+from sfw_dist.data.loading.folder import FolderBackend
+from sfw_dist.data.loading.loader import Loader, ShardedLoader
+from sfw_dist.data.loading.memmap import RamBackend
+from sfw_dist.data.loading.prefetch import loader_threads
+from sfw_dist.data.loading.stage import staged
+from sfw_dist.data.loading.torch import TorchBackend
+from sfw_dist.data.manifest import (
+    Manifest,
+    Part,
+    beton_file,
+    check_sizes,
+    images_file,
+    labels_file,
+    prepare_again,
+    prepare_command,
+    read_files,
+    read_manifest,
+)
+from sfw_dist.data.sampler import EvaluationOrder, Ids, Order, TrainingOrder, split_validation
+from sfw_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from sfw_dist.config import DataConfig
+
+Split = Literal["train", "validation", "test"]
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What a model and its input normalisation need to know of a data set."""
+
+    classes: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    """``(channels, height, width)``"""
+    mean: tuple[float, ...]
+    """Per channel, of the training images in units of [0, 1]; likewise ``std``."""
+    std: tuple[float, ...]
+    counts: dict[Split, int]
+    """Samples of each split, over all ranks."""
+
+
+def dataset_info(config: DataConfig) -> DatasetInfo:
+    """The facts of the prepared data set; raises :class:`UserError` when it is not prepared or is damaged."""
+    folder, manifest = _open_folder(config)
+    train, validation = split_validation(_labels(folder, manifest, "train"), config.validation_fraction, seed=0)
+    counts: dict[Split, int] = {
+        "train": len(train),
+        "validation": len(validation),
+        "test": manifest.counts["test"],
+    }
+    return DatasetInfo(manifest.classes, manifest.image_shape, manifest.mean, manifest.std, counts)
+
+
+def open_loader(
+    config: DataConfig, split: Split, *, seed: int, rank: int = 0, world_size: int = 1, device: torch.device = CPU
+) -> Loader:
+    """The batches of ``split`` for ``rank``: train is shuffled and augmented, validation and test are neither.
+
+    ``seed`` draws order, augmentation and the validation split, which is the same on every rank. ``device`` is where
+    the batches will be used: for a GPU they come in page-locked memory, or, from the backend gpu, lie there already.
+    Raises :class:`UserError`: the data set is not prepared or damaged, the backend is not there, or a rank's share is
+    empty.
+    """
+    order = rank_order(config, split, seed=seed, rank=rank, world_size=world_size)
+    folder, manifest = _open_folder(config)
+    part = _part(split)
+    name, why = _choose(config, folder, manifest, device)
+    place = folder
+    if config.stage_dir and name != "folder":
+        place = staged(folder, manifest, Path(config.stage_dir), [_backend_file(name, part)])
+    backend = _open_backend(name, place, manifest, part, _labels(folder, manifest, part), device)
+    threads = loader_threads(config.workers) if backend.threaded else 0
+    augmentation = Augmentation()
+    if split == "train":
+        augmentation = Augmentation(config.crop_padding, config.flip, config.cutout, config.random_resized_crop)
+    return ShardedLoader(
+        backend,
+        order,
+        draw=partial(_draw, augmentation, manifest.image_shape, seed),
+        name=_namer(folder, manifest, part),
+        threads=threads,
+        stall_timeout=config.stall_timeout,
+        pin_for=device if device.type == "cuda" and name != "gpu" else None,
+        description=f"{name}, {threads} thread(s){why}",
+    )
+
+
+def rank_order(config: DataConfig, split: Split, *, seed: int, rank: int, world_size: int) -> Order:
+    """What ``rank`` visits of ``split``; raises as :func:`open_loader`, but looks at no backend."""
+    assert 0 <= rank < world_size
+    folder, manifest = _open_folder(config)
+    members = _members(config, split, _labels(folder, manifest, _part(split)), seed)
+    if split == "train":
+        return TrainingOrder(members, config.batch_size, seed, rank, world_size)
+    return EvaluationOrder(members, config.eval_batch_size, rank, world_size)
+
+
+def _draw(augmentation: Augmentation, image_shape: tuple[int, int, int], seed: int, ids: Ids, epoch: int) -> Draws:
+    return augmentation.draws(ids, image_shape[1:], seed=seed, epoch=epoch)
+
+
+def _part(split: Split) -> Part:
+    return "test" if split == "test" else "train"
+
+
+def _open_folder(config: DataConfig) -> tuple[Path, Manifest]:
+    folder = Path(config.root) / find_dataset(config.name).name
+    manifest = read_manifest(folder)
+    check_sizes(folder, manifest)
+    return folder, manifest
+
+
+def _members(config: DataConfig, split: Split, labels: Ids, seed: int) -> Ids:
+    if split == "test":
+        return np.arange(len(labels))
+    train, validation = split_validation(labels, config.validation_fraction, seed)
+    if split == "train":
+        return train
+    if len(validation) == 0:
+        raise UserError(
+            f"data.validation_fraction {config.validation_fraction} leaves no validation split: write 0.1 for 10 %"
+        )
+    return validation
+
+
+def _choose(config: DataConfig, folder: Path, manifest: Manifest, device: torch.device) -> tuple[str, str]:
+    """The backend to open, and why, when that was left to us; raises :class:`UserError` for one that is not there."""
+    if config.backend in ("auto", "ffcv"):
+        problem = (
+            ffcv_problem(folder.parent) if manifest.has_betons else f"prepared without it: {prepare_command(folder)}"
+        )
+        if problem is None:
+            return "ffcv", " (auto: FFCV passed its probe)" if config.backend == "auto" else ""
+        if config.backend == "auto":
+            return "ram", f" (auto: no FFCV: {problem})"
+        raise UserError(f"data.backend ffcv: {problem}; or write data.backend ram")
+    if config.backend == "gpu" and device.type == "cpu":
+        raise UserError("data.backend gpu needs a GPU, and torch finds none: write data.backend ram")
+    if config.backend == "folder" and not manifest.has_image_files:
+        raise UserError(
+            f"data.backend folder: {manifest.name} was not prepared from image files: write data.backend ram"
+        )
+    return config.backend, ""
+
+
+def _backend_file(name: str, part: Part) -> str:
+    return beton_file(part) if name == "ffcv" else images_file(part)
+
+
+def _open_backend(
+    name: str, folder: Path, manifest: Manifest, part: Part, labels: Ids, device: torch.device
+) -> Backend:
+    match name:
+        case "ffcv":
+            from sfw_dist.data.loading.ffcv import FFCVBackend
+
+            return FFCVBackend(folder / beton_file(part), labels, manifest.image_shape)
+        case "ram":
+            return RamBackend(_images(folder, manifest, part), labels)
+        case "folder":
+            files = [folder.parent / file for file in read_files(folder, part)]
+            fit = find_dataset(manifest.name).any_size
+            return FolderBackend(files, labels, manifest.image_shape[1], fit=fit)
+        case _:
+            return TorchBackend(_images(folder, manifest, part), labels, device if name == "gpu" else CPU)
+
+
+def _namer(folder: Path, manifest: Manifest, part: Part) -> Callable[[int], str]:
+    """What messages call a sample: its number, and its image file where it came from one."""
+
+    def name(sample: int) -> str:
+        file = f" ({folder.parent / read_files(folder, part)[sample]})" if manifest.has_image_files else ""
+        return f"{manifest.name} {part} sample {sample}{file}"
+
+    return name
+
+
+def _images(folder: Path, manifest: Manifest, part: Part) -> NDArray[np.uint8]:
+    channels, height, width = manifest.image_shape
+    shape = (manifest.counts[part], height, width, channels)
+    # Copy on write: nobody writes, but torch takes only arrays that could be written; the pages stay shared.
+    return _load_array(folder / images_file(part), np.uint8, shape, mmap_mode="c")
+
+
+def _labels(folder: Path, manifest: Manifest, part: Part) -> Ids:
+    labels = _load_array(folder / labels_file(part), np.int64, (manifest.counts[part],))
+    if labels.min() < 0 or labels.max() >= len(manifest.classes):
+        raise UserError(f"{folder / labels_file(part)} is damaged (a label is out of range): {prepare_again(folder)}")
+    return labels
+
+
+def _load_array(
+    path: Path, dtype: type[np.generic], shape: tuple[int, ...], mmap_mode: Literal["c"] | None = None
+) -> NDArray[Any]:
+    try:
+        array = np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
+        if array.dtype != dtype or array.shape != shape:
+            raise ValueError(f"{array.dtype} {array.shape}, wanted {np.dtype(dtype)} {shape}")
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path} is damaged ({error}): {prepare_again(path.parent)}") from None
+    return array

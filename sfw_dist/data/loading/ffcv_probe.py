@@ -1,0 +1,98 @@
+"""Whether FFCV works on this machine, found out in a process of its own: where it fails, it may hang or crash."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock
+
+from sfw_dist.data.loading.augment import Augmentation, render
+from sfw_dist.files import write_json
+
+TIME_LIMIT = 120.0
+"""Seconds until a probe that does not end counts as failed; it takes about five."""
+
+
+@cache
+def ffcv_problem(folder: Path) -> str | None:
+    """Why FFCV cannot be used here, in one line with the remedy, or ``None``.
+
+    The answer is kept in ``folder`` for as long as no package it depends on changes, for each machine.
+    """
+    known, key = folder / f".ffcv_{platform.node() or 'here'}.json", _versions()
+    try:
+        with FileLock(f"{known}.lock"):
+            answer = _read(known)
+            if answer is None or answer["versions"] != key:
+                answer = {"versions": key, "problem": _probe()}
+                write_json(known, answer)
+    except OSError:  # the folder cannot be written
+        return _probe()
+    problem: str | None = answer["problem"]
+    return problem
+
+
+def _read(known: Path) -> dict[str, str | None] | None:
+    try:
+        answer = json.loads(known.read_bytes())
+        return answer if isinstance(answer, dict) and answer.keys() == {"versions", "problem"} else None
+    except (OSError, ValueError):
+        return None
+
+
+def _versions() -> str:
+    packages = []
+    for name in ("ffcv", "numba", "numpy", "torch"):
+        try:
+            packages.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            packages.append(f"no {name}")
+    return ", ".join([f"Python {platform.python_version()} {platform.machine()}", *packages])
+
+
+def _probe() -> str | None:
+    remedy = "apt-get install pkg-config libopencv-dev libturbojpeg0-dev, then pip install ffcv"
+    # A rank of a run, or a task of a job, must not be taken for one.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "MASTER_", "RANK", "WORLD_SIZE"))}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", "from sfw_dist.data.loading.ffcv_probe import try_ffcv; try_ffcv()"],
+            capture_output=True,
+            text=True,
+            timeout=TIME_LIMIT,
+            env=environment,
+        )
+    except subprocess.TimeoutExpired:
+        return f"its probe did not end within {TIME_LIMIT:g} s: {remedy}"
+    if done.returncode == 0:
+        return None
+    last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+    return f"its probe failed ({last}): {remedy}"
+
+
+def try_ffcv() -> None:
+    """Write a small beton, read it under every kind of draw, and compare with the reference."""
+    from sfw_dist.data.loading.ffcv import FFCVBackend, write_beton
+
+    images = np.random.default_rng(0).integers(0, 256, (7, 6, 5, 3), dtype=np.uint8)
+    ids = np.arange(7)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "probe.beton"
+        with path.open("wb") as file:
+            write_beton(file, images, ids)
+        backend = FFCVBackend(path, ids, (3, 6, 5))
+        for augmentation in (Augmentation(), Augmentation(2, True, 2), Augmentation(random_resized_crop=0.1)):
+            draws = augmentation.draws(ids, (6, 5), seed=0, epoch=0)
+            expected = render(torch.from_numpy(images), ids, draws)
+            if not torch.equal(backend.fetch(ids, draws)[0], expected):
+                raise RuntimeError("FFCV read other pixels than were written")

@@ -1,0 +1,1 @@
+"""Ranks, their replicas and shards."""

@@ -1,0 +1,1 @@
+"""Exact sums and selections, on one rank and over shards."""

@@ -1,0 +1,1 @@
+"""The optimizer SFW, its step on one rank and on many, and its baselines."""

@@ -1,0 +1,242 @@
+"""Optimizers beside SFW that keep each tensor in its convex set: Frank-Wolfe with AdaGrad's metric, projected SGD.
+
+They take the same param groups as :class:`~sfw_dist.SFW`, sets from :func:`~sfw_dist.constrain` included. Their work is
+not divided over ranks: after DistributedDataParallel's all-reduce every rank has the same gradients and does the same,
+and sums have a fixed form (:mod:`sfw_dist.ops.pairwise_sum`), so replicas stay equal whatever each rank's number of
+threads.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from sfw_dist.constraints import Constraint, Unconstrained
+from sfw_dist.errors import UserError
+from sfw_dist.ops.pairwise_sum import inner_product, row_sums, tree_sum
+from sfw_dist.optim.param_groups import check_group, constraint_of, from_plain, into_the_set, name_of, to_plain
+
+
+class ConstrainedOptimizer(Optimizer):
+    """Steps every tensor by itself, in its group's set. State is kept in the parameters' types, as torch's SGD does.
+
+    Raises:
+        ValueError: an option outside its domain, a set that is not bound, or DTensors.
+    """
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch; what cannot be trained is refused, and not kept."""
+        super().add_param_group(param_group)
+        try:
+            self._begin(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def _begin(self, group: dict[str, Any]) -> None:
+        """Check a group, and have its tensors in their sets."""
+        check_group(group)
+        if any(isinstance(parameter, DTensor) for parameter in group["params"]):
+            raise ValueError(f"{type(self).__name__} takes whole tensors, got a DTensor: divide none, or take SFW")
+        self._enter(group)
+
+    def _enter(self, group: dict[str, Any]) -> None:
+        """A feasible start."""
+        into_the_set(group)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step on every tensor with a gradient; a ``closure`` is evaluated first, with gradients, and returned.
+
+        Raises:
+            UserError: a sparse gradient, before any parameter has changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        stepping = [
+            (group, number, index, parameter)
+            for number, group in enumerate(self.param_groups)
+            for index, parameter in enumerate(group["params"])
+            if parameter.grad is not None
+        ]
+        for group, number, index, parameter in stepping:
+            if parameter.grad.is_sparse:
+                name = name_of(group, number, index)
+                raise UserError(f"{name} has a sparse gradient: take dense ones (nn.Embedding(sparse=False))")
+        for group, _, index, parameter in stepping:
+            self._move(parameter, parameter.grad, group, constraint_of(group, index))
+        return loss
+
+    @abstractmethod
+    def _move(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any], constraint: Constraint) -> None:
+        """One tensor's step, in place."""
+
+    def _momentum(self, parameter: Tensor, gradient: Tensor, rho: float, new: float) -> Tensor:
+        """``m ← g`` on the first step, ``ρ·m + new·g`` afterwards; with ρ = 0 it is ``g``, and nothing is kept."""
+        if rho == 0:
+            return gradient
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = gradient.detach().clone(memory_format=torch.preserve_format)
+        else:
+            state["momentum_buffer"].mul_(rho).add_(gradient, alpha=new)
+        buffer: Tensor = state["momentum_buffer"]
+        return buffer
+
+    def _descend(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        """A step of momentum SGD with weight decay, as ``torch.optim.SGD`` takes it."""
+        if group["weight_decay"] != 0:
+            gradient = gradient.add(parameter, alpha=group["weight_decay"])
+        parameter.add_(self._momentum(parameter, gradient, group["momentum"], 1.0), alpha=-group["lr"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch; sets are plain values, so ``torch.load(weights_only=True)`` reads what ``torch.save`` writes."""
+        state = super().state_dict()
+        for group in state["param_groups"]:
+            group["constraint"] = to_plain(group["constraint"])
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch: the groups' options, sets too, become those that were saved.
+
+        Raises:
+            ValueError: other groups than those saved, or another optimizer's.
+        """
+        groups = [dict(group) for group in state_dict["param_groups"]]
+        wanted = self.defaults.keys()
+        for group in groups:
+            if missing := sorted(wanted - group.keys()):
+                raise ValueError(f"the state is another optimizer's (its groups have no {missing[0]}): load its own")
+            group["constraint"] = from_plain(group["constraint"])
+        super().load_state_dict({"state": state_dict["state"], "param_groups": groups})
+
+
+class AdaGradSFW(ConstrainedOptimizer):
+    """Frank-Wolfe steps on AdaGrad's quadratic model (Combettes, Spiegel, Pokutta, arXiv 2009.14114, Algorithm 1).
+
+    With momentum as in Pokutta et al., arXiv 2010.07243; products of tensors are entry by entry::
+
+        m ← g on a tensor's first step, ρ·m + (1 − ρ)·g afterwards
+        S ← S + m²        H ← √S + δ        y ← θ
+        inner_steps times:
+            q ← m + H·(y − θ)/lr              the gradient at y of ⟨m, y − θ⟩ + ‖y − θ‖²_H / (2·lr)
+            v ← argmin_{v∈C} ⟨v, q⟩           γ ← clamp(lr·⟨q, y − v⟩ / ‖y − v‖²_H, 0, 1)
+            y ← y + γ·(v − y)                 the best point between y and v
+        θ ← y
+
+    The papers write S as a sum of squared gradients; the published implementation adds squares of the *momentum*, and
+    so do we (``tests/golden/variants.npz``). A group without ``constraint``, or with ``Unconstrained()``, takes
+    momentum-SGD steps with its own ``lr`` and ``weight_decay``, as in SFW.
+
+    Args:
+        params: parameters or param groups. Tensors outside their set are scaled into it by their gauge.
+        lr: learning rate > 0.
+        momentum: ρ in [0, 1).
+        inner_steps: LMOs a step, at least 1.
+        delta: δ > 0, which keeps H positive.
+        weight_decay: L2 penalty ≥ 0 of the unconstrained tensors.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-2,
+        momentum: float = 0.9,
+        inner_steps: int = 2,
+        delta: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "inner_steps": inner_steps,
+            "delta": delta,
+            "weight_decay": weight_decay,
+            "constraint": Unconstrained(),
+        }
+        super().__init__(params, defaults)
+
+    def _begin(self, group: dict[str, Any]) -> None:
+        if group["inner_steps"] != int(group["inner_steps"]) or group["inner_steps"] < 1:
+            raise ValueError(f"inner_steps must be a whole number from 1, got {group['inner_steps']}: write 2")
+        if not group["delta"] > 0:
+            raise ValueError(f"delta must be > 0, got {group['delta']}: write 1e-8")
+        super()._begin(group)
+
+    def _move(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any], constraint: Constraint) -> None:
+        if isinstance(constraint, Unconstrained):
+            self._descend(parameter, gradient, group)
+            return
+        lr, rho, state = group["lr"], group["momentum"], self.state[parameter]
+        m = self._momentum(parameter, gradient, rho, 1 - rho)
+        if "sum_of_squares" not in state:
+            state["sum_of_squares"] = torch.zeros_like(parameter)
+        metric = state["sum_of_squares"].addcmul_(m, m).sqrt().add_(group["delta"])
+        y = parameter.clone()
+        for _ in range(group["inner_steps"]):
+            q = m + metric * (y - parameter) / lr
+            difference = y - constraint.lmo(q)
+            length = tree_sum(row_sums(_weighted_square, metric.reshape(-1), difference.reshape(-1)))
+            gamma = (lr * inner_product(q, difference) / length).clamp(0, 1)
+            # Where y = v the quotient is 0/0; a gradient that is not finite, though, stays to be seen.
+            gamma = torch.where(length == 0, torch.zeros_like(gamma), gamma)
+            y.sub_(difference * gamma.to(y.dtype))
+        parameter.copy_(y)
+
+
+class ProjectedSGD(ConstrainedOptimizer):
+    """Momentum SGD whose every step ends with the Euclidean projection onto the set::
+
+        g ← g + weight_decay·θ        m ← g on a tensor's first step, ρ·m + g afterwards
+        θ ← argmin_{y∈C} ‖y − (θ − lr·m)‖₂
+
+    With ``Unconstrained()`` it is ``torch.optim.SGD``. With ``LpBall(2, …)`` it is the SGD under an L2 bound that
+    Pokutta et al. compare with (arXiv 2010.07243).
+
+    Args:
+        params: parameters or param groups, with sets that have a projection. Tensors outside are projected at once.
+        lr: learning rate > 0.
+        momentum: ρ in [0, 1).
+        weight_decay: L2 penalty ≥ 0 of all tensors.
+    """
+
+    def __init__(
+        self, params: Iterable[Any], lr: float = 0.05, momentum: float = 0.9, weight_decay: float = 0.0
+    ) -> None:
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "constraint": Unconstrained()}
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def _enter(self, group: dict[str, Any]) -> None:
+        for index, parameter in enumerate(group["params"]):
+            constraint = constraint_of(group, index)
+            if isinstance(constraint, Unconstrained):
+                continue
+            try:
+                projected = constraint.project(parameter)
+            except ValueError:
+                raise ValueError(
+                    f"{constraint!r} has no Euclidean projection: give ProjectedSGD LpBall(2, …), or take SFW"
+                ) from None
+            parameter.copy_(projected)
+
+    def _move(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any], constraint: Constraint) -> None:
+        self._descend(parameter, gradient, group)
+        if not isinstance(constraint, Unconstrained):
+            parameter.copy_(constraint.project(parameter))
+
+
+def _weighted_square(weight: Tensor, x: Tensor) -> Tensor:
+    return weight.double() * x.double().square()

@@ -1,0 +1,23 @@
+"""The step of all tensors of a rank together, in few passes over memory: the same answers as ``step``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+
+import torch
+
+from sfw_dist.optim.kernels.interface import Kernel, Piece
+
+
+def kernel_for(device: torch.device) -> Callable[[Sequence[Piece]], Kernel] | None:
+    """What steps tensors on a device, if there is a compiler for it; imported only now, for not all have Triton."""
+    if device.type == "cpu":
+        from sfw_dist.optim.kernels import cpu
+
+        return cpu.CPUKernel if cpu.available() else None
+    if device.type == "cuda" and find_spec("triton") is not None:
+        from sfw_dist.optim.kernels import cuda
+
+        return cuda.CUDAKernel
+    return None

@@ -1,0 +1,1 @@
+"""Who owns what, and how the ranks share a step."""

@@ -1,0 +1,1 @@
+"""One-shot pruning, and what is left after it."""

@@ -1,0 +1,70 @@
+"""Loss and accuracy over a data set, exact at any number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sfw_dist.distributed.world import World, max_over_ranks, sum_over_ranks
+
+
+class Batches(Protocol):
+    """Images and labels, so many times."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
+
+    def __len__(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Means over ``samples``: top-1 and top-5 accuracy as fractions, cross-entropy in nats."""
+
+    top1: float
+    top5: float
+    loss: float
+    samples: int
+
+
+class Tally:
+    """Sums of loss and hits, kept on the device in float64; nothing waits for the host until :meth:`total`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """``logits`` (batch, classes), ``labels`` int64 (batch,)."""
+        logits = logits.float()
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        hits = best.eq(labels[:, None])
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        count = torch.full_like(loss, len(labels))
+        self._sums += torch.stack([hits[:, 0].sum(), hits.sum(), loss, count]).double()
+
+    def total(self, world: World) -> Metrics:
+        """The means over all ranks' samples; collective."""
+        top1, top5, loss, samples = sum_over_ranks(self._sums.clone(), world).tolist()
+        return Metrics(top1 / samples, top5 / samples, loss / samples, int(samples))
+
+
+def measure(forward: Callable[[Tensor], Tensor], loader: Batches, world: World, *, lockstep: bool = False) -> Metrics:
+    """Metrics of ``forward`` (uint8 images → logits) over a loader; collective at its end.
+
+    ``lockstep``: each call of ``forward`` is collective. A rank that has fewer batches than others then makes up for
+    them with passes that do not count.
+    """
+    tally = Tally(world.device)
+    passes = max_over_ranks(len(loader), world) if lockstep else 0
+    filler = torch.empty(0)
+    for images, labels in loader:
+        images = images.to(world.device, non_blocking=True)
+        tally.add(forward(images), labels.to(world.device, non_blocking=True))
+        filler = images[:1]
+    for _ in range(passes - len(loader)):
+        forward(filler)
+    return tally.total(world)

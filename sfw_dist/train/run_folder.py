@@ -1,0 +1,157 @@
+"""A run's folder: where everything lies, and how it is written (never half).
+
+runs/<name>/config.yaml  environment.json  metrics.jsonl  heartbeat.json  tensorboard/
+            checkpoints/  model.safetensors  prune/  report/
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from sfw_dist.config import Config, first_difference, load_config, save_config
+from sfw_dist.errors import UserError
+from sfw_dist.files import make_folder, replacing, write_json, write_text
+
+_PACKAGES = ("sfw-dist", "torch", "torchvision", "numpy", "ffcv", "deepspeed", "submitit")
+
+
+class RunFolder:
+    """The files of one run. Only rank 0 writes, but for the shards of a checkpoint."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.checkpoints = path / "checkpoints"
+        self.prune = path / "prune"
+        self.weights = path / "model.safetensors"
+        self.metrics = path / "metrics.jsonl"
+        self.tensorboard = path / "tensorboard"
+        self.submissions = path / "submissions"
+        self.lock = path / ".lock"
+
+    @classmethod
+    def existing(cls, path: Path) -> RunFolder:
+        """An existing run. Raises :class:`UserError` if ``path`` is none."""
+        folder = cls(path)
+        if not folder.config.is_file():
+            raise UserError(f"{path} is not a run's folder (no config.yaml): train one with python -m sfw_dist.train")
+        return folder
+
+    def check_free_for(self, config: Config, resume: bool) -> None:
+        """Raise :class:`UserError` unless the folder is new, or holds this very configuration and may be resumed."""
+        if not self.path.exists():
+            return
+        foreign = not self.path.is_dir() or any(
+            file not in (self.lock, self.submissions) for file in self.path.iterdir()
+        )
+        if foreign and not self.config.is_file():
+            raise UserError(f"{self.path} exists and is not a run's folder: choose another --name or --runs_dir")
+        if not self.config.is_file():
+            return
+        difference = first_difference(config, load_config(self.config))
+        if difference:
+            raise UserError(f"{self.path} holds another configuration ({difference}): choose another --name")
+        if not resume:
+            raise UserError(f"{self.path} exists: go on with --resume auto, or choose another --name")
+
+    def create(self, config: Config) -> None:
+        """Make the folder and write what is known at the start; a resumed run keeps what it wrote then."""
+        make_folder(self.path)
+        if not self.config.is_file():
+            write_text(self.config, save_config(config))  # first: by this file the folder is known as a run's
+            write_json(self.path / "environment.json", environment())
+        for folder in (self.checkpoints, self.prune, self.tensorboard):
+            make_folder(folder)
+        _drop_unfinished_line(self.metrics)
+
+    def log(self, event: str, **values: Any) -> None:
+        """Append one line to metrics.jsonl; numbers that are not finite become null."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        line = json.dumps({"event": event, "time": round(time.time(), 3), **finite}, allow_nan=False)
+        with open(self.metrics, "a") as file:
+            file.write(line + "\n")
+
+    def beat(self, **values: Any) -> None:
+        """Rewrite heartbeat.json, so that others can tell a slow run from a dead one."""
+        write_json(self.path / "heartbeat.json", {"time": round(time.time(), 3), **values})
+
+    def save_weights(self, state: dict[str, Tensor]) -> None:
+        """Write model.safetensors: parameters and buffers by name."""
+        write_tensors(self.weights, state)
+
+    def load_weights(self) -> dict[str, Tensor]:
+        """Read model.safetensors. Raises :class:`UserError` if training has not ended, or it is damaged."""
+        if not self.weights.is_file():
+            raise UserError(f"{self.path} has no model.safetensors: finish the training with --resume auto")
+        try:
+            return load_file(self.weights)
+        except SafetensorError as error:
+            raise UserError(f"{self.weights} cannot be read ({error}): remove it, train with --resume auto") from None
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file."""
+    with replacing(path) as file:
+        file.write(save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
+
+
+def _drop_unfinished_line(path: Path) -> None:
+    """Cut off what a killed process left of its last line, before more is appended."""
+    if path.is_file():
+        whole = path.read_bytes().rpartition(b"\n")
+        os.truncate(path, len(whole[0]) + len(whole[1]))
+
+
+def environment() -> dict[str, Any]:
+    """What a result depends on beside the configuration; no host names, no environment variables."""
+    return {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor_cores": os.cpu_count(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        **_git_state(),
+        **{package: _version(package) for package in _PACKAGES},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_state() -> dict[str, Any]:
+    """Of the checkout that this file is in; nothing when it is installed somewhere inside another repository."""
+    top = _git("rev-parse", "--show-toplevel")
+    if top is None or Path(top).resolve() != Path(__file__).resolve().parents[2]:
+        return {"git_commit": None, "git_dirty": None}
+    return {
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        answer = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        return None
+    return answer.stdout.strip() if answer.returncode == 0 else None

@@ -1,0 +1,68 @@
+"""Data-parallel training: a replica on every rank, gradients all-reduced by DistributedDataParallel."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from sfw_dist.config import Config
+from sfw_dist.distributed.replicas import verify_replicas
+from sfw_dist.distributed.world import World
+from sfw_dist.optim import comm_hooks as comm_hook
+from sfw_dist.optim.sfw import SFW
+from sfw_dist.train.build_optimizer import build_optimizer
+from sfw_dist.train.strategies.base import Engine, autocast
+
+
+class DDPEngine(Engine):
+    """The whole network on every rank."""
+
+    def __init__(self, model: nn.Module, config: Config, world: World) -> None:
+        super().__init__(model, config, world)
+        memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
+        self.model = model.to(world.device, memory_format=memory_format)  # type: ignore[call-overload]
+        if config.train.compile:
+            self.model.compile()
+        self._replica = self.model
+        if world.size > 1:
+            device_ids = [world.device] if world.device.type == "cuda" else None
+            self._replica = DistributedDataParallel(self.model, device_ids=device_ids)
+        self.optimizer = build_optimizer(self.model, config.optimizer)
+        hooked = config.optimizer.grads != "all_reduce" or config.optimizer.overlap
+        if isinstance(self._replica, DistributedDataParallel) and hooked:
+            self._replica.register_comm_hook(self.optimizer, getattr(comm_hook, config.optimizer.grads))
+
+    def warm_up(self, image_shape: tuple[int, int, int]) -> None:
+        """A forward and a backward pass that leave nothing behind; collective, before the first step of a process.
+
+        After its first backward pass DDP lays its buckets out anew, and from three ranks on the sum of a gradient
+        depends, in its last bits, on the place in the bucket. A resumed run would take its first step with another
+        layout than the uninterrupted run had there.
+        """
+        if self._world.size == 1:
+            return
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        if isinstance(self.optimizer, SFW):
+            self.optimizer.overlap = False  # no step follows
+        self.model.train()
+        images = torch.zeros(2, *image_shape, device=self._world.device).to(memory_format=torch.channels_last)
+        with autocast(self._config, self._world.device):
+            self._replica(self._in_layout(images)).sum().backward()
+        self.optimizer.zero_grad()
+        if isinstance(self.optimizer, SFW):
+            self.optimizer.overlap = self._config.optimizer.overlap
+        for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+
+    def _reducing(self, reducing: bool) -> contextlib.AbstractContextManager[Any]:
+        if reducing or not isinstance(self._replica, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self._replica.no_sync()
+
+    def verify_replicas(self) -> None:
+        """Raise ``RuntimeError`` where this rank's parameters are not rank 0's; collective."""
+        verify_replicas(dict(self.model.named_parameters()))
