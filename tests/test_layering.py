@@ -6,8 +6,8 @@ unit imports only from its own layer or an earlier one, and no modules import ea
 can be read, tested and used without configuration, data or training, and whoever changes a layer knows that only the
 later ones can break. Apart from the layers stands ``report``, which reads the files of a run and may be copied out.
 
-Third parties are kept where they can be missing: FFCV in ``data/loading/ffcv.py``, DeepSpeed in ``optim/deepspeed.py``, Triton
-in ``optim/kernels``, and submitit in ``launch``, which ``sfw_dist`` does not know.
+Third parties are kept where they can be missing: FFCV in ``data/loading/ffcv.py``, DeepSpeed in
+``optim/deepspeed.py``, Triton in ``optim/kernels``, and submitit in ``launch``, which ``sfw_dist`` does not know.
 """
 
 from __future__ import annotations
