@@ -21,8 +21,7 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
 
-from sfw_dist import SFW, KSparsePolytope, constrain
-from sfw_dist.pruning import one_shot as prune
+from sfw_dist import SFW, KSparsePolytope, constrain, prune
 
 
 class Digits(pl.LightningModule):

@@ -23,8 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from sfw_dist import SFW, KSparsePolytope, constrain
-from sfw_dist.pruning import one_shot as prune
+from sfw_dist import SFW, KSparsePolytope, constrain, prune
 
 
 def enlarged(images: Tensor) -> Tensor:

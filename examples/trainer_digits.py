@@ -23,8 +23,7 @@ from transformers import (
     set_seed,
 )
 
-from sfw_dist import SFW, KSparsePolytope, constrain
-from sfw_dist.pruning import one_shot as prune
+from sfw_dist import SFW, KSparsePolytope, constrain, prune
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
