@@ -72,7 +72,7 @@ format: setup
 
 BENCHMARKS := step vertex_codec balance loader training scaling.model
 # These make network namespaces: as root, or with sudo.
-HOST_BENCHMARKS := hosts.step hosts.overlap
+HOST_BENCHMARKS := hosts.step
 
 bench: setup
 	@for name in $(BENCHMARKS); do python -m benchmarks.$$name || exit $$?; done

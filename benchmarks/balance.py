@@ -22,9 +22,9 @@ from sfw_dist.constraints import KSparsePolytope
 from sfw_dist.files import write_json
 from sfw_dist.models import build_model
 from sfw_dist.ops.pairwise_sum import ROW
-from sfw_dist.optim.shard import cost
-from sfw_dist.optim.sharding.assignment import Item, Plan, lay_out, make_plan
-from sfw_dist.optim.vertex_codec import VertexFormat
+from sfw_dist.optim.shard import step_cost
+from sfw_dist.optim.sharding.assignment import Assignment, TensorSpec, assign, lay_out
+from sfw_dist.optim.vertex_codec import VertexCodec
 
 Shapes = list[tuple[int, ...]]
 
@@ -43,25 +43,28 @@ def shapes_of(name: str) -> Shapes:
         return [tuple(p.shape) for p in build_model(name, num_classes=10).parameters()]
 
 
-def items_of(shapes: Shapes, spec: KSparsePolytope, split: int) -> list[Item]:
+def items_of(shapes: Shapes, spec: KSparsePolytope, split: int) -> list[TensorSpec]:
     sizes = [math.prod(shape) for shape in shapes]
-    return [Item(str(i), cost(torch.Size([n]), spec), n, "", ROW if n > split else 0) for i, n in enumerate(sizes)]
+    return [
+        TensorSpec(str(i), step_cost(torch.Size([n]), spec), n, "", ROW if n > split else 0)
+        for i, n in enumerate(sizes)
+    ]
 
 
-def gathered_bytes(items: list[Item], plan: Plan, spec: KSparsePolytope, ranks: int) -> int:
+def gathered_bytes(items: list[TensorSpec], plan: Assignment, spec: KSparsePolytope, ranks: int) -> int:
     nbytes = []
-    for part in plan.parts:
+    for part in plan.shards:
         n = part.stop - part.start
-        nbytes.append(VertexFormat(n, min(spec.support(items[part.item].entries), n), torch.float32, 1.0).nbytes)
-    return ranks * lay_out(nbytes, [part.owner for part in plan.parts], ranks).segment
+        nbytes.append(VertexCodec(n, min(spec.support(items[part.tensor].entries), n), torch.float32, 1.0).nbytes)
+    return ranks * lay_out(nbytes, [part.owner for part in plan.shards], ranks).segment
 
 
-def row(name: str, items: list[Item], ranks: int, spec: KSparsePolytope) -> dict[str, Any]:
-    plan = make_plan(items, ranks)
+def row(name: str, items: list[TensorSpec], ranks: int, spec: KSparsePolytope) -> dict[str, Any]:
+    plan = assign(items, ranks)
     entries = sum(item.entries for item in items)
     gathered = gathered_bytes(items, plan, spec, ranks)
-    owners = Counter(part.item for part in plan.parts)
-    whole = make_plan([Item(i.name, i.cost, i.entries, "") for i in items], ranks)
+    owners = Counter(part.tensor for part in plan.shards)
+    whole = assign([TensorSpec(i.name, i.cost, i.entries, "") for i in items], ranks)
     return {
         "model": name,
         "parameters": entries,

@@ -28,10 +28,10 @@ from torch import Tensor, nn
 
 from benchmarks.gradients import K_FRAC, K_MIN, TAU, training_run
 from sfw_dist import SFW, KSparsePolytope, constrain
-from sfw_dist.distributed.rank_group import Ranks
+from sfw_dist.distributed.rank_group import RankGroup
 from sfw_dist.files import write_json
-from sfw_dist.optim.sharding.ownership import plan_owners
-from sfw_dist.optim.sharding.replicated import Batch
+from sfw_dist.optim.sharding.distribution import assign_shards
+from sfw_dist.optim.sharding.replicated import ReplicatedDistributor
 
 Step = Callable[[list[Tensor]], None]
 RANKS = 4
@@ -91,15 +91,14 @@ def rank_of_four(model: nn.Module, rank: int) -> Step:
     Every tensor has one owner here, for the LMO of a divided one waits for messages.
     """
     optimizer = SFW(groups_of(model), lr=1e-3, split=None)
-    plan, slots = plan_owners(optimizer.param_groups, RANKS, split=None)
-    parts = plan.parts
-    batch = Batch(slots, [part.owner for part in parts], Ranks(None, rank, RANKS))
-    segment = batch._segment
+    specs, _, shards = assign_shards(optimizer.param_groups, RANKS, split=None)
+    distributor = ReplicatedDistributor(shards, [spec.owner for spec in specs], RankGroup(None, rank, RANKS))
+    segment = distributor._segment
 
     def step(gradients: list[Tensor]) -> None:
-        batch.answer(optimizer.state, [gradients[part.item] for part in parts])
-        batch._gathered.view(RANKS, -1)[rank] = segment
-        batch.move()
+        distributor.compute_vertices(optimizer.state, [gradients[spec.tensor] for spec in specs])
+        distributor._gathered.view(RANKS, -1)[rank] = segment
+        distributor.apply_update()
 
     return torch.no_grad()(step)
 

@@ -22,23 +22,23 @@ import torch
 from torch import nn
 
 from sfw_dist import KSparsePolytope
-from sfw_dist.distributed.rank_group import Ranks
+from sfw_dist.distributed.rank_group import RankGroup
 from sfw_dist.files import write_json
-from sfw_dist.optim.shard import Slot
-from sfw_dist.optim.sharding.replicated import Batch, State
-from sfw_dist.optim.update import move
+from sfw_dist.optim.shard import Shard
+from sfw_dist.optim.sharding.replicated import ReplicatedDistributor, State
+from sfw_dist.optim.update import apply_update
 
 FRACTIONS = [0.003, 0.01, 0.05, 0.2]
 
 
-def one_batch(n: int, k_frac: float) -> tuple[Batch, Slot, State]:
+def one_distributor(n: int, k_frac: float) -> tuple[ReplicatedDistributor, Shard, State]:
     """A tensor with its state, as one rank has it."""
     constraint = KSparsePolytope(k_frac=k_frac, radius=0.1)
     parameter = nn.Parameter(0.01 * torch.randn(n))
     group = {"constraint": constraint, "lr": 1e-3, "momentum": 0.9, "rescale": "gradient", "weight_decay": 0.0}
-    slot = Slot.of("tensor", parameter, group, constraint, 0, n)
+    shard = Shard.of("tensor", parameter, group, constraint, 0, n)
     state: State = {parameter: {"step": torch.zeros(()), "momentum_buffer": torch.zeros(n)}}
-    return Batch([slot], [0], Ranks(None, 0, 1)), slot, state
+    return ReplicatedDistributor([shard], [0], RankGroup(None, 0, 1)), shard, state
 
 
 def milliseconds(function: Callable[[], Any], rounds: int) -> float:
@@ -53,30 +53,30 @@ def milliseconds(function: Callable[[], Any], rounds: int) -> float:
 
 @torch.no_grad()
 def measure(n: int, k_frac: float, rounds: int) -> dict[str, Any]:
-    batch, slot, state = one_batch(n, k_frac)
+    distributor, shard, state = one_distributor(n, k_frac)
     gradient = torch.randn(n)
-    batch.answer(state, [gradient])
-    written = batch._read[0]
-    header, vertex = slot.format.decode(written)
+    distributor.compute_vertices(state, [gradient])
+    written = distributor._read[0]
+    header, vertex = shard.codec.decode(written)
     other, target = torch.randn(n), torch.empty(n)
-    plain = nn.Parameter(slot.parameter.detach().clone())
-    plain_slot = Slot.of("tensor", plain, slot.group, slot.constraint, 0, n)
+    plain = nn.Parameter(shard.parameter.detach().clone())
+    plain_shard = Shard.of("tensor", plain, shard.group, shard.constraint, 0, n)
 
-    def decoded_and_moved() -> None:
-        found, decoded = slot.format.decode(written)
-        move(plain_slot, found[0], decoded)
+    def decoded_and_applied() -> None:
+        found, decoded = shard.codec.decode(written)
+        apply_update(plain_shard, found[0], decoded)
 
     return {
         "entries": n,
         "k_frac": k_frac,
-        "bytes": slot.format.nbytes,
-        "bytes_a_parameter": slot.format.nbytes / n,
-        "written_as": slot.format.support_format,
+        "bytes": shard.codec.nbytes,
+        "bytes_a_parameter": shard.codec.nbytes / n,
+        "written_as": shard.codec.layout,
         "copy_ms": milliseconds(lambda: target.copy_(other), rounds),
-        "apply_ms": milliseconds(batch.move, rounds),
-        "answer_ms": milliseconds(lambda: batch.answer(state, [gradient]), rounds),
-        "torch_encode_ms": milliseconds(lambda: slot.format.encode(header, vertex, written.clone()), rounds),
-        "torch_decode_and_move_ms": milliseconds(decoded_and_moved, rounds),
+        "apply_ms": milliseconds(distributor.apply_update, rounds),
+        "compute_ms": milliseconds(lambda: distributor.compute_vertices(state, [gradient]), rounds),
+        "torch_encode_ms": milliseconds(lambda: shard.codec.encode(header, vertex, written.clone()), rounds),
+        "torch_decode_and_apply_ms": milliseconds(decoded_and_applied, rounds),
     }
 
 
@@ -91,12 +91,12 @@ def main() -> None:
     rows = [measure(arguments.entries, k_frac, arguments.rounds) for k_frac in FRACTIONS]
     print(f"{arguments.entries:,} entries, float32, {arguments.threads} threads, torch {torch.__version__}, "
           f"{platform.processor() or platform.machine()}, median of {arguments.rounds}, ms")  # fmt: skip
-    print(f"{'K/n':>6} {'written as':>10} {'B/param':>8} {'copy':>8} {'apply':>8} {'answer':>8} "
-          f"{'encode, torch':>14} {'decode + move, torch':>21}")  # fmt: skip
+    print(f"{'K/n':>6} {'written as':>10} {'B/param':>8} {'copy':>8} {'apply':>8} {'compute':>8} "
+          f"{'encode, torch':>14} {'decode + apply, torch':>21}")  # fmt: skip
     for r in rows:
         print(f"{r['k_frac']:6} {r['written_as']:>10} {r['bytes_a_parameter']:8.4f} {r['copy_ms']:8.2f} "
-              f"{r['apply_ms']:8.2f} {r['answer_ms']:8.2f} {r['torch_encode_ms']:14.2f} "
-              f"{r['torch_decode_and_move_ms']:21.2f}")  # fmt: skip
+              f"{r['apply_ms']:8.2f} {r['compute_ms']:8.2f} {r['torch_encode_ms']:14.2f} "
+              f"{r['torch_decode_and_apply_ms']:21.2f}")  # fmt: skip
     if arguments.out:
         write_json(arguments.out, {"threads": arguments.threads, "torch": torch.__version__, "rows": rows})
 

@@ -28,7 +28,7 @@ from benchmarks.scaling.alpha_beta import (
     pairwise,
     reduce_scatter,
 )
-from sfw_dist.optim.sharding.assignment import Item, Plan, lay_out, make_plan
+from sfw_dist.optim.sharding.assignment import Assignment, TensorSpec, assign, lay_out
 
 Shape = tuple[int, ...]
 K_FRAC, K_MIN = 0.05, 10
@@ -108,7 +108,7 @@ class Step:
 
 
 def slot_bytes(n: int, support: int) -> int:
-    """A K-sparse vertex and its header: bitmap and signs, or int32 indices; as ``wire.VertexFormat`` has it."""
+    """A K-sparse vertex and its header: bitmap and signs, or int32 indices; as ``wire.VertexCodec`` has it."""
     mask, signs, indices = -(-n // 8), -(-support // 8), 4 * support
     return 24 + (_aligned(mask) + _aligned(signs) if mask + signs <= indices else _aligned(indices))
 
@@ -122,12 +122,12 @@ def support(n: int) -> int:
 
 
 @cache
-def owners(sizes: tuple[int, ...], ranks: int) -> tuple[Plan, int]:
+def owners(sizes: tuple[int, ...], ranks: int) -> tuple[Assignment, int]:
     """DDP: who owns what, and the bytes of the gathered vertices. All segments are as long as the longest."""
-    items = [Item(str(i), 9.0 * n, n, "", ROW if n > SPLIT else 0) for i, n in enumerate(sizes)]
-    plan = make_plan(items, ranks)
-    nbytes = [slot_bytes(p.stop - p.start, min(support(sizes[p.item]), p.stop - p.start)) for p in plan.parts]
-    return plan, ranks * lay_out(nbytes, [part.owner for part in plan.parts], ranks).segment
+    items = [TensorSpec(str(i), 9.0 * n, n, "", ROW if n > SPLIT else 0) for i, n in enumerate(sizes)]
+    plan = assign(items, ranks)
+    nbytes = [slot_bytes(p.stop - p.start, min(support(sizes[p.tensor]), p.stop - p.start)) for p in plan.shards]
+    return plan, ranks * lay_out(nbytes, [part.owner for part in plan.shards], ranks).segment
 
 
 @dataclass(frozen=True)
@@ -215,11 +215,11 @@ def _pieces(start: int, stop: int) -> Iterator[tuple[int, int]]:
         first += 1 << level
 
 
-def owner_messages(plan: Plan, sizes: Sequence[int]) -> list[int]:
+def owner_messages(plan: Assignment, sizes: Sequence[int]) -> list[int]:
     """DDP: the same for tensors that have several owners, cut between rows, so that each row is one number."""
     edges: dict[int, list[int]] = {}
-    for part in plan.parts:
-        edges.setdefault(part.item, [0]).append(part.stop)
+    for part in plan.shards:
+        edges.setdefault(part.tensor, [0]).append(part.stop)
     divided = tuple(tuple(e) for e in edges.values() if len(e) > 2)
     return selection_messages(Division(divided, 0))
 

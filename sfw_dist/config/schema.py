@@ -124,8 +124,6 @@ class OptimizerConfig:
     """Initial learning rate of those tensors."""
     grads: Literal["all_reduce", "reduce_to_owner", "reduce_to_owner_bf16"] = "all_reduce"
     """To whom gradients go: all ranks, or for sfw the tensor's owner alone, which moves half (docs/distributed.md)."""
-    overlap: bool = False
-    """Select and exchange vertices while the backward pass goes on (sfw, several ranks); the same to the bit."""
 
     def __post_init__(self) -> None:
         remedy = "write 1.0 for sfw, 0.05 for sgd or 0.01 for adagrad_sfw"
@@ -133,8 +131,8 @@ class OptimizerConfig:
         _require(self.unconstrained_lr > 0, "optimizer.unconstrained_lr", self.unconstrained_lr, "> 0", "write 0.05")
         _require(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "in [0, 1)", "write 0.9")
         _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "at least 0", "write 0.0005 or 0")
-        plain = self.name == "sfw" or (self.grads == "all_reduce" and not self.overlap)
-        _require(plain, "optimizer.grads and overlap", f"{self.grads}, {self.overlap}", "for sfw", "leave them out")
+        plain = self.name == "sfw" or self.grads == "all_reduce"
+        _require(plain, "optimizer.grads", self.grads, "all_reduce without sfw", "leave it out")
         if self.k_schedule.kind != "none":
             self._check_k_schedule()
         if self.name == "projected_sgd":
@@ -301,7 +299,6 @@ class Config:
         domain = " or ".join(tried) + beside
         _require(trained in tried, "optimizer.name", trained, domain, "write sgd and its lr, or method: plain")
         _require(gathered == "all_reduce", "optimizer.grads", gathered, "all_reduce" + beside, "leave it out")
-        _require(not self.optimizer.overlap, "optimizer.overlap", True, "false" + beside, "leave it out")
 
     def _check_divided(self) -> None:
         """What needs the whole network, or all of its gradients, on every rank."""
@@ -316,7 +313,6 @@ class Config:
         _require(
             self.optimizer.grads == "all_reduce", "optimizer.grads", self.optimizer.grads, "all_reduce" + beside, remedy
         )
-        _require(not self.optimizer.overlap, "optimizer.overlap", True, "false" + beside, remedy)
         chosen = self.optimizer.constraint.set
         divides = optimizer != "sfw" or chosen not in NEED_WHOLE_TENSORS
         _require(divides, "optimizer.constraint.set", chosen, "a set of entries" + beside, "write engine: ddp")
@@ -332,7 +328,7 @@ _OPERATIONAL = {
     *("engine", "fsdp.replicas", "deepspeed.stage"),
     *("runs_dir", "data.root", "data.backend", "data.workers", "data.eval_batch_size", "data.stall_timeout"),
     "data.stage_dir",
-    *("optimizer.overlap", "train.verify_replicas"),
+    "train.verify_replicas",
     *("train.log_every", "train.keep_checkpoints"),
     *("prune.sparsities", "prune.scope", "prune.kind", "prune.recalibrate"),
 }

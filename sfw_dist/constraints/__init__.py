@@ -2,7 +2,7 @@
 parameter.
 """
 
-from sfw_dist.constraints.base import Constraint, Vertex, constraint_from_spec
+from sfw_dist.constraints.base import Constraint, Vertex, constraint_from_spec, constraint_kinds
 from sfw_dist.constraints.binding import constrain, expected_initial_norm
 from sfw_dist.constraints.k_sparse import KSparsePolytope, KSupportBall
 from sfw_dist.constraints.lp import LpBall
@@ -21,5 +21,6 @@ __all__ = [
     "Vertex",
     "constrain",
     "constraint_from_spec",
+    "constraint_kinds",
     "expected_initial_norm",
 ]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sfw_dist.constraints.base import Constraint
 from sfw_dist.constraints.unconstrained import Unconstrained
-from sfw_dist.distributed.dtensor import whole
+from sfw_dist.distributed.dtensor import full_tensor
 
 _NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _SEED = 0
@@ -41,7 +41,7 @@ def constrain(
     """
     if unconstrained not in ("none", "norm_and_bias"):
         raise ValueError(f"unconstrained must be none or norm_and_bias, got {unconstrained!r}")
-    free = isinstance(spec, Unconstrained)
+    free = spec.is_unconstrained
     groups, rest, seen = [], [], set()
     for prefix, module in model.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
@@ -71,7 +71,7 @@ def expected_initial_norm(module: nn.Module, parameter: str) -> float:
     original: Tensor = getattr(module, parameter)
     reset = getattr(module, "reset_parameters", None)
     if reset is None:
-        norm = _norm(whole(original))
+        norm = _norm(full_tensor(original))
     else:
         # On the CPU, where the draws are the same on every machine and one generator is all there is to restore.
         clone = _clone(module)
@@ -91,7 +91,7 @@ def _clone(module: nn.Module) -> nn.Module:
     clone.__dict__.update(module.__dict__)
     empty = {name: p if p is None else torch.empty(p.shape, dtype=p.dtype) for name, p in module._parameters.items()}
     clone._parameters = {name: p if p is None else nn.Parameter(p, p.is_floating_point()) for name, p in empty.items()}
-    clone._buffers = {name: b if b is None else whole(b).cpu().clone() for name, b in module._buffers.items()}
+    clone._buffers = {name: b if b is None else full_tensor(b).cpu().clone() for name, b in module._buffers.items()}
     clone._modules = {name: child if child is None else _clone(child) for name, child in module._modules.items()}
     return clone
 

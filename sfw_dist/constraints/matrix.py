@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from sfw_dist.constraints.base import Constraint, Vertex, _Sized, _TopK, scaled_to
+from sfw_dist.constraints.base import Constraint, SizedConstraint, TopKConstraint, Vertex, scaled_to
 from sfw_dist.constraints.k_sparse import k_support_norm
 from sfw_dist.ops.pairwise_sum import square_root, squared_norm, tree_sum
 from sfw_dist.ops.topk import select
@@ -33,7 +33,7 @@ _FLOPS_A_PASS = 16.0
 """What a core computes in float64 while it reads one float32: 46 GFLOP/s and 10 GB/s, measured."""
 
 
-class GroupKSupportBall(_TopK):
+class GroupKSupportBall(TopKConstraint):
     """``conv{v : at most K rows nonzero, ‖v‖₂ ≤ r}``.
 
     LMO: the K rows of largest L2 norm (ties: the lowest row), together scaled to norm r, with the sign turned.
@@ -71,11 +71,13 @@ class GroupKSupportBall(_TopK):
     def radius_for(self, diameter: float, n: int) -> float:
         return diameter / 2
 
-    def _with_radius(self, radius: float, n: int) -> Constraint:
-        return type(self)(**self._shape(), radius=radius)  # K follows from the rows of the tensor that it meets
+    def with_radius(self, radius: float, n: int) -> Constraint:
+        return type(self)(
+            **self.shape_arguments(), radius=radius
+        )  # K follows from the rows of the tensor that it meets
 
 
-class _Spectral(_Sized):
+class _Spectral(SizedConstraint):
     """The sets whose vertices are the leading singular triplets of a matrix, scaled to Frobenius norm r.
 
     With U the K leading left singular vectors of X the vertex is ``−r·U·(UᵀX)/‖UᵀX‖``. For any orthonormal U this is
@@ -133,9 +135,6 @@ class _Spectral(_Sized):
     def radius_for(self, diameter: float, n: int) -> float:
         return diameter / 2
 
-    def _with_radius(self, radius: float, n: int) -> Constraint:
-        return type(self)(**self._shape(), radius=radius)
-
 
 class NuclearBall(_Spectral):
     """``{V : ‖V‖_* ≤ r}``, the sum of the singular values; the hull of the matrices of rank 1 and Frobenius norm r.
@@ -149,11 +148,11 @@ class NuclearBall(_Spectral):
     def rank(self, shape: torch.Size) -> int:
         return 1
 
-    def _shape(self) -> dict[str, Any]:
+    def shape_arguments(self) -> dict[str, Any]:
         return {"svd": self.svd}
 
 
-class SpectralKSupportBall(_Spectral, _TopK):
+class SpectralKSupportBall(_Spectral, TopKConstraint):
     """``conv{V : rank V ≤ K, ‖V‖_F ≤ r}``.
 
     LMO: the K leading singular triplets, scaled to Frobenius norm r, with the sign turned. Gauge: the k-support norm
@@ -171,11 +170,11 @@ class SpectralKSupportBall(_Spectral, _TopK):
     def support(self, n: int) -> int:
         return n
 
-    def _with_radius(self, radius: float, n: int) -> Constraint:
-        return type(self)(**self._shape(), radius=radius)
+    def with_radius(self, radius: float, n: int) -> Constraint:
+        return type(self)(**self.shape_arguments(), radius=radius)
 
-    def _shape(self) -> dict[str, Any]:
-        return {**super()._shape(), "svd": self.svd}
+    def shape_arguments(self) -> dict[str, Any]:
+        return {**super().shape_arguments(), "svd": self.svd}
 
 
 def leading_exactly(x: Tensor, k: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ class Unconstrained(Constraint):
     """All tensors: the optimizer takes momentum-SGD steps instead. It has no LMO."""
 
     kind = "unconstrained"
+    is_unconstrained: ClassVar[bool] = True
+    divisible: ClassVar[bool] = True
 
     def lmo_vertex(self, x: Tensor) -> Vertex:
         raise ValueError("Unconstrained has no LMO: a linear function has no minimum over the whole space")

@@ -73,12 +73,12 @@ def sharing(tensors: Iterable[DTensor]) -> list[tuple[DeviceMesh, list[int]]]:
     return [(mesh, sorted(dims)) for mesh, dims in found.items()]
 
 
-def local(x: Tensor) -> Tensor:
+def to_local(x: Tensor) -> Tensor:
     """What this rank holds of a tensor: of a DTensor its local one, else all of it."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 
-def whole(x: Tensor) -> Tensor:
+def full_tensor(x: Tensor) -> Tensor:
     """All entries of a tensor; of a DTensor gathered, which is collective."""
     return x.full_tensor().detach() if isinstance(x, DTensor) else x
 
@@ -87,4 +87,4 @@ def copy_entries(target: Tensor, source: Tensor) -> None:
     """Copy a tensor into one of the same shape, of which this rank may have a part; the source may be a DTensor too."""
     if isinstance(target, DTensor) and not isinstance(source, DTensor):
         source = Block.of(target).of_whole(source)
-    local(target).copy_(local(source))
+    to_local(target).copy_(to_local(source))

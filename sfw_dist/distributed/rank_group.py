@@ -6,26 +6,46 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """The ranks that share a step's work."""
+class RankGroup:
+    """The ranks that share a step's work, and this process's place among them."""
 
     group: dist.ProcessGroup | None
     rank: int
     size: int
 
     @classmethod
-    def of(cls, group: dist.ProcessGroup | None) -> Ranks:
+    def alone(cls) -> RankGroup:
+        """This process and no other."""
+        return cls(None, 0, 1)
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup | None) -> RankGroup:
         """The group's, the default group's, or this process alone."""
         if dist.is_available() and dist.is_initialized():
             return cls(group, dist.get_rank(group), dist.get_world_size(group))
-        return cls(None, 0, 1)
+        return cls.alone()
+
+    def all_reduce(self, x: Tensor) -> None:
+        """Sum a tensor over the ranks, in place; collective."""
+        if self.size > 1:
+            dist.all_reduce(x, group=self.group)
 
 
-def agree(digest: bytes, ranks: Ranks, devices: set[torch.device]) -> None:
-    """Check that all ranks build from the same parameters and sets; collective. Raises ``ValueError``, on all ranks."""
+def verify_agreement(digest: bytes, ranks: RankGroup, devices: set[torch.device]) -> None:
+    """Check that all ranks build from the same parameters and sets; collective.
+
+    Args:
+        digest: a hash of everything that must agree.
+        ranks: who compares.
+        devices: where the parameters lie.
+
+    Raises:
+        ValueError: on every rank, with the ranks that differ.
+    """
     if ranks.size == 1:
         return
     if len(devices) > 1:

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from sfw_dist.constraints import Constraint, Unconstrained
 from sfw_dist.errors import UserError
 from sfw_dist.ops.pairwise_sum import inner_product, row_sums, tree_sum
-from sfw_dist.optim.param_groups import check_group, constraint_of, from_plain, into_the_set, name_of, to_plain
+from sfw_dist.optim.param_groups import check_group, constraint_of, from_plain, make_feasible, name_of, to_plain
 
 
 class ConstrainedOptimizer(Optimizer):
@@ -48,7 +48,7 @@ class ConstrainedOptimizer(Optimizer):
 
     def _enter(self, group: dict[str, Any]) -> None:
         """A feasible start."""
-        into_the_set(group)
+        make_feasible(group)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -176,7 +176,7 @@ class AdaGradSFW(ConstrainedOptimizer):
         super()._begin(group)
 
     def _move(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any], constraint: Constraint) -> None:
-        if isinstance(constraint, Unconstrained):
+        if constraint.is_unconstrained:
             self._descend(parameter, gradient, group)
             return
         lr, rho, state = group["lr"], group["momentum"], self.state[parameter]
@@ -222,7 +222,7 @@ class ProjectedSGD(ConstrainedOptimizer):
     def _enter(self, group: dict[str, Any]) -> None:
         for index, parameter in enumerate(group["params"]):
             constraint = constraint_of(group, index)
-            if isinstance(constraint, Unconstrained):
+            if constraint.is_unconstrained:
                 continue
             try:
                 projected = constraint.project(parameter)
@@ -234,7 +234,7 @@ class ProjectedSGD(ConstrainedOptimizer):
 
     def _move(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any], constraint: Constraint) -> None:
         self._descend(parameter, gradient, group)
-        if not isinstance(constraint, Unconstrained):
+        if not constraint.is_unconstrained:
             parameter.copy_(constraint.project(parameter))
 
 

@@ -66,7 +66,7 @@ def initialize(model: nn.Module, optimizer: SFW | SGD, config: Mapping[str, Any]
         raise ValueError("mpu is given: SFW needs whole tensors in every model replica, leave model parallelism out")
     if _stage(config) > 0:
         if isinstance(optimizer, SFW):
-            optimizer.merge_groups()  # ZeRO steps one group after the other, and each step waits for four messages
+            optimizer.merge_param_groups()  # ZeRO steps group by group, each waiting for messages
         # DeepSpeed leaves frozen parameters out, and fails on a group that has no others.
         groups = [group for group in optimizer.param_groups if any(p.requires_grad for p in group["params"])]
         if not groups:
@@ -110,7 +110,7 @@ def adopt(engine: Any) -> None:
     """Tell an engine's SFW which entries of which tensors this rank has; collective, once, before the first step.
 
     :func:`initialize` does it. For ``deepspeed.initialize(model=…, optimizer=optimizer, config=…)`` call
-    ``optimizer.merge_groups()`` before, so that not every tensor waits for messages of its own, and this after it.
+    ``optimizer.merge_param_groups()`` before it, so that tensors share their messages, and this after it.
     Tensors that rounding to bf16 took out of their set are scaled into it.
 
     Raises:

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.autograd import grad
 from torch.func import functional_call
 
-from sfw_dist.constraints import Constraint, Unconstrained
-from sfw_dist.distributed.rank_group import Ranks
+from sfw_dist.constraints import Constraint
+from sfw_dist.distributed.rank_group import RankGroup
 from sfw_dist.optim.shard import step_dtype
-from sfw_dist.optim.update import Rescale
+from sfw_dist.optim.update import Rescale, rescale_ratio
 
 Batch = tuple[Tensor, Tensor]
 """Inputs and targets."""
@@ -42,7 +42,7 @@ class Start:
         """θ' as a differentiable function of θ and g: what :mod:`sfw_dist.optim.update` makes of them without
         momentum.
         """
-        if isinstance(self.constraint, Unconstrained):
+        if self.constraint.is_unconstrained:
             return theta - self.lr * (g + self.weight_decay * theta)
         dtype = step_dtype(theta)
         v = self.constraint.lmo(g.detach().to(dtype))
@@ -51,19 +51,12 @@ class Start:
 
     def _step_size(self, theta: Tensor, g: Tensor, v: Tensor) -> Tensor:
         norm = torch.linalg.vector_norm(g, dtype=torch.float64)
-        ones = torch.ones_like(norm)
-        match self.rescale:
-            case "gradient":
-                way, length = self.lr * norm, torch.linalg.vector_norm(theta - v, dtype=torch.float64)
-            case "fast_gradient":
-                way, length = 2 * self.lr * norm, self.constraint.diameter(theta.numel()) * ones
-            case "diameter":
-                way, length = self.lr * ones, self.constraint.diameter(theta.numel()) * ones
-            case _:
-                way, length = self.lr * ones, ones
-        # Not clamp(way / length): where θ = v its derivative would be 0·∞.
-        whole = way >= length
-        return torch.where(norm == 0, 0.0, torch.where(whole, 1.0, way / torch.where(whole, 1.0, length)))
+        distance = torch.linalg.vector_norm(theta - v, dtype=torch.float64)
+        ratio = rescale_ratio(self.rescale, norm, distance, self.constraint.diameter(theta.numel()))
+        numerator, denominator = self.lr * ratio[0], torch.as_tensor(ratio[1], dtype=norm.dtype, device=norm.device)
+        # Not clamp(numerator / denominator): where θ = v its derivative would be 0·∞.
+        full = numerator >= denominator
+        return torch.where(norm == 0, 0.0, torch.where(full, 1.0, numerator / torch.where(full, 1.0, denominator)))
 
 
 @dataclass
@@ -73,7 +66,7 @@ class FirstStep:
     model: nn.Module
     loss: Loss
     tensors: list[Start]
-    ranks: Ranks
+    ranks: RankGroup
 
     def loss_after(self, scales: Tensor, s0: Batch, s1: Batch) -> tuple[float, Tensor]:
         """The loss over all ranks, and its derivatives by the scales, float64 ``(tensors,)`` on the host; collective.

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
-from sfw_dist.distributed.rank_group import Ranks
+from sfw_dist.distributed.rank_group import RankGroup
 from sfw_dist.distributed.replicas import verify_replicas
 from sfw_dist.errors import UserError
 from sfw_dist.optim.first_step_loss import Batch, FirstStep, Loss, Start
@@ -86,7 +86,7 @@ def sfw_init(
     _check(lr, rescale, steps, kappa, betas, (floor_weight, floor_bias))
     model = model.module if isinstance(model, DistributedDataParallel) else model
     tensors = _tensors(model, groups, lr, rescale)
-    ranks = Ranks.of(process_group)
+    ranks = RankGroup.of(process_group)
     verify_replicas({t.name: t.parameter for t in tensors}, process_group)
 
     gauges = [max(float(t.constraint.gauge(t.start)), 1e-300) for t in tensors]

@@ -1,4 +1,4 @@
-"""Param groups: what one must be before SFW takes it, a feasible start, and groups joined into one."""
+"""Param groups: checks before SFW takes one, a feasible start, and merging groups."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any, get_args
 import torch
 
 from sfw_dist.constraints import Constraint, Unconstrained, constraint_from_spec
-from sfw_dist.distributed.dtensor import local, whole
+from sfw_dist.distributed.dtensor import full_tensor, to_local
 from sfw_dist.optim.update import Rescale
 
 logger = logging.getLogger(__name__)
 
 
 def check_group(group: dict[str, Any]) -> None:
-    """Raises ``ValueError`` for an option outside its domain."""
+    """Raise ``ValueError`` for an option outside its domain."""
     if not 0 < group["lr"] < math.inf:
         raise ValueError(f"lr must be > 0, got {group['lr']}: write lr=1.0 for SFW, lr=0.05 for unconstrained groups")
     if not 0 <= group["momentum"] < 1:
@@ -55,14 +55,14 @@ def to_plain(sets: Constraint | tuple[Constraint, ...]) -> dict[str, Any] | list
 
 
 def from_plain(spec: dict[str, Any] | list[dict[str, Any]]) -> Constraint | tuple[Constraint, ...]:
-    """A group's ``constraint``. Raises ``ValueError`` for an unknown kind."""
+    """The inverse of :func:`to_plain`. Raises ``ValueError`` for a set of unknown name."""
     return tuple(map(constraint_from_spec, spec)) if isinstance(spec, list) else constraint_from_spec(spec)
 
 
-def merged(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Groups that differ in nothing but their sets joined into one, whose ``constraint`` then is a tuple of sets.
+def merge_param_groups(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Merge groups that differ in their sets alone; the ``constraint`` of a merged group is a tuple of sets.
 
-    Constrained and unconstrained groups stay apart. For engines that step group by group.
+    Constrained and unconstrained groups stay apart. For frameworks that step one group after the other.
     """
     joined: dict[str, dict[str, Any]] = {}
     for group in groups:
@@ -83,13 +83,17 @@ def merged(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def into_the_set(group: dict[str, Any]) -> None:
-    """A feasible start: scale by the gauge the tensors that are outside their set; of DTensors collective."""
+def make_feasible(group: dict[str, Any]) -> None:
+    """A feasible start: divide tensors that lie outside their set by their gauge; collective for DTensors.
+
+    Raises:
+        ValueError: a parameter without entries.
+    """
     for index, parameter in enumerate(group["params"]):
         if parameter.numel() == 0:
             raise ValueError(f"a parameter of shape {tuple(parameter.shape)} has no entries: leave it out")
-        gauge = constraint_of(group, index).gauge(whole(parameter))
+        gauge = constraint_of(group, index).gauge(full_tensor(parameter))
         if gauge > 1:
-            here = local(parameter)
+            here = to_local(parameter)
             here.copy_(here.double() / gauge)
             logger.info("a tensor of shape %s was %.3g times outside its set: scaled", tuple(parameter.shape), gauge)

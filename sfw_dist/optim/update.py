@@ -1,4 +1,8 @@
-"""One step of one tensor: what its owner computes, and what every rank then does with it."""
+"""One step of one shard: momentum, vertex, step size, update; in torch operations, for any set and type.
+
+:mod:`sfw_dist.optim.reference` states the same step in ten lines of float64. The compiled kernels of
+:mod:`sfw_dist.optim.kernels` compute it for all tensors at once, and agree with this module to the bit.
+"""
 
 from __future__ import annotations
 
@@ -7,119 +11,152 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sfw_dist.constraints import Unconstrained, Vertex
+from sfw_dist.constraints import Vertex
 from sfw_dist.ops.pairwise_sum import Products, frank_wolfe_products, square_root, tree_sum
-from sfw_dist.optim.shard import Slot, momentum_buffer
-from sfw_dist.optim.vertex_codec import HEADER
+from sfw_dist.optim.shard import Shard, new_momentum
+from sfw_dist.optim.vertex_codec import STATS
 
 Rescale = Literal["gradient", "fast_gradient", "diameter", "none"]
+Number = float | Tensor
 
 
-def answer(slot: Slot, state: dict[str, Any], gradient: Tensor | None) -> tuple[Tensor, Vertex]:
-    """The owner's part: header (step size, gap, effective learning rate; float64 ``(3,)``) and vertex.
+def compute_vertex(shard: Shard, state: dict[str, Any], gradient: Tensor | None) -> tuple[Tensor, Vertex]:
+    """The owner's part of a step.
 
-    ``state`` holds ``step`` and ``momentum_buffer``, and is moved on. An unconstrained tensor's "vertex" is its
-    momentum, and its step size the learning rate. A step size that is not finite tells of a gradient that was not.
+    Args:
+        shard: a whole tensor; the LMO of a part is that of a tensor of its size.
+        state: ``step`` and ``momentum_buffer`` of the shard's parameter; updated.
+        gradient: of the parameter; ``None``: the tensor stays as it is.
+
+    Returns:
+        The step's statistics (see :func:`step_stats`), and the vertex. For an unconstrained tensor the "vertex" is its
+        momentum, and the step size its learning rate. A step size that is not finite tells of such a gradient.
     """
-    m = momentum(slot, state, gradient)
+    m = update_momentum(shard, state, gradient)
     if m is None:
-        return no_step(slot)
-    if isinstance(slot.constraint, Unconstrained):
-        lr = torch.as_tensor(slot.group["lr"], dtype=torch.float64, device=m.device)
+        return no_update(shard)
+    if shard.constraint.is_unconstrained:
+        lr = torch.as_tensor(shard.group["lr"], dtype=torch.float64, device=m.device)
         poison = torch.where(m.isfinite().all(), 0.0, torch.nan).to(lr)
         return torch.stack([lr + poison, poison, lr]), Vertex(None, m)
-    # Some sets look at rows and singular values; those that do not may have to answer for a part of a tensor.
-    vertex = slot.constraint.lmo_vertex(m.view(slot.parameter.shape) if slot.whole else m)
-    return step_size(slot, frank_wolfe_products(m, slot.theta(), *vertex)), vertex
+    # Some sets look at rows and singular values, so a whole tensor has its shape.
+    vertex = shard.constraint.lmo_vertex(m.view(shard.parameter.shape) if shard.is_whole else m)
+    sums = Products(*(tree_sum(rows) for rows in frank_wolfe_products(m, shard.theta(), *vertex)))
+    diameter = shard.constraint.diameter(shard.global_numel)
+    return step_stats(sums, shard.group["lr"], shard.group["rescale"], diameter), vertex
 
 
-def no_step(slot: Slot) -> tuple[Tensor, Vertex]:
-    """For a tensor without gradient: a step of length 0, to a vertex that any rank can decode."""
-    header = torch.zeros(HEADER, dtype=torch.float64, device=slot.parameter.device)
-    return header, Vertex(None, torch.zeros(slot.format.n, dtype=slot.dtype, device=slot.parameter.device))
+def no_update(shard: Shard) -> tuple[Tensor, Vertex]:
+    """Statistics and vertex of a parameter without gradient, which any rank can decode and which change nothing."""
+    stats = torch.zeros(STATS, dtype=torch.float64, device=shard.parameter.device)
+    return stats, Vertex(None, torch.zeros(shard.numel, dtype=shard.dtype, device=shard.parameter.device))
 
 
-def move(slot: Slot, step_size: Tensor, vertex: Vertex) -> None:
-    """Every rank's part: ``θ ← (1 − γ)·θ + γ·v``, or ``θ − lr·m``; the same operations on one rank as on many."""
-    moved = moved_entries(slot, step_size, vertex)
-    if slot.whole:
-        slot.parameter.copy_(moved.view(slot.parameter.shape))
-    else:
-        # Of a tensor in another memory format, entries() is a copy: they are written where they lie.
-        rows = slot.parameter.detach().contiguous()
-        slot.entries(rows).copy_(moved)
-        if rows.data_ptr() != slot.parameter.data_ptr():
-            slot.parameter.copy_(rows)
+def apply_update(shard: Shard, gamma: Tensor, vertex: Vertex) -> None:
+    """Every rank's part of a step: ``θ ← (1 − γ)·θ + γ·v``, or ``θ − lr·m``, in place."""
+    updated = updated_entries(shard, gamma, vertex)
+    if shard.is_whole:
+        shard.parameter.copy_(updated.view(shard.parameter.shape))
+        return
+    # In another memory format entries() is a copy, so the part is written into a row-major copy of the tensor.
+    rows = shard.parameter.detach().contiguous()
+    shard.entries(rows).copy_(updated)
+    if rows.data_ptr() != shard.parameter.data_ptr():
+        shard.parameter.copy_(rows)
 
 
-def moved_entries(slot: Slot, step_size: Tensor, vertex: Vertex) -> Tensor:
-    """The slot's entries after the step, in its type, in memory of their own."""
-    theta = slot.theta()
-    shift = vertex.values * step_size.to(slot.dtype)
-    if isinstance(slot.constraint, Unconstrained):
+def updated_entries(shard: Shard, gamma: Tensor, vertex: Vertex) -> Tensor:
+    """The shard's entries after the step, ``(numel,)`` in its type, in memory of their own."""
+    theta = shard.theta()
+    shift = vertex.values * gamma.to(shard.dtype)
+    if shard.constraint.is_unconstrained:
         return theta - shift
-    moved = theta * (1 - step_size).to(slot.dtype)
-    return moved.add_(shift) if vertex.indices is None else moved.index_add_(0, vertex.indices, shift)
+    updated = theta * (1 - gamma).to(shard.dtype)
+    return updated.add_(shift) if vertex.indices is None else updated.index_add_(0, vertex.indices, shift)
 
 
-def momentum(slot: Slot, state: dict[str, Any], gradient: Tensor | None) -> Tensor | None:
-    """The momentum's entries ``(n,)`` after this step's gradient, in the step's type; ``None`` without a gradient."""
+def update_momentum(shard: Shard, state: dict[str, Any], gradient: Tensor | None) -> Tensor | None:
+    """``m ← g`` on a tensor's first step, ``m ← ρ·m + (1 − ρ)·g`` afterwards (unconstrained: ``ρ·m + g``).
+
+    Args:
+        shard: its group holds ρ, and the weight decay of unconstrained tensors.
+        state: ``step`` and ``momentum_buffer``; updated.
+        gradient: of the shard's parameter.
+
+    Returns:
+        The momentum's entries, ``(numel,)`` in the step's type; ``None`` without a gradient.
+    """
     if gradient is None:
         return None
-    g = slot.entries(gradient).to(slot.dtype)
-    rho = slot.group["momentum"]
-    unconstrained = isinstance(slot.constraint, Unconstrained)
-    if unconstrained and slot.group["weight_decay"] != 0:
-        g = g + slot.theta() * slot.group["weight_decay"]
-    first = is_first(slot, state)
-    if forgets(slot, state):
+    g = shard.entries(gradient).to(shard.dtype)
+    rho = shard.group["momentum"]
+    unconstrained = shard.constraint.is_unconstrained
+    if unconstrained and shard.group["weight_decay"] != 0:
+        g = g + shard.theta() * shard.group["weight_decay"]
+    first = is_first_step(shard, state)
+    if momentum_disabled(shard, state):
         state["step"].zero_()
     else:
         state["step"] += 1
     if rho == 0:
         return g
-    m = state["momentum_buffer"].view(-1)
+    m = shard.momentum_entries(state["momentum_buffer"])
     if first:
         return m.copy_(g)
-    # Products are rounded before they are added, here and in the fused kernels, so that all agree to the bit.
+    # Products are rounded before they are added, here and in the compiled kernels, so that all agree to the bit.
     return m.mul_(rho).add_(g if unconstrained else g * (1 - rho))
 
 
-def is_first(slot: Slot, state: dict[str, Any]) -> bool:
-    """Whether momentum starts with this gradient; makes the buffer that it needs."""
-    if slot.group["momentum"] > 0 and "momentum_buffer" not in state:  # a scheduler raised the momentum from 0
-        state["momentum_buffer"] = momentum_buffer(slot)
+def is_first_step(shard: Shard, state: dict[str, Any]) -> bool:
+    """Whether momentum starts with this gradient; creates the buffer that it needs."""
+    if shard.group["momentum"] > 0 and "momentum_buffer" not in state:  # a scheduler raised the momentum from 0
+        state["momentum_buffer"] = new_momentum(shard)
         return True
     return bool(state["step"].item() == 0)
 
 
-def forgets(slot: Slot, state: dict[str, Any]) -> bool:
-    """Whether a scheduler took the momentum away: ``step`` then stays 0, and a later momentum starts anew.
+def momentum_disabled(shard: Shard, state: dict[str, Any]) -> bool:
+    """Whether a scheduler set the momentum to 0: ``step`` then stays 0, so that a later momentum starts afresh.
 
-    The buffer stays too, for a state dict has the same keys before and after.
+    The buffer is kept, because a state dict has the same keys before and after.
     """
-    return slot.group["momentum"] == 0 and "momentum_buffer" in state
+    return shard.group["momentum"] == 0 and "momentum_buffer" in state
 
 
-def step_size(slot: Slot, rows: Products) -> Tensor:
-    """The header of a constrained tensor, from its sums by row: γ, gap, effective learning rate; float64 ``(3,)``."""
-    sums = Products(*(tree_sum(sums) for sums in rows))
-    return step_sizes(sums, slot.group["lr"], slot.group["rescale"], slot.constraint.diameter(slot.n))
+def rescale_ratio(rescale: Rescale, norm: Tensor, distance: Tensor, diameter: Number) -> tuple[Number, Number]:
+    """The factor f of the step size ``γ = clamp(lr·f, 0, 1)``, as numerator and denominator.
 
-
-def step_sizes(sums: Products, lr: float | Tensor, rescale: Rescale, diameter: float | Tensor) -> Tensor:
-    """γ, gap and effective learning rate from the sums of one constrained tensor, or of several: ``(…, 3)``."""
-    norm, distance = square_root(sums.direction_squared), square_root(sums.distance_squared)
+    Args:
+        rescale: ``gradient``: ‖m‖/‖θ − v‖; ``diameter``: 1/D (Pokutta et al., arXiv 2010.07243); ``fast_gradient``:
+            2‖m‖/D (Zimmer et al., arXiv 2205.11921); ``none``: 1.
+        norm, distance: float64 ``(…,)``, ‖m‖₂ and ‖θ − v‖₂.
+        diameter: D, the set's.
+    """
     match rescale:
         case "gradient":
-            factor = norm / distance  # θ = v makes it infinite, and γ = 1 then keeps θ
+            return norm, distance
         case "fast_gradient":
-            factor = 2 * norm / diameter
+            return 2 * norm, diameter
         case "diameter":
-            factor = torch.ones_like(norm) / diameter
+            return torch.ones_like(norm), diameter
         case _:
-            factor = torch.ones_like(norm)
-    gamma = torch.where(norm == 0, norm, (lr * factor).clamp(0, 1))
+            return torch.ones_like(norm), 1.0
+
+
+def step_stats(sums: Products, lr: Number, rescale: Rescale, diameter: Number) -> Tensor:
+    """Step size γ, Frank-Wolfe gap and effective learning rate of constrained tensors.
+
+    Args:
+        sums: float64 ``(…,)``, of one tensor or of several.
+        lr, rescale, diameter: their learning rate and how it becomes a step size, see :func:`rescale_ratio`.
+
+    Returns:
+        float64 ``(…, 3)``. Where m = 0 all are 0, and θ stays; where θ = v and m ≠ 0, γ is 1, and θ stays too. γ is NaN
+        where m is not finite.
+    """
+    norm, distance = square_root(sums.direction_squared), square_root(sums.distance_squared)
+    numerator, denominator = rescale_ratio(rescale, norm, distance, diameter)
+    gamma = torch.where(norm == 0, norm, torch.as_tensor(lr * (numerator / denominator)).clamp(0, 1))
     gamma = torch.where(norm.isfinite(), gamma, torch.nan)
     effective = torch.where(norm == 0, norm, gamma * distance / norm)
     return torch.stack([gamma, sums.gap, effective], -1)

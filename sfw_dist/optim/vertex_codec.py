@@ -1,13 +1,13 @@
-"""The format in which vertices travel between ranks.
+"""How vertices are encoded to travel between ranks.
 
-A slot of the buffer holds one tensor's header and its vertex:
+A slot of the communication buffer holds the step's statistics for one shard, and its vertex:
 
-    header    3 float64    step size γ, Frank-Wolfe gap, effective learning rate
+    stats     3 float64    step size γ, Frank-Wolfe gap, effective learning rate
     support   the smaller of  a bitmask, n/8 bytes, entry i in bit i mod 8 of byte i div 8
                         and   int32 indices, 4·K bytes, unused ones −1
               (nothing when every entry is given)
     nonzeros  the signs as bits, K/8 bytes (1: negative), where all are ±r and r is known;
-              with indices the sign stands in them, as −2 − i for a negative entry i
+              with indices the sign is part of them, as −2 − i for a negative entry i
               else the values, K or n numbers in the tensor's step type
 
 At 5 % a K-sparse vertex takes 0.131 bytes a parameter, a float32 parameter 4.
@@ -23,17 +23,18 @@ from torch import Tensor
 
 from sfw_dist.constraints import Vertex
 
-HEADER = 3
-_HEADER_BYTES = HEADER * 8
+STATS = 3
+"""Numbers that travel with a vertex: step size, Frank-Wolfe gap, effective learning rate; float64."""
+STATS_BYTES = STATS * 8
 _LARGEST_INDEX = 2**31 - 3
 
 
 @dataclass(frozen=True)
-class VertexFormat:
-    """How the vertices of one constrained tensor are written; fixed at construction, the same on every rank."""
+class VertexCodec:
+    """How the vertices of one shard are written; fixed at construction, the same on every rank."""
 
     n: int
-    """Entries of the tensor."""
+    """Entries of the shard."""
     support: int
     """The most nonzeros of a vertex, K."""
     dtype: torch.dtype
@@ -62,21 +63,21 @@ class VertexFormat:
     def nbytes(self) -> int:
         """Bytes of a slot. Its parts fill words of 8 bytes: values are aligned, and bits can be written by words."""
         _, support, nonzeros = self._parts
-        return _HEADER_BYTES + _aligned(support) + _aligned(nonzeros)
+        return STATS_BYTES + _aligned(support) + _aligned(nonzeros)
 
     @property
-    def support_format(self) -> str:
+    def layout(self) -> str:
         """``mask``, ``indices`` or, when every entry is given, ``all``."""
         return self._parts[0]
 
     def _views(self, slot: Tensor) -> tuple[str, Tensor, Tensor]:
         how, support, nonzeros = self._parts
-        return how, slot[_HEADER_BYTES:][:support], slot[_HEADER_BYTES + _aligned(support) :][:nonzeros]
+        return how, slot[STATS_BYTES:][:support], slot[STATS_BYTES + _aligned(support) :][:nonzeros]
 
-    def encode(self, header: Tensor, vertex: Vertex, slot: Tensor) -> None:
-        """Write into ``slot``, uint8 ``(nbytes,)``; ``header`` is float64 ``(3,)``."""
+    def encode(self, stats: Tensor, vertex: Vertex, slot: Tensor) -> None:
+        """Write into ``slot``, uint8 ``(nbytes,)``; ``stats`` is float64 ``(3,)``."""
         how, support, nonzeros = self._views(slot)
-        slot[:_HEADER_BYTES].view(torch.float64).copy_(header)
+        slot[:STATS_BYTES].view(torch.float64).copy_(stats)
         if how == "all":
             nonzeros.view(self.dtype).copy_(vertex.values)
             return
@@ -97,11 +98,11 @@ class VertexFormat:
             _fill(nonzeros, _pack(values < 0), 0)
 
     def decode(self, slot: Tensor) -> tuple[Tensor, Vertex]:
-        """The inverse of :meth:`encode`: header and vertex, bit for bit, the vertex in its canonical form."""
+        """The inverse of :meth:`encode`: statistics and vertex, bit for bit, the vertex in its canonical form."""
         how, support, nonzeros = self._views(slot)
-        header = slot[:_HEADER_BYTES].view(torch.float64)
+        stats = slot[:STATS_BYTES].view(torch.float64)
         if how == "all":
-            return header, Vertex(None, nonzeros.view(self.dtype))
+            return stats, Vertex(None, nonzeros.view(self.dtype))
         if how == "mask":
             indices = _unpack(support, self.n).nonzero().view(-1)
             negative = _unpack(nonzeros, indices.numel()) if self.radius is not None else None
@@ -111,10 +112,10 @@ class VertexFormat:
             negative = stored < 0
             indices = torch.where(negative, -2 - stored, stored)
         if self.radius is None:
-            return header, Vertex(indices, nonzeros.view(self.dtype)[: indices.numel()])
+            return stats, Vertex(indices, nonzeros.view(self.dtype)[: indices.numel()])
         assert negative is not None
         radius = torch.full((), self.radius, dtype=self.dtype, device=slot.device)
-        return header, Vertex(indices, torch.where(negative, -radius, radius))
+        return stats, Vertex(indices, torch.where(negative, -radius, radius))
 
     def canonical(self, vertex: Vertex) -> Vertex:
         """The vertex as :meth:`decode` returns it: without zeros, which a support of signs or values cannot show."""

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 
 from sfw_dist.config import OptimizerConfig
-from sfw_dist.constraints import Unconstrained, constrain
+from sfw_dist.constraints import constrain
 from sfw_dist.optim.baselines import AdaGradSFW, ProjectedSGD
 from sfw_dist.optim.sfw import SFW
 
@@ -35,6 +35,6 @@ def constrained_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[s
         of_first_epoch = replace(of_first_epoch, k_frac=config.k_schedule.start)
     groups = constrain(model, of_first_epoch.build(), unconstrained=config.unconstrained)
     for group in groups:
-        if isinstance(group["constraint"], Unconstrained):
+        if group["constraint"].is_unconstrained:
             group["lr"] = config.unconstrained_lr
     return groups

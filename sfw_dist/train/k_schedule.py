@@ -7,8 +7,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from sfw_dist.config import OptimizerConfig
-from sfw_dist.constraints import KSparsePolytope, KSupportBall
-from sfw_dist.optim.param_groups import into_the_set
+from sfw_dist.optim.param_groups import make_feasible
 
 
 class KSchedule:
@@ -49,8 +48,8 @@ class KSchedule:
             k = kind(k_frac=self.k_frac(epoch), k_min=least, diameter=diameter).support(n)
             if k != old.support(n):
                 group["constraint"] = kind(k=k, diameter=diameter)
-                into_the_set(group)
+                make_feasible(group)
 
 
 def _has_k(group: dict[str, Any]) -> bool:
-    return isinstance(group.get("constraint"), KSparsePolytope | KSupportBall)
+    return "constraint" in group and group["constraint"].selects

@@ -44,7 +44,7 @@ from sfw_dist import KSparsePolytope
 from sfw_dist.models import build_model
 from sfw_dist.ops.sharded_sum import Cut, CutSums
 from sfw_dist.ops.topk.sharded import Share, select_across
-from sfw_dist.optim.vertex_codec import VertexFormat
+from sfw_dist.optim.vertex_codec import VertexCodec
 
 DEVICE = Device(flops=1e12, bandwidth=1e11, answer_bytes=32, divided_bytes=140)
 FAST, SLOW = Link(1e-6, 1e-11), Link(1e-5, 1e-9)
@@ -104,7 +104,7 @@ def test_one_rank_sends_nothing(engine: str) -> None:
 def test_vertices_take_the_bytes_of_the_wire_format(n: int) -> None:
     """The wire's slots changed, or the model rounds where the wire does not."""
     for k in {min(k, n) for k in (1, 3, n // 100, support(n), n)}:
-        assert slot_bytes(n, k) == VertexFormat(n, k, torch.float32, 1.0).nbytes
+        assert slot_bytes(n, k) == VertexCodec(n, k, torch.float32, 1.0).nbytes
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 16, 64])

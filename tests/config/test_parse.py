@@ -320,7 +320,6 @@ def test_a_configuration_from_before_there_were_engines_means_ddp(write: Write) 
         ("deepspeed: {stage: 4}", "deepspeed.stage", "4", "[0, 1, 2, 3]"),
         ("deepspeed: {stage: 3}", "deepspeed.stage", "3", "engine: fsdp"),
         ("engine: fsdp\noptimizer: {grads: reduce_to_owner}", "grads", "reduce_to_owner", "engine: ddp"),
-        ("engine: deepspeed\noptimizer: {overlap: true}", "optimizer.overlap", "True", "engine: ddp"),
         ("engine: fsdp\ntrain: {channels_last: true}", "train.channels_last", "True", "engine: ddp"),
         ("engine: deepspeed\ntrain: {compile: true}", "train.compile", "True", "engine: ddp"),
         ("prune: {sparsities: [1.5]}", "prune.sparsities", "1.5", "write 0.9"),

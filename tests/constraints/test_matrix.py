@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from sfw_dist import SFW, GroupKSupportBall, KSupportBall, LpBall, NuclearBall, SpectralKSupportBall, constrain
 from sfw_dist.constraints import Constraint, constraint_from_spec
 from sfw_dist.constraints.matrix import leading_by_powers, leading_exactly
-from sfw_dist.distributed.rank_group import Ranks
+from sfw_dist.distributed.rank_group import RankGroup
 from sfw_dist.errors import UserError
 from sfw_dist.optim.reference import sfw_step
-from sfw_dist.optim.shard import Slot, cost
-from sfw_dist.optim.sharding.sharded import Held, Sharded
+from sfw_dist.optim.shard import Shard, step_cost
+from sfw_dist.optim.sharding.dtensors import sharded_distributor
 from tests.constraints.test_base import ROUNDING, k_support_norm
 
 SETS: dict[str, Callable[[int, float], Constraint]] = {
@@ -433,19 +433,19 @@ def test_a_gradient_that_is_not_finite_stops_before_anything_moved(name: str, va
 def test_filters_travel_sparse() -> None:
     """K filters need K times their size on the wire; room for all entries would be as much as the parameters."""
     p, group = nn.Parameter(torch.zeros(64, 32, 3, 3)), {"momentum": 0.9}
-    slot = Slot.of("conv", p, group, GroupKSupportBall(k=6, radius=1.0), 0, p.numel())
-    assert slot.format.nbytes < 24 + p.numel() / 8 + 4 * 6 * 288 + 16
-    dense = Slot.of("conv", p, group, NuclearBall(radius=1.0), 0, p.numel())
-    assert dense.format.support_format == "all"
+    slot = Shard.of("conv", p, group, GroupKSupportBall(k=6, radius=1.0), 0, p.numel())
+    assert slot.codec.nbytes < 24 + p.numel() / 8 + 4 * 6 * 288 + 16
+    dense = Shard.of("conv", p, group, NuclearBall(radius=1.0), 0, p.numel())
+    assert dense.codec.layout == "all"
 
 
 def test_the_plan_knows_that_singular_vectors_cost_more() -> None:
     """Counted as other tensors, the rank that owns the largest convolution would hold up all others."""
     large, thin = torch.Size((512, 512, 3, 3)), torch.Size((8, 512 * 512 * 9 // 8))
     sparse, nuclear = KSupportBall(k=3, radius=1.0), NuclearBall(radius=1.0)
-    assert cost(large, nuclear) > 5 * cost(large, sparse)
-    assert cost(thin, nuclear) < 2 * cost(thin, sparse)
-    assert cost(torch.Size((4096, 4096)), NuclearBall(radius=1.0, svd="exact")) > 5 * cost(
+    assert step_cost(large, nuclear) > 5 * step_cost(large, sparse)
+    assert step_cost(thin, nuclear) < 2 * step_cost(thin, sparse)
+    assert step_cost(torch.Size((4096, 4096)), NuclearBall(radius=1.0, svd="exact")) > 5 * step_cost(
         torch.Size((4096, 4096)), nuclear
     )
 
@@ -454,9 +454,9 @@ def test_the_plan_knows_that_singular_vectors_cost_more() -> None:
 def test_tensors_of_which_no_rank_has_all_are_refused(name: str) -> None:
     """A rank would take the rows and singular values of its part for the tensor's."""
     p = nn.Parameter(torch.zeros(4, 5))
-    slot = Slot.of("weight", p, {"momentum": 0.9}, SETS[name](2, 1.0), 0, 20)
+    shard = Shard.of("weight", p, {"momentum": 0.9}, SETS[name](2, 1.0), 0, 20)
     with pytest.raises(ValueError, match="of weight has an LMO that needs the whole tensor: keep that tensor whole"):
-        Sharded([Held(slot, 0)], Ranks(None, 0, 1), torch.device("cpu"))
+        sharded_distributor([shard], RankGroup.alone())
 
 
 @every_set

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sfw_dist.distributed.coalesced import Talk, as_numbers, as_words, together
+from sfw_dist.distributed.coalesced import AsyncTask, as_numbers, as_words, run_coalesced
 
 
-def counting(rounds: int, size: int) -> Talk:
+def counting(rounds: int, size: int) -> AsyncTask:
     """Says ``size`` ones in each round, and returns all that it heard."""
     heard = []
     for _ in range(rounds):
@@ -24,7 +24,7 @@ def test_talks_of_different_length_share_their_messages() -> None:
         messages.append(words.numel())
         words.mul_(3)
 
-    found = together([counting(2, 1), counting(0, 9), counting(3, 2)], add_up)
+    found = run_coalesced([counting(2, 1), counting(0, 9), counting(3, 2)], add_up)
     assert messages == [6, 6, 4]
     assert found[1] == []
     assert [x.tolist() for x in found[0]] == [[[3, 3]]] * 2
@@ -33,7 +33,7 @@ def test_talks_of_different_length_share_their_messages() -> None:
 
 def test_without_talks_nothing_is_sent() -> None:
     """Fails when ranks that have nothing to say wait for each other."""
-    assert together([], lambda words: 1 / 0) == []
+    assert run_coalesced([], lambda words: 1 / 0) == []
 
 
 def test_numbers_arrive_as_they_were() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sfw_dist.constraints import Unconstrained
 from sfw_dist.errors import UserError
-from sfw_dist.optim.shard import Slot
+from sfw_dist.optim.shard import Shard
 from tests.support.step_pairs import (
     Pair,
     mixed,
@@ -43,7 +43,7 @@ pytest.importorskip("triton")
 GPU = "cuda:0"
 
 
-def large() -> list[Slot]:
+def large() -> list[Shard]:
     """Hundreds of rows of the size that training uses, whole ones and others, in all types and ways of writing."""
     layer = 512 * 512 * 9
     return [
@@ -118,9 +118,9 @@ def test_the_same_step_twice_gives_the_same_bits() -> None:
         gradients = on_the_gpu(pair.gradients())
         pair.buffer.zero_()
         for _ in range(5):
-            pair.kernel.answer(gradients, pair.momenta, pair.options())
-            pair.kernel.move()
-        outcomes.append([pair.buffer, *(piece.parameter for piece in pair.pieces)])
+            pair.kernel.compute_vertices(gradients, pair.momenta, pair.options())
+            pair.kernel.apply_update()
+        outcomes.append([pair.buffer, *(shard.parameter for shard in pair.shards)])
     assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
 
 
@@ -132,8 +132,8 @@ def test_nothing_waits_for_the_gpu() -> None:
     for _ in range(2):  # the second time at other addresses, which have to be sent
         there = on_the_gpu(gradients)
         with waiting_is_an_error():
-            pair.kernel.answer(there, pair.momenta, options)
-            pair.kernel.move()
+            pair.kernel.compute_vertices(there, pair.momenta, options)
+            pair.kernel.apply_update()
         pair.compare_answers(gradients)
         pair.compare_moves()
 
@@ -145,8 +145,8 @@ def test_a_graph_of_a_step_replays_it() -> None:
     options, fixed = pair.options(), on_the_gpu(pair.gradients())
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        pair.kernel.answer(fixed, pair.momenta, options)
-        pair.kernel.move()
+        pair.kernel.compute_vertices(fixed, pair.momenta, options)
+        pair.kernel.apply_update()
     for _ in range(3):
         run_steps(pair)  # gradients at other addresses
         gradients = pair.gradients()
@@ -185,7 +185,7 @@ def test_the_optimizer_takes_the_kernels_by_itself() -> None:
     fused = optimizer(GPU, FUSIBLE, fused=True)
     set_gradients(fused, 0)
     fused.step()
-    assert isinstance(next(iter(fused._batches.values()))._kernel, CUDAKernel)
+    assert isinstance(fused._distribution.distributors(fused.param_groups)[0]._kernel, CUDAKernel)
 
 
 def test_a_gradient_that_is_not_finite_is_told_of_by_the_statistics() -> None:

@@ -102,7 +102,7 @@ def on_every_rank(rank: int, world_size: int) -> dict[str, Any]:
         results["ddp"].append(train_net(net, DistributedDataParallel(net), shard, spec))
     optimizer = optimizer_of("nuclear", torch.float32)
     set_gradients(optimizer, 0)
-    if rank == optimizer._parts[1].owner:  # type: ignore[index]
+    if rank == optimizer._distribution.owners()[1]:  # type: ignore[index]
         optimizer.param_groups[1]["params"][0].grad[5, 5] = torch.nan
     before = values(optimizer)
     try:

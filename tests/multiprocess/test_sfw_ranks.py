@@ -152,7 +152,7 @@ def replicated(rank: int) -> dict[str, Any]:
 
 def joined_late() -> dict[str, Any]:
     """A run whose optimizer, and first steps, are older than the group of ranks."""
-    with mock.patch("sfw_dist.optim.sharding.replicated.dist.is_initialized", lambda: False):
+    with mock.patch("sfw_dist.distributed.rank_group.dist.is_initialized", lambda: False):
         optimizer = CASES["mix"]()
         train(optimizer, range(HALF))
     train(optimizer, range(HALF, STEPS))
@@ -180,7 +180,7 @@ def not_finite(rank: int) -> dict[str, Any]:
     optimizer = CASES["mix"]()
     before = values(optimizer)
     set_gradients(optimizer, 0)
-    owner = optimizer._parts[1].owner
+    owner = optimizer._distribution.owners()[1]
     if rank == owner:
         parameters(optimizer)[1].grad[5, 5] = torch.nan
     return {"message": error_of(UserError, optimizer.step), "before": before, "after": values(optimizer)}

@@ -60,10 +60,10 @@ def trained(config: Config) -> dict[str, Tensor]:
 
 def all_trained(rank: int) -> dict[str, dict[str, Tensor]]:
     k_schedule = CONFIGS["k_schedule"]
-    overlap = replace(k_schedule.optimizer, grads="reduce_to_owner", overlap=True)
+    to_owner = replace(k_schedule.optimizer, grads="reduce_to_owner")
     more = {
         "k_schedule_fsdp": replace(k_schedule, engine="fsdp"),
-        "k_schedule_overlap": replace(k_schedule, optimizer=overlap),
+        "k_schedule_to_owner": replace(k_schedule, optimizer=to_owner),
     }
     return {what: trained(config) for what, config in (CONFIGS | more).items()}
 
@@ -73,10 +73,10 @@ def on_ranks() -> list[dict[str, dict[str, Tensor]]]:
     return run_on_ranks(all_trained, RANKS)
 
 
-@pytest.mark.parametrize("what", [*CONFIGS, "k_schedule_fsdp", "k_schedule_overlap"])
+@pytest.mark.parametrize("what", [*CONFIGS, "k_schedule_fsdp", "k_schedule_to_owner"])
 def test_ranks_train_as_one_process_does(what: str, on_ranks: list[dict[str, dict[str, Tensor]]]) -> None:
     """Fails when ranks choose other masks, look at their own batch's gradient alone, or scale their shards by it."""
-    alone = trained(CONFIGS[what.removesuffix("_fsdp").removesuffix("_overlap")])
+    alone = trained(CONFIGS[what.removesuffix("_fsdp").removesuffix("_to_owner")])
     for name, tensor in on_ranks[0][what].items():
         torch.testing.assert_close(tensor, alone[name], rtol=1e-4, atol=1e-5)
 

@@ -131,7 +131,7 @@ def on_two_ranks(rank: int, folder: str, digits: str) -> dict[str, Any]:
             engine = _open(_config(name, **case))
             found[_case(name, case)] = {"losses": _steps(engine, 0, 4), "tensors": _whole(engine)}
     owners = _config("ddp", accumulate=3)
-    owners.optimizer = replace(owners.optimizer, grads="reduce_to_owner", overlap=True)
+    owners.optimizer = replace(owners.optimizer, grads="reduce_to_owner")
     found["owners"] = {"losses": _steps(engine := _open(owners), 0, 4), "tensors": _whole(engine)}
     found["types"] = _types_that_compute(_open(_config("fsdp", precision="bf16")))
     for name in ENGINES:
@@ -203,7 +203,7 @@ def test_weights_travel_as_autocast_would_round_them(two: list[dict[str, Any]]) 
     assert two[0]["types"] == ["torch.bfloat16", "torch.float32", "torch.float32"]
 
 
-def test_micro_batches_go_with_owners_and_overlap(two: list[dict[str, Any]]) -> None:
+def test_micro_batches_with_gradients_to_owners(two: list[dict[str, Any]]) -> None:
     """Fails when the step begins with the gradients of the first micro-batch, or each is reduced."""
     mine, theirs = two[0]["owners"], two[0][_case("ddp", {"accumulate": 3})]
     assert mine["losses"] == theirs["losses"]

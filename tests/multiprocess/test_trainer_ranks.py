@@ -75,19 +75,17 @@ def test_ranks_see_every_sample_once(whole: Config) -> None:
     assert events[0]["world_size"] == RANKS
 
 
-def test_owners_alone_and_overlap_make_the_same_run(whole: Config, tmp_path: Path) -> None:
-    """Gradients summed in another order differ in their last bits: the weights stay close, and bitwise for overlap."""
+def test_gradients_sent_to_owners_alone_make_the_same_run(whole: Config, tmp_path: Path) -> None:
+    """Fails when replicas drift apart, or the run is another; sums in another order differ in their last bits."""
     runs = {}
-    for overlap in (False, True):
-        optimizer = replace(whole.optimizer, grads="reduce_to_owner", overlap=overlap)
-        train = replace(whole.train, epochs=2, verify_replicas=3)
-        runs[overlap] = replace(
-            whole, name=f"owner_{overlap}", runs_dir=str(tmp_path / "runs"), optimizer=optimizer, train=train
-        )
-        ended = _train(runs[overlap], RANKS)
+    for grads in ("all_reduce", "reduce_to_owner"):
+        optimizer, train = replace(whole.optimizer, grads=grads), replace(whole.train, epochs=2, verify_replicas=3)
+        runs[grads] = replace(whole, name=grads, runs_dir=str(tmp_path / "runs"), optimizer=optimizer, train=train)
+        ended = _train(runs[grads], RANKS)
         assert ended.status == 0, ended.stderr
-    weights = {overlap: _weights(config) for overlap, config in runs.items()}
-    assert all(torch.equal(weights[False][name], tensor) for name, tensor in weights[True].items())
+    expected = _weights(runs["all_reduce"])
+    for name, tensor in _weights(runs["reduce_to_owner"]).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-4)
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sfw_dist.distributed.coalesced import together
+from sfw_dist.distributed.coalesced import run_coalesced
+from sfw_dist.ops.partition import Partition
 from sfw_dist.ops.topk import reference
-from sfw_dist.ops.topk.norm import squared_norm_of_kept
-from sfw_dist.ops.topk.sharded import Share, select_across
+from sfw_dist.ops.topk.sharded import select_sharded
 
 CPU = torch.device("cpu")
 EXTREMES = [0.0, -0.0, 1e-45, -1e-45, 1e-38, 1.0, -1.0, 1.0000001, 3e38, -3e38]
@@ -46,15 +46,17 @@ def on_ranks(world_size: int, work: Callable[[int, Callable[[Tensor], None]], An
     return found, messages[0]
 
 
-def selected(x: Tensor, k: int, places: list[Tensor], *, blocks: bool) -> tuple[list[int], int]:
-    """Indices of the whole that the ranks select together, ascending; ``places``: where each rank's entries lie."""
+def selected(x: Tensor, k: int, places: list[Tensor], *, interleaved: bool) -> tuple[list[int], int]:
+    """Indices of the whole that the ranks select, ascending; ``places``: where each rank's entries lie."""
+    parts = tuple((int(place[0]), len(place)) for place in places if len(place))
 
-    def work(rank: int, add_up: Callable[[Tensor], None]) -> list[int]:
+    def work(rank: int, all_reduce: Callable[[Tensor], None]) -> list[int]:
         mine = places[rank]
-        index = (lambda: mine) if blocks else None
-        share = Share(k, len(places), rank, x[mine], index) if len(mine) else Share(k, len(places), index=index)
-        (([found], _),) = together([select_across([share], x.dtype, CPU)], add_up)
-        return [] if found.chosen is None else mine[found.chosen & (x[mine] != 0)].tolist()
+        own = parts.index((int(mine[0]), len(mine))) if len(mine) else None
+        partition = Partition(len(x), parts, own, own is not None, interleaved, lambda: mine)
+        task = select_sharded([k], [partition], [x[mine] if len(mine) else None], x.dtype, CPU)
+        (chosen,) = run_coalesced([task], all_reduce)[0]
+        return [] if chosen is None else mine[chosen & (x[mine] != 0)].tolist()
 
     found, messages = on_ranks(len(places), work)
     return sorted(i for indices in found for i in indices), messages
@@ -72,18 +74,18 @@ def test_parts_that_follow_each_other(dtype: torch.dtype, data: st.DataObject) -
     k = data.draw(st.integers(1, len(x)))
     edges = [0, *sorted(data.draw(st.lists(st.integers(0, len(x)), min_size=2, max_size=2))), len(x)]
     places = [torch.arange(a, b) for a, b in itertools.pairwise(edges)]
-    found, messages = selected(x, k, places, blocks=False)
+    found, messages = selected(x, k, places, interleaved=False)
     assert found == expected(x, k)
     assert messages == (3 if dtype == torch.float32 else 6)
 
 
 @given(data=st.data())
-def test_blocks_that_interleave(data: st.DataObject) -> None:
-    """Fails when ties go to a block's lowest index instead of the whole tensor's."""
+def test_parts_that_interleave(data: st.DataObject) -> None:
+    """Fails when ties go to a part's lowest index instead of the whole tensor's."""
     x = torch.tensor(data.draw(st.lists(numbers, min_size=1, max_size=40)), dtype=torch.float64).float()
     k = data.draw(st.integers(1, len(x)))
     owner = torch.tensor(data.draw(st.lists(st.integers(0, 2), min_size=len(x), max_size=len(x))))
-    found, messages = selected(x, k, [(owner == rank).nonzero().view(-1) for rank in range(3)], blocks=True)
+    found, messages = selected(x, k, [(owner == rank).nonzero().view(-1) for rank in range(3)], interleaved=True)
     assert found == expected(x, k)
     magnitudes = x.abs().sort(descending=True).values
     tied = k < len(x) and magnitudes[k - 1] == magnitudes[k] != 0
@@ -95,19 +97,11 @@ def test_ranks_that_hold_the_same_entries_select_the_same() -> None:
     x = torch.arange(1.0, 11.0)
     halves = [slice(0, 5), slice(5, 10)]
 
-    def work(rank: int, add_up: Callable[[Tensor], None]) -> list[int]:
-        share = Share(7, 2, rank // 2, x[halves[rank // 2]], speaks=rank % 2 == 0)
-        (([found], _),) = together([select_across([share], x.dtype, CPU)], add_up)
-        return (5 * (rank // 2) + found.chosen.nonzero().view(-1)).tolist()
+    def work(rank: int, all_reduce: Callable[[Tensor], None]) -> list[int]:
+        partition = Partition(10, ((0, 5), (5, 5)), rank // 2, is_primary=rank % 2 == 0)
+        task = select_sharded([7], [partition], [x[halves[rank // 2]]], x.dtype, CPU)
+        (chosen,) = run_coalesced([task], all_reduce)[0]
+        return (5 * (rank // 2) + chosen.nonzero().view(-1)).tolist()
 
     found, _ = on_ranks(4, work)
     assert found == [[3, 4], [3, 4], [5, 6, 7, 8, 9], [5, 6, 7, 8, 9]]
-
-
-@given(st.lists(numbers, min_size=1, max_size=60), st.data())
-def test_the_norm_of_what_is_kept(entries: list[float], data: st.DataObject) -> None:
-    """Fails when the squares that follow from counts are not those of the selected entries."""
-    x = torch.tensor(entries, dtype=torch.float64).float()
-    indices = reference.select(x, data.draw(st.integers(1, len(x))))
-    exact = float(x[indices].double().square().sum())
-    assert float(squared_norm_of_kept(x, indices)) == pytest.approx(exact, rel=1e-14)

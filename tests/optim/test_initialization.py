@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sfw_dist import SFW, KSparsePolytope, KSupportBall, LpBall, Unconstrained, constrain, sfw_init
 from sfw_dist.constraints import Constraint
-from sfw_dist.distributed.rank_group import Ranks
+from sfw_dist.distributed.rank_group import RankGroup
 from sfw_dist.errors import UserError
 from sfw_dist.optim.first_step_loss import FirstStep, Start
 from sfw_dist.optim.update import Rescale
@@ -96,7 +96,7 @@ def test_the_derivatives_are_those_of_finite_differences(rescale: Rescale) -> No
         Start(name, p, p.detach().clone(), c, 0.1, rescale, 0.3)
         for (name, p), c in zip(model.named_parameters(), sets, strict=True)
     ]
-    problem = FirstStep(model, F.cross_entropy, tensors, Ranks(None, 0, 1))
+    problem = FirstStep(model, F.cross_entropy, tensors, RankGroup(None, 0, 1))
     first, then = half_batches(12, count=2, dtype=torch.float64)
     scales = torch.tensor([0.9, 1.2, 1.0, 0.7], dtype=torch.float64)
     slopes = problem.loss_after(scales, first, then)[1]

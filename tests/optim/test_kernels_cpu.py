@@ -75,10 +75,13 @@ def assert_same(fused: SFW, plain: SFW) -> None:
         for key, value in plain.state[q].items():
             assert torch.equal(fused.state[p][key], value), f"{key} of tensor {i}"
     assert fused.statistics() == plain.statistics()
-    mine_of, theirs_of = next(iter(fused._batches.values())), next(iter(plain._batches.values()))
+    mine_of, theirs_of = (
+        fused._distribution.distributors(fused.param_groups)[0],
+        plain._distribution.distributors(plain.param_groups)[0],
+    )
     assert mine_of._kernel is not None and theirs_of._kernel is None
-    for slot, mine, theirs in zip(fused._slots, mine_of._read, theirs_of._read, strict=True):
-        size = slot.format.nbytes  # beyond the header, whose NaN may have either sign
+    for slot, mine, theirs in zip(fused._distribution.replicated_shards, mine_of._read, theirs_of._read, strict=True):
+        size = slot.codec.nbytes  # beyond the header, whose NaN may have either sign
         assert torch.equal(mine[24:size], theirs[24:size]), slot.name
 
 

@@ -81,7 +81,7 @@ def _processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def test_steps_are_those_of_torch() -> None:
     """Momentum, a vertex, its bytes, a step size or the move differ from those of a run on the CPU."""
     pair = Pair(mixed())
-    assert {piece.format.support_format for piece in pair.pieces} == {"mask", "indices", "all"}
+    assert {shard.codec.layout for shard in pair.shards} == {"mask", "indices", "all"}
     run_steps(pair)
 
 
@@ -105,11 +105,11 @@ def test_step_sizes_by_every_rule(rescale: str) -> None:
     pair = Pair(slots)
     gradients = pair.gradients()
     for _ in range(2):  # the second starts at the vertex where γ was 1
-        pair.answer(gradients)
-        pair.move()
+        pair.compute_vertices(gradients)
+        pair.apply_update()
     pair = Pair(slots)
-    pair.answer([torch.zeros(ROW)] * len(slots))
-    pair.move()
+    pair.compute_vertices([torch.zeros(ROW)] * len(slots))
+    pair.apply_update()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
@@ -124,9 +124,9 @@ def test_huge_and_tiny_gradients_do_not_overflow() -> None:
     """Sums of squares are taken in float32: the step size is NaN or 0 for a gradient that float32 can hold."""
     pair = Pair([tensor(3 * ROW, sparse(9)), tensor(3 * ROW, Unconstrained())])
     for scale in (1e30, 1e-30, 1.0):
-        pair.answer([g * scale for g in pair.gradients() if g is not None])
-        assert all(header_of(piece.read)[0] > 0 for piece in pair.pieces)
-        pair.move()
+        pair.compute_vertices([g * scale for g in pair.gradients() if g is not None])
+        assert all(header_of(shard.read)[0] > 0 for shard in pair.shards)
+        pair.apply_update()
 
 
 @pytest.mark.parametrize("kinds", ["sparse", "unconstrained"])
@@ -146,8 +146,8 @@ def test_parameters_are_rounded_to_the_nearest_and_of_two_to_the_even_one() -> N
             slot.parameter.copy_(1 + torch.arange(ROW) * 2.0 ** (1 - digits))
         pair = Pair([slot])
         before = slot.parameter.detach().clone()
-        pair.answer([torch.full((ROW,), -(2.0**-digits), dtype=dtype)])
-        pair.move()
+        pair.compute_vertices([torch.full((ROW,), -(2.0**-digits), dtype=dtype)])
+        pair.apply_update()
         assert torch.equal(slot.parameter[::2], before[::2]) and (slot.parameter[1::2] > before[1::2]).all()
 
 
@@ -156,7 +156,7 @@ def test_gradients_may_have_another_type_than_parameters() -> None:
     """A float32 gradient of a bfloat16 parameter is read as bfloat16."""
     pair = Pair([tensor(ROW + 9, sparse(8), torch.bfloat16), tensor(ROW, Unconstrained(), torch.float16)])
     gradients = pair.gradients()
-    pair.kernel.answer([g.float() for g in gradients if g is not None], list(pair.momenta), pair.options())
+    pair.kernel.compute_vertices([g.float() for g in gradients if g is not None], list(pair.momenta), pair.options())
     pair.compare_answers(gradients)
 
 
@@ -199,12 +199,12 @@ def test_parts_of_tensors() -> None:
 def test_nothing_is_sent_when_nothing_changed() -> None:
     """Every step sends a table to the GPU, or none does."""
     pair = Pair([tensor(ROW, sparse(3)), tensor(ROW, Unconstrained())])
-    pair.answer(pair.gradients())
+    pair.compute_vertices(pair.gradients())
     given, options = pair.given(pair.gradients()), pair.options()
     tables = []
     for lr in (0.5, 0.5, 0.4):
-        pair.kernel.answer(*given, [values | {"lr": lr} for values in options])
-        pair.kernel.move()
+        pair.kernel.compute_vertices(*given, [values | {"lr": lr} for values in options])
+        pair.kernel.apply_update()
         tables.append((pair.kernel._steps._sent, pair.kernel._parameters._sent))
     assert tables[1][0] is tables[0][0] and tables[2][0] is not tables[1][0]
     assert tables[2][1] is tables[0][1]
@@ -249,14 +249,14 @@ def _rank(rank: int, store: str) -> None:
         ((60,), torch.float32, {}),
     ]
     twins = Twins(row=4096, groups=groups, split=8192)
-    assert any(not slot.whole for slot in twins.fused._slots)
+    assert any(not slot.is_whole for slot in twins.fused._distribution.replicated_shards)
     twins.run(range(2))
     torch.distributed.destroy_process_group()
 
 
 SIGNATURE = {
     "rows": "*i32",
-    "pieces": "*i64",
+    "shards": "*i64",
     "steps": "*i64",
     "parameters": "*i64",
     "state": "*i32",
@@ -270,7 +270,7 @@ KERNELS = (
     "count_kernel",
     "encode_kernel",
     "count_mask_kernel",
-    "move_kernel",
+    "update_kernel",
 )
 
 

@@ -111,7 +111,7 @@ def test_a_thousand_steps_stay_in_the_set(constraint: Constraint) -> None:
 
 @pytest.mark.parametrize(("dtype", "excess"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-8)])
 @every_set
-def test_an_infeasible_start_is_scaled_into_the_set(constraint: Constraint, dtype: torch.dtype, excess: float) -> None:
+def test_an_infeasible_start_is_scaled_make_feasible(constraint: Constraint, dtype: torch.dtype, excess: float) -> None:
     """From outside the set no convex combination is sure to be inside. Only the length may change."""
     p = nn.Parameter((tensors(0)[0] * 100).to(dtype))
     start = p.detach().clone()

@@ -1,30 +1,37 @@
-"""What is kept of the last step, when tensors step in changing company."""
+"""What is kept of the last step."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from sfw_dist.constraints import KSparsePolytope
-from sfw_dist.optim.shard import Slot
-from sfw_dist.optim.statistics import Headers
+from sfw_dist.constraints import Constraint, KSparsePolytope, Unconstrained
+from sfw_dist.optim.shard import Shard
+from sfw_dist.optim.statistics import LastStep
 
 
-def slot(name: str) -> Slot:
-    return Slot.of(name, nn.Parameter(torch.ones(3)), {}, KSparsePolytope(k=1, radius=1.0), 0, 3)
+def shard(name: str, constraint: Constraint | None = None) -> Shard:
+    return Shard.of(name, nn.Parameter(torch.ones(3)), {}, constraint or KSparsePolytope(k=1, radius=1.0))
 
 
 def table(*gammas: float) -> Tensor:
     return torch.tensor([[gamma, 0.0, 0.0] for gamma in gammas], dtype=torch.float64)
 
 
-def test_a_tensor_has_the_headers_of_its_last_step_alone() -> None:
-    """Fails when a step that was not finite is told again after DDP has laid its buckets out anew."""
-    a, b, headers = slot("a"), slot("b"), Headers()
-    headers.keep([a, b], table(0.1, torch.nan))
-    assert headers.not_finite(wait=False) == {"b"}
-    headers.keep([b], table(0.2))
-    headers.keep([a], table(0.3))
-    assert headers.not_finite(wait=True) == set()
-    headers.keep([a, b], table(0.4, 0.5))
-    assert [found.gamma for found in headers.statistics([a, b]).values()] == [0.4, 0.5]
+def test_a_step_replaces_the_statistics_of_the_step_before() -> None:
+    """Fails when a step that was not finite is reported again after one that was."""
+    a, b, c, last = shard("a"), shard("b"), shard("c"), LastStep()
+    last.record([a, b], table(0.1, torch.nan))
+    last.record([c], table(0.3))
+    assert last.not_finite(wait=False) == {"b"}
+    last.record([a, b], table(0.4, 0.5))
+    assert last.not_finite(wait=True) == set()
+    assert [found.gamma for found in last.statistics([a, b, c]).values()] == [0.4, 0.5, 0.3]
+
+
+def test_unconstrained_tensors_have_no_statistics_and_new_ones_have_zeros() -> None:
+    """Fails when a tensor that has not stepped is missing, or an unconstrained one has a gap."""
+    last = LastStep()
+    last.record([shard("free", Unconstrained())], table(0.05))
+    found = last.statistics([shard("free", Unconstrained()), shard("new")])
+    assert {name: tuple(row) for name, row in found.items()} == {"new": (0.0, 0.0, 0.0)}

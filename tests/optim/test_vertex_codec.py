@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sfw_dist.constraints import Constraint, KSparsePolytope, KSupportBall, LpBall, Unconstrained, Vertex
-from sfw_dist.optim.vertex_codec import HEADER, VertexFormat
+from sfw_dist.optim.vertex_codec import STATS, VertexCodec
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
-HEADERS = torch.tensor([0.25, -1e-300, 3.0], dtype=torch.float64)
+STATSS = torch.tensor([0.25, -1e-300, 3.0], dtype=torch.float64)
 
 RESNET_LAYER = 2_359_296  # 512 · 512 · 3 · 3
 
@@ -30,13 +30,13 @@ def equal_bits(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(bits(a), bits(b))
 
 
-def format_of(constraint: Constraint, n: int, dtype: torch.dtype) -> VertexFormat:
+def format_of(constraint: Constraint, n: int, dtype: torch.dtype) -> VertexCodec:
     if isinstance(constraint, KSparsePolytope | LpBall) and constraint.signs_only:
-        return VertexFormat(n, constraint.support(n), dtype, constraint.radius(n))
-    return VertexFormat(n, constraint.support(n), dtype)
+        return VertexCodec(n, constraint.support(n), dtype, constraint.radius(n))
+    return VertexCodec(n, constraint.support(n), dtype)
 
 
-def sent(vertex_format: VertexFormat, vertex: Vertex, header: Tensor = HEADERS) -> tuple[Tensor, Vertex]:
+def sent(vertex_format: VertexCodec, vertex: Vertex, header: Tensor = STATSS) -> tuple[Tensor, Vertex]:
     """What arrives, through a slot that held garbage, amid others that must stay as they are."""
     nbytes = vertex_format.nbytes
     buffer = torch.randint(0, 256, (nbytes + 16,), dtype=torch.uint8)
@@ -46,9 +46,9 @@ def sent(vertex_format: VertexFormat, vertex: Vertex, header: Tensor = HEADERS) 
     return vertex_format.decode(buffer[8:][:nbytes])
 
 
-def check(vertex_format: VertexFormat, vertex: Vertex) -> None:
+def check(vertex_format: VertexCodec, vertex: Vertex) -> None:
     header, arrived = sent(vertex_format, vertex)
-    assert equal_bits(header, HEADERS)
+    assert equal_bits(header, STATSS)
     shape = torch.Size([vertex_format.n])
     # Adding 0 turns −0 into 0: only where every entry is sent does a −0 arrive as one.
     assert equal_bits(arrived.dense(shape) + 0.0, vertex.dense(shape) + 0.0)
@@ -96,7 +96,7 @@ def test_borders_of_bytes(n: int, radius: float | None) -> None:
             for first in (0.3, -0.3):
                 values = torch.full((k,), first)
                 values[1::2] *= -1
-                check(VertexFormat(n, k, torch.float32, radius), Vertex(chosen, values))
+                check(VertexCodec(n, k, torch.float32, radius), Vertex(chosen, values))
 
 
 @pytest.mark.parametrize("radius", [None, 0.5])
@@ -105,7 +105,7 @@ def test_borders_of_bytes(n: int, radius: float | None) -> None:
 def test_zero_vertex(radius: float | None, n: int, k: int, sparse: bool) -> None:
     """A tensor without a gradient sends zeros, given whole; an LMO of a zero tensor gives K zeros with indices."""
     zeros = Vertex(torch.arange(k), torch.zeros(k)) if sparse else Vertex(None, torch.zeros(n))
-    vertex_format = VertexFormat(n, k, torch.float32, radius)
+    vertex_format = VertexCodec(n, k, torch.float32, radius)
     check(vertex_format, zeros)
     assert not sent(vertex_format, zeros)[1].dense(torch.Size([n])).any()
 
@@ -116,7 +116,7 @@ def test_whole_vertices_keep_every_bit(dtype: torch.dtype) -> None:
     info = torch.finfo(dtype)
     special = [0.0, -0.0, info.smallest_normal * info.eps, info.max, math.inf, -math.inf, math.nan]
     values = torch.tensor(special, dtype=torch.float64).to(dtype)
-    _, arrived = sent(VertexFormat(values.numel(), values.numel(), dtype), Vertex(None, values))
+    _, arrived = sent(VertexCodec(values.numel(), values.numel(), dtype), Vertex(None, values))
     assert arrived.indices is None and equal_bits(arrived.values, values)
 
 
@@ -128,7 +128,7 @@ def test_header_survives_nan(constraint: Constraint) -> None:
     header = torch.tensor([math.nan, math.inf, -0.0], dtype=torch.float64)
     x = torch.tensor([1.0, math.nan, 2.0, 3.0])
     vertex = Vertex(None, x) if isinstance(constraint, Unconstrained) else constraint.lmo_vertex(x)
-    assert header.numel() == HEADER
+    assert header.numel() == STATS
     assert equal_bits(sent(format_of(constraint, 4, torch.float32), vertex, header)[0], header)
 
 
@@ -151,7 +151,7 @@ def test_the_smaller_way_to_write_a_support_is_chosen(n: int, radius: float | No
     for k in range(1, n, max(1, n // 100)):
         nonzeros = math.ceil(k / 8) if radius else k * dtype.itemsize
         mask, indices = math.ceil(n / 8) + nonzeros, 4 * k + (0 if radius else nonzeros)
-        payload = VertexFormat(n, k, dtype, radius).nbytes - 24
+        payload = VertexCodec(n, k, dtype, radius).nbytes - 24
         assert min(mask, indices) <= payload <= min(mask, indices) + 14
         sizes.add(indices < mask)
     assert sizes == {True, False} or n == 8
@@ -159,13 +159,13 @@ def test_the_smaller_way_to_write_a_support_is_chosen(n: int, radius: float | No
 
 def test_every_entry_given_needs_no_support() -> None:
     """24 bytes of header and the values."""
-    assert VertexFormat(1000, 1000, torch.float32).nbytes == 24 + 4000
-    assert VertexFormat(1000, 1000, torch.float64).nbytes == 24 + 8000
-    assert VertexFormat(1000, 1000, torch.float32, radius=1.0).nbytes == 24 + 128 + 128
+    assert VertexCodec(1000, 1000, torch.float32).nbytes == 24 + 4000
+    assert VertexCodec(1000, 1000, torch.float64).nbytes == 24 + 8000
+    assert VertexCodec(1000, 1000, torch.float32, radius=1.0).nbytes == 24 + 128 + 128
 
 
 def test_more_entries_than_int32_is_an_error() -> None:
     """Otherwise indices wrap around, silently."""
-    VertexFormat(2**31 - 3, 1, torch.float32)
+    VertexCodec(2**31 - 3, 1, torch.float32)
     with pytest.raises(ValueError, match=r"^a tensor has 2147483646 entries, .* split it into several$"):
-        VertexFormat(2**31 - 2, 1, torch.float32)
+        VertexCodec(2**31 - 2, 1, torch.float32)

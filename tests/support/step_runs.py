@@ -19,7 +19,7 @@ from sfw_dist.errors import UserError
 ROW = 64
 """Entries that a program handles here: small tensors have several rows."""
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-HEADER_BYTES = 24
+STATS_BYTES = 24
 
 MASK, INDICES = KSparsePolytope(k_frac=0.1, radius=0.3), KSparsePolytope(k_frac=0.02, radius=0.3)
 GROUPS: list[tuple[tuple[int, ...], torch.dtype, dict[str, Any]]] = [
@@ -94,15 +94,15 @@ class Twins:
         """Momentum and vertices bit for bit, headers to 1e-12; parameters bit for bit where γ is, in float32."""
         from sfw_dist.optim.kernels.cuda import CUDAKernel
 
-        mine, theirs = (next(iter(either._batches.values())) for either in self.both)
+        mine, theirs = (either._distribution.distributors(either.param_groups)[0] for either in self.both)
         assert isinstance(mine._kernel, CUDAKernel) and theirs._kernel is None
-        for i, slot in enumerate(self.plain._slots):
-            p, q = self.fused._slots[i].parameter, slot.parameter
+        for i, slot in enumerate(self.plain._distribution.replicated_shards):
+            p, q = self.fused._distribution.replicated_shards[i].parameter, slot.parameter
             for key, value in self.plain.state[q].items():
                 assert same_bits(self.fused.state[p][key], value), f"{key} of {slot.name}"
             a, b = mine._read[i].cpu(), theirs._read[i].cpu()
-            assert torch.equal(a[HEADER_BYTES:], b[HEADER_BYTES:]), f"vertex of {slot.name}"
-            a, b = a[:HEADER_BYTES].view(torch.float64), b[:HEADER_BYTES].view(torch.float64)
+            assert torch.equal(a[STATS_BYTES:], b[STATS_BYTES:]), f"vertex of {slot.name}"
+            a, b = a[:STATS_BYTES].view(torch.float64), b[:STATS_BYTES].view(torch.float64)
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
             assert p.stride() == q.stride()
             if torch.equal(a[0].float(), b[0].float()) and torch.equal((1 - a[0]).float(), (1 - b[0]).float()):

@@ -322,10 +322,6 @@ def test_a_diverging_run_says_what_to_do(method: Any) -> None:
             lambda: Config(name="x", method="cram", optimizer=OptimizerConfig(grads="reduce_to_owner")),
             ("optimizer.grads", "reduce_to_owner", "all_reduce beside method: cram"),
         ),
-        (
-            lambda: Config(name="x", method="cram", optimizer=OptimizerConfig(overlap=True)),
-            ("optimizer.overlap", "True", "method: cram"),
-        ),
         (lambda: Config(name="x", engine="fsdp", method="cram"), ("method", "cram", "engine: ddp")),
         (
             lambda: Config(name="x", engine="fsdp", optimizer=OptimizerConfig(name="adagrad_sfw")),
@@ -339,7 +335,7 @@ def test_a_diverging_run_says_what_to_do(method: Any) -> None:
             lambda: OptimizerConfig(name="projected_sgd", constraint=ConstraintConfig(set="lp", p=3.0)),
             ("optimizer.constraint.set", "lp with p 3.0", "write set: lp and p: 2"),
         ),
-        (lambda: OptimizerConfig(name="projected_sgd", overlap=True), ("optimizer.grads and overlap", "for sfw")),
+        (lambda: OptimizerConfig(name="sgd", grads="reduce_to_owner"), ("optimizer.grads", "without sfw")),
     ],
 )
 def test_what_does_not_go_together_is_one_line(make: Callable[[], object], parts: tuple[str, ...]) -> None:

@@ -7,10 +7,10 @@ from importlib.util import find_spec
 
 import torch
 
-from sfw_dist.optim.kernels.interface import Kernel, Piece
+from sfw_dist.optim.kernels.interface import Kernel, KernelShard
 
 
-def kernel_for(device: torch.device) -> Callable[[Sequence[Piece]], Kernel] | None:
+def kernel_for(device: torch.device) -> Callable[[Sequence[KernelShard]], Kernel] | None:
     """What steps tensors on a device, if there is a compiler for it; imported only now, for not all have Triton."""
     if device.type == "cpu":
         from sfw_dist.optim.kernels import cpu

@@ -1,4 +1,4 @@
-"""The step of all tensors of a rank in one call, on the CPU: fills in what step.cpp works on."""
+"""The step of all tensors of a rank in one call, on the CPU: fills in what cpu_step.cpp works on."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sfw_dist.optim.kernels.compile import library
-from sfw_dist.optim.kernels.interface import Piece
+from sfw_dist.optim.kernels.interface import DTYPE_CODES, LAYOUT_CODES, RESCALE_CODES, KernelShard
 
-# As in step.cpp.
+# The fields of `Task` in cpu_step.cpp.
 _TASK = np.dtype(
     [
         *((name, np.uint64) for name in ("theta", "gradient", "m", "slot")),
@@ -30,9 +30,6 @@ _TASK = np.dtype(
     ],
     align=True,
 )
-_KINDS = {"mask": 0, "indices": 1, "all": 2}
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_RESCALES = {"gradient": 0, "fast_gradient": 1, "diameter": 2, "none": 3}
 _ROW, _BLOCKS, _CANDIDATES, _RANGES, _SAMPLES, _BINS, _WAVE = 8192, 128, 2048, 64, 32, 2048, 320
 
 
@@ -41,39 +38,48 @@ def available() -> bool:
     return library() is not None
 
 
+def _check_fields(compiled: ctypes.CDLL) -> None:
+    """That the compiled code and this module agree on where each field of a task lies."""
+    offsets = (ctypes.c_int64 * (len(_TASK.names or ()) + 1))()
+    compiled.task_fields(offsets)
+    expected = [*(_TASK.fields[name][1] for name in _TASK.names or ()), _TASK.itemsize]  # type: ignore[index]
+    assert list(offsets) == expected, (list(offsets), expected)
+
+
 class CPUKernel:
     """A :class:`~sfw_dist.optim.kernels.interface.Kernel`, with all memory that it works in."""
 
-    def __init__(self, pieces: Sequence[Piece]) -> None:
+    def __init__(self, shards: Sequence[KernelShard]) -> None:
         compiled = library()
-        assert compiled is not None and compiled.task_bytes() == _TASK.itemsize
+        assert compiled is not None
+        _check_fields(compiled)
         self._library = compiled
-        self._pieces = pieces
-        self._own = [i for i, piece in enumerate(pieces) if piece.written is not None]
+        self._shards = shards
+        self._own = [i for i, shard in enumerate(shards) if shard.written is not None]
         self._staged: dict[tuple[str, int], Tensor] = {}
-        self._answers = self._tasks([(pieces[i], pieces[i].written) for i in self._own])
-        self._moves = self._tasks([(piece, piece.read) for piece in pieces])
-        self._scratch = _Scratch(pieces)
+        self._computed = self._tasks([(shards[i], shards[i].written) for i in self._own])
+        self._updated = self._tasks([(shard, shard.read) for shard in shards])
+        self._scratch = _Scratch(shards)
 
     @staticmethod
-    def _tasks(pairs: Sequence[tuple[Piece, Tensor | None]]) -> NDArray[Any]:
+    def _tasks(pairs: Sequence[tuple[KernelShard, Tensor | None]]) -> NDArray[Any]:
         tasks = np.zeros(len(pairs), _TASK)
-        for task, (piece, slot) in zip(tasks, pairs, strict=True):
+        for task, (shard, slot) in zip(tasks, pairs, strict=True):
             assert slot is not None and slot.data_ptr() % 8 == 0
-            task["slot"], task["n"], task["support"] = slot.data_ptr(), piece.format.n, piece.format.support
-            task["diameter"], task["radius"] = piece.diameter, piece.format.radius or 0.0
-            task["kind"], task["type"] = _KINDS[piece.format.support_format], _TYPES[piece.parameter.dtype]
+            task["slot"], task["n"], task["support"] = slot.data_ptr(), shard.codec.n, shard.codec.support
+            task["diameter"], task["radius"] = shard.diameter, shard.codec.radius or 0.0
+            task["kind"], task["type"] = LAYOUT_CODES[shard.codec.layout], DTYPE_CODES[shard.parameter.dtype]
         return tasks
 
-    def answer(
+    def compute_vertices(
         self,
         gradients: Sequence[Tensor | None],
         momenta: Sequence[Tensor | None],
         options: Sequence[dict[str, Any]],
     ) -> None:
         """Momentum, vertex and header; gradients have their parameters' types."""
-        tasks = self._answers
-        tasks["theta"] = [self._address("theta", i, self._pieces[i].parameter) for i in self._own]
+        tasks = self._computed
+        tasks["theta"] = [self._address("theta", i, self._shards[i].parameter) for i in self._own]
         tasks["gradient"] = [
             0 if gradient is None else self._address("gradient", i, gradient)
             for i, gradient in zip(self._own, gradients, strict=True)
@@ -81,28 +87,28 @@ class CPUKernel:
         tasks["m"] = [0 if m is None else m.data_ptr() for m in momenta]
         for name in ("lr", "momentum", "weight_decay", "first"):
             tasks[name] = [values[name] for values in options]
-        tasks["rescale"] = [_RESCALES[values["rescale"]] for values in options]
-        self._call(self._library.answer, tasks)
+        tasks["rescale"] = [RESCALE_CODES[values["rescale"]] for values in options]
+        self._call(self._library.compute_vertices, tasks)
 
-    def move(self) -> None:
-        """Every piece's parameter after the step."""
-        self._moves["theta"] = [self._address("theta", i, piece.parameter) for i, piece in enumerate(self._pieces)]
-        self._call(self._library.move, self._moves)
-        for piece in self._pieces if self._staged else ():
-            staged = self._staged.get(("theta", id(piece.parameter)))
+    def apply_update(self) -> None:
+        """Every shard's parameter after the step."""
+        self._updated["theta"] = [self._address("theta", i, shard.parameter) for i, shard in enumerate(self._shards)]
+        self._call(self._library.apply_update, self._updated)
+        for shard in self._shards if self._staged else ():
+            staged = self._staged.get(("theta", id(shard.parameter)))
             if staged is not None:
-                piece.parameter.copy_(staged)
+                shard.parameter.copy_(staged)
 
     def _address(self, what: str, index: int, x: Tensor) -> int:
-        """Of the piece's first entry: in the tensor, or in a copy where memory is not row-major (channels_last)."""
-        piece = self._pieces[index]
+        """Of the shard's first entry: in the tensor, or in a copy where memory is not row-major (channels_last)."""
+        shard = self._shards[index]
         if not x.is_contiguous():
-            # One copy a parameter, of which all pieces are parts.
-            key = (what, id(piece.parameter))
+            # One copy a parameter, of which all shards are parts.
+            key = (what, id(shard.parameter))
             if key not in self._staged:
                 self._staged[key] = torch.empty_like(x, memory_format=torch.contiguous_format)
             x = self._staged[key].copy_(x)
-        return x.data_ptr() + piece.start * x.element_size()
+        return x.data_ptr() + shard.start * x.element_size()
 
     def _call(self, function: Any, tasks: NDArray[Any]) -> None:
         threads = torch.get_num_threads()
@@ -117,8 +123,8 @@ class CPUKernel:
 class _Scratch:
     """Memory of the kernels, as much as the longest wave of rows needs."""
 
-    def __init__(self, pieces: Sequence[Piece]) -> None:
-        rows = [-(-piece.format.n // _ROW) for piece in pieces]
+    def __init__(self, shards: Sequence[KernelShard]) -> None:
+        rows = [-(-shard.codec.n // _ROW) for shard in shards]
         wave = min(sum(rows), max(_WAVE, *rows, 0)) if rows else 0
         self._arrays: list[NDArray[Any]] = [
             np.zeros(wave * _BLOCKS, np.uint64),

@@ -1,5 +1,6 @@
-// The step of many tensors at once, in few passes over memory. What it computes is defined by ../step.py, ../wire.py
-// and ../reduction.py, to the bit; build.py compiles this file, cpu.py fills in the tasks and knows the same structs.
+// The step of many tensors at once, in few passes over memory. What it computes is defined by ../update.py,
+// ../vertex_codec.py and ../../ops/pairwise_sum.py, to the bit; compile.py compiles this file, cpu.py fills in the
+// tasks and checks that it has the same fields; the codes of kinds, types and rescale rules stand in interface.py.
 //
 // A tensor is cut into rows of 8,192 entries, which the threads share; a row into blocks of 64, one word of a bitmap
 // each. Several tensors make a wave, small enough for its momentum to stay in the processor's cache. Of a wave
@@ -9,7 +10,7 @@
 //      to look in another pass over m (in the cache), and where it misled, a radix search finds the K-th
 //   P  reads θ (and m again, from the cache); sums; writes bitmap and signs                             4 bytes
 //
-// and move() then updates all tensors                                                                   8 bytes
+// and apply_update() then updates all tensors                                                                   8 bytes
 //
 // The bracket is where the K-th magnitude was a step ago, as wide as it lately moved. It decides how fast the answer is
 // found and never what it is.
@@ -19,9 +20,11 @@
 #include <algorithm>
 #include <cassert>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <iterator>
 #include <limits>
 
 #ifdef __SSE2__
@@ -31,7 +34,7 @@
 namespace {
 
 constexpr int64_t BLOCK = 64, ROW = 8192, BLOCKS = ROW / BLOCK, LANES = 16;
-constexpr int64_t HEADER = 24;        // bytes: γ, gap, effective learning rate
+constexpr int64_t STATS = 24;        // bytes: γ, gap, effective learning rate
 constexpr int64_t WAVE = 320;         // rows: 10 MB of float32 momentum
 constexpr int64_t AHEAD = 4096;       // bytes: the processor's own prefetching ends at a page, and then waits
 constexpr float WIDEST = 0.1f;        // of a bracket, to either side, relative to the K-th magnitude
@@ -281,10 +284,10 @@ int64_t rows_of(const Task& t) { return (t.n + ROW - 1) / ROW; }
 int64_t blocks_of(const Task& t, int64_t row) { return (std::min(ROW, t.n - row * ROW) + BLOCK - 1) / BLOCK; }
 int64_t aligned(int64_t bytes) { return (bytes + 7) / 8 * 8; }
 
-uint64_t* signs_of(const Task& t) { return (uint64_t*)(t.slot + HEADER + aligned((t.n + 7) / 8)); }
+uint64_t* signs_of(const Task& t) { return (uint64_t*)(t.slot + STATS + aligned((t.n + 7) / 8)); }
 // The bitmap is made in the slot itself where that holds one.
 uint64_t* marks_of(const Task& t, const Scratch& s, int64_t row) {
-    return t.kind == MASK ? (uint64_t*)(t.slot + HEADER) + row * BLOCKS : s.marks + (t.row + row) * BLOCKS;
+    return t.kind == MASK ? (uint64_t*)(t.slot + STATS) + row * BLOCKS : s.marks + (t.row + row) * BLOCKS;
 }
 
 // Greater: of larger magnitude or, at the same, of lower index.
@@ -598,7 +601,7 @@ void products_row(const Task& t, const Scratch& s, int64_t row) {
     const int64_t blocks = blocks_of(t, row), first = s.counts[2 * (t.row + row)];
     const int32_t bound = t.bound;
     BitWriter written(signs_of(t), first);
-    int32_t* indices = (int32_t*)(t.slot + HEADER) + first;
+    int32_t* indices = (int32_t*)(t.slot + STATS) + first;
     RowSum distance, gap;
     for (int64_t b = 0; b < blocks; b++) {
         const int64_t begin = row * ROW + b * BLOCK, length = std::min(BLOCK, t.n - begin);
@@ -643,7 +646,7 @@ void lay_out(const Task& t, const Scratch& s) {
     if (t.kind == MASK)
         std::memset(signs_of(t), 0, aligned((t.support + 7) / 8));
     else
-        std::fill((int32_t*)(t.slot + HEADER) + before, (int32_t*)(t.slot + HEADER) + t.support, -1);
+        std::fill((int32_t*)(t.slot + STATS) + before, (int32_t*)(t.slot + STATS) + t.support, -1);
 }
 
 void write_header(const Task& t, double squared, double distance_squared, double gap) {
@@ -674,7 +677,7 @@ void header(const Task& t, const Scratch& s) {
 template <class T>
 void sgd_row(Task& t, const Scratch& s, int64_t row) {
     const float rho = float(t.momentum), decay = float(t.weight_decay);
-    float* out = (float*)(t.slot + HEADER);
+    float* out = (float*)(t.slot + STATS);
     uint64_t infinite = 0;
     for (int64_t b = 0; b < blocks_of(t, row); b++) {
         const int64_t begin = row * ROW + b * BLOCK, length = std::min(BLOCK, t.n - begin);
@@ -700,12 +703,12 @@ void sgd_header(const Task& t, const Scratch& s) {
 }
 
 void stay(const Task& t) {  // a step of length 0, to a vertex that any rank can decode
-    std::memset(t.slot, 0, HEADER);
+    std::memset(t.slot, 0, STATS);
     const int64_t mask = aligned((t.n + 7) / 8);
     switch (t.kind) {
-        case MASK: std::memset(t.slot + HEADER, 0, mask + aligned((t.support + 7) / 8)); break;
-        case INDICES: std::memset(t.slot + HEADER, 0xff, 4 * t.support); break;
-        default: std::memset(t.slot + HEADER, 0, 4 * t.n);
+        case MASK: std::memset(t.slot + STATS, 0, mask + aligned((t.support + 7) / 8)); break;
+        case INDICES: std::memset(t.slot + STATS, 0xff, 4 * t.support); break;
+        default: std::memset(t.slot + STATS, 0, 4 * t.n);
     }
 }
 
@@ -718,11 +721,11 @@ template <class T>
 void move_row(const Task& t, const Scratch& s, int64_t row) {
     const double gamma = *(const double*)t.slot;
     const float keep = float(1 - gamma), shift = t.radius * float(gamma), lr = float(gamma);
-    const uint64_t* marks = (const uint64_t*)(t.slot + HEADER) + row * BLOCKS;
+    const uint64_t* marks = (const uint64_t*)(t.slot + STATS) + row * BLOCKS;
     const uint64_t* written = signs_of(t);
-    const float* direction = (const float*)(t.slot + HEADER);
+    const float* direction = (const float*)(t.slot + STATS);
     int64_t at = t.kind == MASK ? s.counts[2 * (t.row + row)] : 0;
-    const int32_t *next = (const int32_t*)(t.slot + HEADER), *end = next + t.support;
+    const int32_t *next = (const int32_t*)(t.slot + STATS), *end = next + t.support;
     if (t.kind == INDICES)
         next = std::partition_point(next, end, [&](int32_t stored) { return index_stored(stored) < row * ROW; });
     for (int64_t b = 0; b < blocks_of(t, row); b++) {
@@ -756,7 +759,7 @@ void move_row(const Task& t, const Scratch& s, int64_t row) {
 }
 
 void count_row(const Task& t, const Scratch& s, int64_t row) {
-    const uint64_t* marks = (const uint64_t*)(t.slot + HEADER) + row * BLOCKS;
+    const uint64_t* marks = (const uint64_t*)(t.slot + STATS) + row * BLOCKS;
     int64_t here = 0;
     for (int64_t b = 0; b < blocks_of(t, row); b++) here += count(marks[b]);
     s.counts[2 * (t.row + row)] = here;
@@ -803,10 +806,21 @@ int64_t lay_rows(Task* tasks, int64_t begin, int64_t end) {
 
 extern "C" {
 
-int64_t task_bytes() { return sizeof(Task); }
+// Where each field of a task lies, and the size of a task.
+void task_fields(int64_t* offsets) {
+    const size_t fields[] = {
+        offsetof(Task, theta),     offsetof(Task, gradient),  offsetof(Task, m),        offsetof(Task, slot),
+        offsetof(Task, n),         offsetof(Task, support),   offsetof(Task, diameter), offsetof(Task, lr),
+        offsetof(Task, momentum),  offsetof(Task, weight_decay), offsetof(Task, radius), offsetof(Task, kind),
+        offsetof(Task, type),      offsetof(Task, rescale),   offsetof(Task, first),    offsetof(Task, threshold),
+        offsetof(Task, drift),     offsetof(Task, missed),    offsetof(Task, sampled),  offsetof(Task, row),
+        offsetof(Task, low),       offsetof(Task, high),      offsetof(Task, shift),    offsetof(Task, range),
+        offsetof(Task, bound),     offsetof(Task, wanted),    sizeof(Task)};
+    std::copy(std::begin(fields), std::end(fields), offsets);
+}
 
-// The owner's part, for whole tensors: momentum, vertex, header; written into the slots.
-void answer(Task* tasks, int64_t number, Scratch* scratch, int32_t threads) {
+// The owner's part, for whole tensors: momentum, vertex, statistics; written into the slots.
+void compute_vertices(Task* tasks, int64_t number, Scratch* scratch, int32_t threads) {
     Scratch& s = *scratch;
 #pragma omp parallel num_threads(threads)
     for (int64_t begin = 0, end; begin < number; begin = end) {
@@ -865,7 +879,7 @@ void answer(Task* tasks, int64_t number, Scratch* scratch, int32_t threads) {
 }
 
 // Every rank's part: θ ← (1 − γ)·θ + γ·v, or θ − lr·m, from the slots alone.
-void move(Task* tasks, int64_t number, Scratch* scratch, int32_t threads) {
+void apply_update(Task* tasks, int64_t number, Scratch* scratch, int32_t threads) {
     Scratch& s = *scratch;
     const int64_t rows = lay_rows(tasks, 0, number);
 #pragma omp parallel num_threads(threads)

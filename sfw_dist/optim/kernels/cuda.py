@@ -16,76 +16,67 @@ from torch import Tensor
 
 from sfw_dist.optim.kernels import triton_kernels as kernels
 from sfw_dist.optim.kernels import triton_layout as layout
-from sfw_dist.optim.kernels.interface import Piece
+from sfw_dist.optim.kernels.interface import DTYPE_CODES, LAYOUT_CODES, RESCALE_CODES, KernelShard
 
 # Entries of a row and warps of its program, 16 entries a thread.
 _ROW = 4096
 _WARPS = 8
 
-_TYPES = {
-    torch.float32: layout.FLOAT32.value,
-    torch.float16: layout.FLOAT16.value,
-    torch.bfloat16: layout.BFLOAT16.value,
-}
-_LR_TYPES = {torch.float32: layout.FLOAT32.value, torch.float64: layout.FLOAT64.value}
-_HOW = {"mask": layout.MASK.value, "indices": layout.INDICES.value, "all": layout.ALL.value}
-_RESCALES = {"gradient": 0, "fast_gradient": 1, "diameter": 2, "none": 3}
-
 
 class CUDAKernel:
-    """The step of one or more pieces, all on one GPU; a :class:`~sfw_dist.optim.kernels.interface.Kernel`.
+    """The step of one or more shards, all on one GPU; a :class:`~sfw_dist.optim.kernels.interface.Kernel`.
 
     Nothing waits for the GPU. The calls may be captured in a CUDA graph after they ran once. Its replays read and write
     the memory that was given then, and need this object to live; a learning rate that is to change between them is a
     tensor on the GPU, float32 or float64.
 
     Args:
-        pieces: their sums are added in an order that is the same in every step, but is not that of a CPU.
+        shards: their sums are added in an order that is the same in every step, but is not that of a CPU.
         row: entries that a program handles, a power of two from 32 on; tests take few.
     """
 
-    def __init__(self, pieces: Sequence[Piece], row: int = _ROW) -> None:
-        for piece in pieces:
-            _check(piece)
-        self._pieces = list(pieces)
-        self._own = [i for i, piece in enumerate(pieces) if piece.written is not None]
-        self._device = pieces[0].parameter.device
+    def __init__(self, shards: Sequence[KernelShard], row: int = _ROW) -> None:
+        for shard in shards:
+            _check(shard)
+        self._shards = list(shards)
+        self._own = [i for i, shard in enumerate(shards) if shard.written is not None]
+        self._device = shards[0].parameter.device
         self._row = row
-        rows = [-(-piece.format.n // row) for piece in pieces]
+        rows = [-(-shard.codec.n // row) for shard in shards]
         first_rows = itertools.accumulate(rows, initial=0)
-        self._fixed = self._tensor([_columns(*of) for of in zip(pieces, first_rows, rows, strict=False)], torch.int64)
+        self._fixed = self._tensor([_columns(*of) for of in zip(shards, first_rows, rows, strict=False)], torch.int64)
 
         def programs(chosen: Sequence[bool]) -> Tensor:
-            """int32 ``(programs, 2)``: piece, and row of it."""
+            """int32 ``(programs, 2)``: shard, and row of it."""
             table = [(i, j) for i, count in enumerate(rows) if chosen[i] for j in range(count)]
             return self._tensor(table, torch.int32).view(len(table), 2)
 
-        hows = [piece.format.support_format for piece in pieces]
-        own = [piece.written is not None for piece in pieces]
+        hows = [shard.codec.layout for shard in shards]
+        own = [shard.written is not None for shard in shards]
         self._owned_rows = programs(own)
         self._sparse_rows = programs([mine and how != "all" for mine, how in zip(own, hows, strict=True)])
         self._mask_rows = programs([how == "mask" for how in hows])
-        self._rows = programs([True] * len(pieces))
+        self._rows = programs([True] * len(shards))
 
-        self._state = self._zeros(len(pieces), layout.STATE.value, dtype=torch.int32)
-        self._histogram = self._zeros(len(pieces), kernels.HIGH_BINS.value, dtype=torch.int32)
+        self._state = self._zeros(len(shards), layout.STATE.value, dtype=torch.int32)
+        self._histogram = self._zeros(len(shards), kernels.HIGH_BINS.value, dtype=torch.int32)
         self._counts = self._zeros(sum(rows), 2, dtype=torch.int32)
         self._sums = self._zeros(sum(rows), 3, dtype=torch.float64)
-        self._steps = _Table(len(pieces), layout.STEP.value, self._device)
-        self._parameters = _Table(len(pieces), 1, self._device)
+        self._steps = _Table(len(shards), layout.STEP.value, self._device)
+        self._parameters = _Table(len(shards), 1, self._device)
         self._staged: dict[tuple[str, Tensor], Tensor] = {}
 
-    def answer(
+    def compute_vertices(
         self,
         gradients: Sequence[Tensor | None],
         momenta: Sequence[Tensor | None],
         options: Sequence[dict[str, Any]],
     ) -> None:
         """Momentum, vertex and header; gradients may have another type than their parameters."""
-        table = [(0,) * layout.STEP.value] * len(self._pieces)
+        table = [(0,) * layout.STEP.value] * len(self._shards)
         for i, gradient, m, values in zip(self._own, gradients, momenta, options, strict=True):
             if gradient is not None and m is not None:
-                table[i] = self._step(self._pieces[i], gradient, m, values)
+                table[i] = self._step(self._shards[i], gradient, m, values)
         steps, state, histogram, counts = self._steps.send(table), self._state, self._histogram, self._counts
         self._launch(kernels.momentum_kernel, self._owned_rows, steps, state, histogram)
         for shift in (kernels.LOW_BITS.value, 0):
@@ -93,34 +84,34 @@ class CUDAKernel:
         self._launch(kernels.count_kernel, self._sparse_rows, steps, state, counts)
         self._launch(kernels.encode_kernel, self._sparse_rows, steps, state, counts, self._sums)
 
-    def move(self) -> None:
-        """Every piece's parameter after the step."""
-        rows = {p: self._row_major("theta", p, p) for p in dict.fromkeys(piece.parameter for piece in self._pieces)}
-        parameters = self._parameters.send([(_address(piece, rows[piece.parameter]),) for piece in self._pieces])
+    def apply_update(self) -> None:
+        """Every shard's parameter after the step."""
+        rows = {p: self._row_major("theta", p, p) for p in dict.fromkeys(shard.parameter for shard in self._shards)}
+        parameters = self._parameters.send([(_address(shard, rows[shard.parameter]),) for shard in self._shards])
         self._launch(kernels.count_mask_kernel, self._mask_rows, self._state, self._counts)
-        self._launch(kernels.move_kernel, self._rows, parameters, self._counts)
+        self._launch(kernels.update_kernel, self._rows, parameters, self._counts)
         for parameter, moved in rows.items():
             if moved is not parameter:
                 parameter.copy_(moved)
 
-    def _step(self, piece: Piece, gradient: Tensor, m: Tensor, options: dict[str, Any]) -> tuple[int, ...]:
+    def _step(self, shard: KernelShard, gradient: Tensor, m: Tensor, options: dict[str, Any]) -> tuple[int, ...]:
         """A row of the table of steps, in the order of :mod:`sfw_dist.optim.kernels.triton_layout`."""
-        g = self._row_major("gradient", piece.parameter, gradient)
-        theta = self._row_major("theta", piece.parameter, piece.parameter)
+        g = self._row_major("gradient", shard.parameter, gradient)
+        theta = self._row_major("theta", shard.parameter, shard.parameter)
         lr = options["lr"]
         # One on the GPU must not be read here: it would wait.
         there = isinstance(lr, Tensor) and lr.device == self._device
         return (
-            _address(piece, g),
-            _TYPES[g.dtype],
-            _address(piece, theta),
+            _address(shard, g),
+            DTYPE_CODES[g.dtype],
+            _address(shard, theta),
             m.data_ptr(),
             0 if there else _bits(lr),
             lr.data_ptr() if there else 0,
-            _LR_TYPES[lr.dtype] if there else 0,
+            DTYPE_CODES[lr.dtype] if there else 0,
             _bits(options["momentum"]),
             _bits(options["weight_decay"]),
-            _RESCALES[options["rescale"]],
+            RESCALE_CODES[options["rescale"]],
             int(options["first"]),
         )
 
@@ -185,35 +176,37 @@ class _Table:
         return torch.zeros_like(self._there, device="cpu").pin_memory(), torch.zeros_like(self._there)
 
 
-def _check(piece: Piece) -> None:
-    assert piece.parameter.dtype in _TYPES and piece.format.dtype == torch.float32, piece.parameter.dtype
-    for slot in (piece.read, piece.written):
+def _check(shard: KernelShard) -> None:
+    assert (
+        shard.parameter.dtype in (torch.float32, torch.bfloat16, torch.float16) and shard.codec.dtype == torch.float32
+    ), shard.parameter.dtype
+    for slot in (shard.read, shard.written):
         if slot is not None:
-            assert slot.dtype == torch.uint8 and slot.shape == (piece.format.nbytes,), slot.shape
-            assert slot.data_ptr() % 8 == 0 and slot.device == piece.parameter.device, slot.device
-    if piece.format.support_format != "all":
-        assert piece.format.radius is not None and piece.format.support > 0, piece.format
+            assert slot.dtype == torch.uint8 and slot.shape == (shard.codec.nbytes,), slot.shape
+            assert slot.data_ptr() % 8 == 0 and slot.device == shard.parameter.device, slot.device
+    if shard.codec.layout != "all":
+        assert shard.codec.radius is not None and shard.codec.support > 0, shard.codec
 
 
-def _columns(piece: Piece, first_row: int, rows: int) -> tuple[int, ...]:
-    """A row of the table of pieces, in the order of :mod:`sfw_dist.optim.kernels.triton_layout`."""
+def _columns(shard: KernelShard, first_row: int, rows: int) -> tuple[int, ...]:
+    """A row of the table of shards, in the order of :mod:`sfw_dist.optim.kernels.triton_layout`."""
     return (
-        _TYPES[piece.parameter.dtype],
-        0 if piece.written is None else piece.written.data_ptr(),
-        piece.read.data_ptr(),
-        piece.format.n,
-        piece.format.support,
-        _HOW[piece.format.support_format],
+        DTYPE_CODES[shard.parameter.dtype],
+        0 if shard.written is None else shard.written.data_ptr(),
+        shard.read.data_ptr(),
+        shard.codec.n,
+        shard.codec.support,
+        LAYOUT_CODES[shard.codec.layout],
         first_row,
         rows,
-        _bits(piece.format.radius or 0.0),
-        _bits(piece.diameter),
+        _bits(shard.codec.radius or 0.0),
+        _bits(shard.diameter),
     )
 
 
-def _address(piece: Piece, x: Tensor) -> int:
-    """Of the piece's first entry."""
-    return x.data_ptr() + piece.start * x.element_size()
+def _address(shard: KernelShard, x: Tensor) -> int:
+    """Of the shard's first entry."""
+    return x.data_ptr() + shard.start * x.element_size()
 
 
 def _bits(x: float) -> int:

@@ -1,50 +1,57 @@
-"""What the kernels of the CPU and of a GPU are given, and what both of them do."""
+"""What the kernels of the CPU and of a GPU are given, what both of them do, and the codes that they share."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
+import torch
 from torch import Tensor
 
-from sfw_dist.optim.vertex_codec import VertexFormat
+from sfw_dist.optim.update import Rescale
+from sfw_dist.optim.vertex_codec import VertexCodec
+
+# What the compiled code calls types, rescale rules and layouts of a vertex; cpu_step.cpp repeats these numbers.
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+RESCALE_CODES = {rescale: code for code, rescale in enumerate(get_args(Rescale))}
+LAYOUT_CODES = {"mask": 0, "indices": 1, "all": 2}
 
 
 @dataclass(frozen=True)
-class Piece:
-    """What is fixed of a tensor, or of the part of one, from step to step."""
+class KernelShard:
+    """What stays fixed of a shard from step to step."""
 
     parameter: Tensor
     """The whole tensor, of any shape and memory format, float32, bfloat16 or float16."""
     start: int
-    """First of the piece's entries, row-major; there are ``format.n``."""
-    format: VertexFormat
-    """Of the vertex: of a K-sparse polytope's ("mask", "indices"), or an unconstrained tensor's momentum ("all")."""
+    """First of the shard's entries, row-major; there are ``codec.n``."""
+    codec: VertexCodec
+    """Of the vertex: a K-sparse polytope's ("mask", "indices"), or an unconstrained tensor's momentum ("all")."""
     diameter: float
     """L2 diameter of the set."""
     written: Tensor | None
-    """uint8 ``(format.nbytes,)``, where the answer goes; ``None`` if another rank gives it, or other code."""
+    """uint8 ``(codec.nbytes,)``, where the vertex is written; ``None`` if another rank or other code computes it."""
     read: Tensor
-    """uint8 ``(format.nbytes,)``, where the answer is found; for one rank the same memory as ``written``."""
+    """uint8 ``(codec.nbytes,)``, where the vertex is read; on one rank the same memory as ``written``."""
 
 
 class Kernel(Protocol):
-    """The step of a fixed list of pieces."""
+    """The step of a fixed list of shards."""
 
-    def answer(
+    def compute_vertices(
         self,
         gradients: Sequence[Tensor | None],
         momenta: Sequence[Tensor | None],
         options: Sequence[dict[str, Any]],
     ) -> None:
-        """Momentum, vertex and header of the pieces with ``written``, in their order.
+        """Momentum, vertex and statistics of the shards with ``written``, in their order.
 
         Args:
-            gradients: shaped as the parameter; ``None``: the piece stays as it is.
-            momenta: float32, contiguous, of the pieces' own entries; moved on. Where there is a gradient.
-            options: ``lr``, ``momentum``, ``weight_decay``, ``rescale``, ``first`` (of which m is g).
+            gradients: shaped as the parameter; ``None``: the shard stays as it is.
+            momenta: float32, contiguous, of the shards' own entries; updated. Needed where there is a gradient.
+            options: ``lr``, ``momentum``, ``weight_decay``, ``rescale``, ``first`` (whether m becomes g).
         """
 
-    def move(self) -> None:
-        """Every piece's parameter after the step, from the answers that are there to read."""
+    def apply_update(self) -> None:
+        """Update every shard's parameter from the vertices in ``read``."""

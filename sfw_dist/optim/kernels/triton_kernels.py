@@ -1,6 +1,6 @@
 """The kernels of :mod:`sfw_dist.optim.kernels.cuda`: the step of all tensors together, in Triton.
 
-A program handles one row, ``ROW`` entries of one piece, and reads in tables of which. The last program of a piece to
+A program handles one row, ``ROW`` entries of one shard, and reads in tables of which. The last program of a shard to
 arrive makes of what all of them left what the next kernel needs, so that no kernel waits for another or for the host.
 
 Bytes moved for an entry of a constrained float32 tensor; half precision has 2 for each of g and θ:
@@ -35,7 +35,6 @@ from sfw_dist.optim.kernels.triton_layout import (
     FLOAT32,
     GRADIENT,
     GRADIENT_TYPE,
-    HEADER,
     HOW,
     MASK,
     MOMENTUM,
@@ -47,6 +46,7 @@ from sfw_dist.optim.kernels.triton_layout import (
     ROWS,
     SPAN,
     STATE,
+    STATS,
     STEP,
     THETA,
     TYPE,
@@ -82,13 +82,13 @@ INFINITY = tl.constexpr(0x7F800000)
 
 
 @triton.jit
-def momentum_kernel(rows, pieces, steps, state, histogram, ROW: tl.constexpr):
-    """``m ← ρ·m + (1 − ρ)·g`` and the highest bits of the K-th magnitude; an unconstrained piece's whole answer."""
-    piece, start, left = row_of_program(rows, pieces, ROW)
-    table = pieces + piece * COLUMNS
-    step = steps + piece * STEP
-    state += piece * STATE
-    histogram += piece * HIGH_BINS
+def momentum_kernel(rows, shards, steps, state, histogram, ROW: tl.constexpr):
+    """``m ← ρ·m + (1 − ρ)·g`` and the highest bits of the K-th magnitude; an unconstrained shard's whole answer."""
+    shard, start, left = row_of_program(rows, shards, ROW)
+    table = shards + shard * COLUMNS
+    step = steps + shard * STEP
+    state += shard * STATE
+    histogram += shard * HIGH_BINS
     lane = tl.arange(0, ROW)
     constrained = tl.load(table + HOW) != ALL
     slot = tl.load(table + WRITTEN)
@@ -111,11 +111,11 @@ def momentum_kernel(rows, pieces, steps, state, histogram, ROW: tl.constexpr):
             counts = tl.histogram(bits >> HIGH_SHIFT, HIGH_BINS, mask=bits > 0)  # zeros are never chosen
             tl.atomic_add(histogram + tl.arange(0, HIGH_BINS), counts, mask=counts > 0, sem="relaxed")
         else:
-            write(slot + HEADER, FLOAT32, start, lane, left, m, ROW)
+            write(slot + STATS, FLOAT32, start, lane, left, m, ROW)
             if tl.max(bits, 0) >= INFINITY:
                 tl.atomic_or(state + BROKEN, 1, sem="relaxed")
     elif not constrained:
-        write(slot + HEADER, FLOAT32, start, lane, left, tl.zeros((ROW,), tl.float32), ROW)
+        write(slot + STATS, FLOAT32, start, lane, left, tl.zeros((ROW,), tl.float32), ROW)
 
     if is_last(state, tl.load(table + ROWS)):
         if constrained:
@@ -131,15 +131,15 @@ def momentum_kernel(rows, pieces, steps, state, histogram, ROW: tl.constexpr):
 
 
 @triton.jit
-def histogram_kernel(rows, pieces, steps, state, histogram, ROW: tl.constexpr, SHIFT: tl.constexpr):
+def histogram_kernel(rows, shards, steps, state, histogram, ROW: tl.constexpr, SHIFT: tl.constexpr):
     """Ten more bits of the K-th magnitude, those from bit ``SHIFT`` on."""
-    piece, start, left = row_of_program(rows, pieces, ROW)
-    table = pieces + piece * COLUMNS
-    state += piece * STATE
-    histogram += piece * HIGH_BINS
+    shard, start, left = row_of_program(rows, shards, ROW)
+    table = shards + shard * COLUMNS
+    state += shard * STATE
+    histogram += shard * HIGH_BINS
     prefix = tl.load(state + PREFIX)
     if prefix >= 0:
-        m = read(tl.load(steps + piece * STEP + MOMENTUM), FLOAT32, start, tl.arange(0, ROW), left, ROW)
+        m = read(tl.load(steps + shard * STEP + MOMENTUM), FLOAT32, start, tl.arange(0, ROW), left, ROW)
         bits = m.to(tl.int32, bitcast=True) & MAGNITUDE
         inside = bits >> (SHIFT + LOW_BITS) == prefix
         counts = tl.histogram((bits >> SHIFT) & (LOW_BINS - 1), LOW_BINS, mask=inside)
@@ -151,14 +151,14 @@ def histogram_kernel(rows, pieces, steps, state, histogram, ROW: tl.constexpr, S
 
 
 @triton.jit
-def count_kernel(rows, pieces, steps, state, counts, ROW: tl.constexpr):
+def count_kernel(rows, shards, steps, state, counts, ROW: tl.constexpr):
     """How many entries are chosen before each row, and how many tie; and a slot empty of signs or indices."""
-    piece, start, left = row_of_program(rows, pieces, ROW)
-    table = pieces + piece * COLUMNS
-    state += piece * STATE
+    shard, start, left = row_of_program(rows, shards, ROW)
+    table = shards + shard * COLUMNS
+    state += shard * STATE
     lane = tl.arange(0, ROW)
     prefix = tl.load(state + PREFIX)
-    momentum = tl.load(steps + piece * STEP + MOMENTUM)
+    momentum = tl.load(steps + shard * STEP + MOMENTUM)
     m = read(momentum, FLOAT32, start, lane, tl.where(momentum != 0, left, 0), ROW)
     bits = m.to(tl.int32, bitcast=True) & MAGNITUDE
     own = counts + 2 * (tl.load(table + FIRST_ROW) + start // ROW)
@@ -172,7 +172,7 @@ def count_kernel(rows, pieces, steps, state, counts, ROW: tl.constexpr):
         signs = signs_address(slot, tl.load(table + N)).to(tl.pointer_type(tl.uint8))
         tl.store(signs + byte, tl.zeros((ROW // 8,), tl.uint8), mask=byte < (k + 7) // 8)
     else:
-        indices = (slot + HEADER).to(tl.pointer_type(tl.int32))
+        indices = (slot + STATS).to(tl.pointer_type(tl.int32))
         tl.store(indices + start + lane, tl.full((ROW,), -1, tl.int32), mask=start + lane < k)
 
     if is_last(state, tl.load(table + ROWS)):
@@ -180,12 +180,12 @@ def count_kernel(rows, pieces, steps, state, counts, ROW: tl.constexpr):
 
 
 @triton.jit
-def encode_kernel(rows, pieces, steps, state, counts, sums, ROW: tl.constexpr):
+def encode_kernel(rows, shards, steps, state, counts, sums, ROW: tl.constexpr):
     """The vertex and, of it and θ and m, the sums from which the header follows."""
-    piece, start, left = row_of_program(rows, pieces, ROW)
-    table = pieces + piece * COLUMNS
-    step = steps + piece * STEP
-    state += piece * STATE
+    shard, start, left = row_of_program(rows, shards, ROW)
+    table = shards + shard * COLUMNS
+    step = steps + shard * STEP
+    state += shard * STATE
     row = tl.load(table + FIRST_ROW) + start // ROW
     word, bit, lane = words_and_lanes(ROW)
     slot = tl.load(table + WRITTEN)
@@ -203,7 +203,7 @@ def encode_kernel(rows, pieces, steps, state, counts, sums, ROW: tl.constexpr):
     negative = chosen & (m > 0)  # in the vertex
     words = pack(chosen, bit)
     position = tl.load(counts + 2 * row) + set_before(words)
-    body = slot + HEADER
+    body = slot + STATS
     if tl.load(table + HOW) == MASK:
         tl.store(body.to(tl.pointer_type(tl.uint32)) + start // 32 + word, words, mask=word * 32 < left)
         # The signs of a word's chosen entries, without gaps, go to the bits from its first one's position on.
@@ -246,30 +246,30 @@ def encode_kernel(rows, pieces, steps, state, counts, sums, ROW: tl.constexpr):
 
 
 @triton.jit
-def count_mask_kernel(rows, pieces, state, counts, ROW: tl.constexpr):
+def count_mask_kernel(rows, shards, state, counts, ROW: tl.constexpr):
     """How many entries of a vertex that is written as a bitmap come before each row."""
-    piece, start, left = row_of_program(rows, pieces, ROW)
-    table = pieces + piece * COLUMNS
+    shard, start, left = row_of_program(rows, shards, ROW)
+    table = shards + shard * COLUMNS
     word = tl.arange(0, ROW // 32)
-    bitmap = (tl.load(table + READ) + HEADER).to(tl.pointer_type(tl.uint32))
+    bitmap = (tl.load(table + READ) + STATS).to(tl.pointer_type(tl.uint32))
     words = tl.load(bitmap + start // 32 + word, mask=word * 32 < left, other=0)
     own = counts + 2 * (tl.load(table + FIRST_ROW) + start // ROW)
     tl.store(own, tl.sum(popcount(words), 0))
     tl.store(own + 1, 0)
-    if is_last(state + piece * STATE, tl.load(table + ROWS)):
+    if is_last(state + shard * STATE, tl.load(table + ROWS)):
         scan_rows(table, counts, 0)
 
 
 @triton.jit
-def move_kernel(rows, pieces, parameters, counts, ROW: tl.constexpr):
+def update_kernel(rows, shards, parameters, counts, ROW: tl.constexpr):
     """``θ ← (1 − γ)·θ + γ·v``, or ``θ − lr·m``, by what stands in the slot."""
-    piece, start, left = row_of_program(rows, pieces, ROW)
-    table = pieces + piece * COLUMNS
+    shard, start, left = row_of_program(rows, shards, ROW)
+    table = shards + shard * COLUMNS
     word, bit, lane = words_and_lanes(ROW)
     slot = tl.load(table + READ)
-    body = slot + HEADER
+    body = slot + STATS
     how = tl.load(table + HOW)
-    parameter, kind = tl.load(parameters + piece), tl.load(table + TYPE)
+    parameter, kind = tl.load(parameters + shard), tl.load(table + TYPE)
     theta = read(parameter, kind, start, lane, left, ROW)
     gamma = tl.load(slot.to(tl.pointer_type(tl.float64)))
     if how == ALL:
@@ -309,7 +309,7 @@ def _find(histogram, wanted, BINS: tl.constexpr):
 
 @triton.jit
 def _total(table, sums):
-    """The three sums over a piece's rows, always added in the same order."""
+    """The three sums over a shard's rows, always added in the same order."""
     own = sums + 3 * tl.load(table + FIRST_ROW)
     rows = tl.load(table + ROWS).to(tl.int32)
     norm = tl.zeros((SPAN,), tl.float64)

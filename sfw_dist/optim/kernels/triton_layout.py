@@ -8,23 +8,27 @@ indices.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
-# Columns of the pieces, int64 (pieces, COLUMNS).
+from sfw_dist.optim.kernels.interface import DTYPE_CODES, LAYOUT_CODES
+from sfw_dist.optim.vertex_codec import STATS_BYTES
+
+# Columns of the shards, int64 (shards, COLUMNS).
 TYPE = tl.constexpr(0)  # of the parameter
 WRITTEN = tl.constexpr(1)  # address of the slot where the answer goes, 0 if another rank gives it
 READ = tl.constexpr(2)  # address of the slot where the answer is found
 N = tl.constexpr(3)
 K = tl.constexpr(4)
 HOW = tl.constexpr(5)
-FIRST_ROW = tl.constexpr(6)  # among the rows of all pieces
+FIRST_ROW = tl.constexpr(6)  # among the rows of all shards
 ROWS = tl.constexpr(7)
 RADIUS = tl.constexpr(8)  # bits of a float64
 DIAMETER = tl.constexpr(9)  # bits of a float64
 COLUMNS = tl.constexpr(10)
 
-# Columns of a step, int64 (pieces, STEP); without a gradient all are 0.
+# Columns of a step, int64 (shards, STEP); without a gradient all are 0.
 GRADIENT = tl.constexpr(0)  # address
 GRADIENT_TYPE = tl.constexpr(1)
 THETA = tl.constexpr(2)  # address
@@ -38,41 +42,41 @@ RESCALE = tl.constexpr(9)  # 0 gradient, 1 fast_gradient, 2 diameter, 3 none
 FIRST = tl.constexpr(10)  # not 0: m ← g
 STEP = tl.constexpr(11)
 
-# Columns of the state, int32 (pieces, STATE); all 0 at first.
+# Columns of the state, int32 (shards, STATE); all 0 at first.
 ARRIVED = tl.constexpr(0)  # programs that are through, 0 between kernels
 BROKEN = tl.constexpr(1)  # whether an unconstrained momentum is not finite, 0 between kernels
 PREFIX = tl.constexpr(2)  # highest bits of the K-th magnitude, in the end all 31; −1: every nonzero is chosen
 WANTED = tl.constexpr(3)  # entries still to choose among those of that prefix, in the end among the ties
 STATE = tl.constexpr(4)
 
-# The types of parameters and gradients.
-FLOAT32 = tl.constexpr(0)
-FLOAT16 = tl.constexpr(1)
-BFLOAT16 = tl.constexpr(2)
-FLOAT64 = tl.constexpr(3)  # of a learning rate
+# The types of parameters, gradients and learning rates.
+FLOAT32 = tl.constexpr(DTYPE_CODES[torch.float32])
+FLOAT16 = tl.constexpr(DTYPE_CODES[torch.float16])
+BFLOAT16 = tl.constexpr(DTYPE_CODES[torch.bfloat16])
+FLOAT64 = tl.constexpr(DTYPE_CODES[torch.float64])
 
 # How a vertex is written, see sfw_dist.optim.vertex_codec.
-MASK = tl.constexpr(0)
-INDICES = tl.constexpr(1)
-ALL = tl.constexpr(2)
-HEADER = tl.constexpr(24)  # bytes of a slot before that
+MASK = tl.constexpr(LAYOUT_CODES["mask"])
+INDICES = tl.constexpr(LAYOUT_CODES["indices"])
+ALL = tl.constexpr(LAYOUT_CODES["all"])
+STATS = tl.constexpr(STATS_BYTES)  # bytes of a slot before that
 
-SPAN = tl.constexpr(1024)  # rows that the last program of a piece takes at a time
+SPAN = tl.constexpr(1024)  # rows that the last program of a shard takes at a time
 
 
 @triton.jit
-def row_of_program(rows, pieces, ROW: tl.constexpr):
-    """This program's piece, the entry at which its row starts (int64), and how many of the row's entries it has."""
+def row_of_program(rows, shards, ROW: tl.constexpr):
+    """This program's shard, the entry at which its row starts (int64), and how many of the row's entries it has."""
     program = tl.program_id(0)
-    piece = tl.load(rows + 2 * program)
+    shard = tl.load(rows + 2 * program)
     start = tl.load(rows + 2 * program + 1).to(tl.int64) * ROW
-    left = tl.minimum(tl.load(pieces + piece * COLUMNS + N) - start, ROW)
-    return piece, start, left.to(tl.int32)
+    left = tl.minimum(tl.load(shards + shard * COLUMNS + N) - start, ROW)
+    return shard, start, left.to(tl.int32)
 
 
 @triton.jit
 def is_last(state, programs):
-    """Whether all other programs of the piece have been here; what they wrote before is then visible."""
+    """Whether all other programs of the shard have been here; what they wrote before is then visible."""
     tl.debug_barrier()  # all of this program's writes come before its arrival
     last = tl.atomic_add(state + ARRIVED, 1, sem="acq_rel", scope="gpu") == programs - 1
     tl.debug_barrier()
@@ -139,7 +143,7 @@ def set_before(words):
 @triton.jit
 def signs_address(slot, n):
     """The signs follow the bitmap, aligned to 8 bytes."""
-    return slot + HEADER + (n + 63) // 64 * 8
+    return slot + STATS + (n + 63) // 64 * 8
 
 
 @triton.jit

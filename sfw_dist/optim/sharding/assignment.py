@@ -1,9 +1,11 @@
-"""Who owns what, and where its vertex lies on the wire. Pure Python: the same answer on every rank.
+"""Which rank owns which shard, and where its vertex lies in the communication buffer.
 
-rank 0's segment            rank 1's segment                 one buffer of world_size equal segments,
-┌────────┬────────┬─────┐   ┌──────────────┬───────────┐     filled by one all-gather; a segment holds the
-│ conv1  │ layer3 │ pad │   │ layer1       │ fc        │     slots of what its rank owns
-└────────┴────────┴─────┘   └──────────────┴───────────┘
+Pure Python: every rank computes the same answer from names, sizes and costs alone, and compares it by hash.
+
+    rank 0's segment            rank 1's segment                 one buffer of world_size equal segments,
+    ┌────────┬────────┬─────┐   ┌──────────────┬───────────┐     filled by one all-gather; a segment holds
+    │ conv1  │ layer3 │ pad │   │ layer1       │ fc        │     one slot for each shard that its rank owns
+    └────────┴────────┴─────┘   └──────────────┴───────────┘
 """
 
 from __future__ import annotations
@@ -21,34 +23,35 @@ _ALIGNMENT = 8
 
 
 @dataclass(frozen=True)
-class Item:
-    """One tensor as the plan sees it."""
+class TensorSpec:
+    """What the assignment needs to know of one tensor."""
 
     name: str
     cost: float
     """Of one LMO, in memory passes times entries; only ratios matter."""
     entries: int
     description: str
-    """Whatever else must agree between the ranks: shape, type, constraint."""
+    """Everything else that must agree between the ranks: shape, type, constraint."""
     unit: int = 0
-    """A tensor may be cut after every so many entries; 0: it may not."""
+    """The tensor may be divided after every so many entries; 0: it may not be divided."""
 
 
 @dataclass(frozen=True)
-class Part:
-    """Consecutive entries ``[start, stop)`` of an item, and the rank that owns them."""
+class ShardSpec:
+    """Consecutive entries ``[start, stop)`` of a tensor, and the rank that owns them."""
 
-    item: int
+    tensor: int
+    """Its place among the tensors."""
     start: int
     stop: int
     owner: int = 0
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Ownership of all items, in their order; an item's parts follow each other."""
+class Assignment:
+    """Owners of all shards, in the order of their tensors; the shards of one tensor are adjacent."""
 
-    parts: tuple[Part, ...]
+    shards: tuple[ShardSpec, ...]
     loads: tuple[float, ...]
     """Cost of what each rank owns."""
     fingerprint: str
@@ -56,83 +59,87 @@ class Plan:
 
     @property
     def imbalance(self) -> float:
-        """The greatest load over the mean: by this factor is a step slower than if all ranks had equal shares."""
+        """The greatest load over the mean: a step takes so many times as long as with equal loads."""
         return max(self.loads) * len(self.loads) / sum(self.loads) if sum(self.loads) else 1.0
 
 
 _GOOD_BALANCE = 1.1
 
 
-def make_plan(items: Sequence[Item], world_size: int, kept: Sequence[Part] = ()) -> Plan:
-    """Give each item to the least loaded rank, the costliest first (Graham's LPT rule: at most 4/3 of the best).
+def assign(tensors: Sequence[TensorSpec], world_size: int, pinned: Sequence[ShardSpec] = ()) -> Assignment:
+    """Give each tensor to the least loaded rank, the costliest first (Graham's LPT rule: at most 4/3 of the best).
 
-    Where that leaves a rank with more than 1.1 of the mean load, items that cost more than a fair share, then those
-    that cost more than half of one, are cut before, if they may be: into equal parts of at most a quarter of a share,
-    each of another rank. Cutting costs messages in every step, so no more is cut than that takes.
+    Where that leaves a rank with more than 1.1 of the mean load, tensors that cost more than a fair share, then those
+    that cost more than half of one, are divided first, if they may be: into equal parts of at most a quarter of a
+    share, each for another rank. A divided tensor needs messages in every step, so no more are divided than necessary.
 
     Args:
-        items: in the order of the param groups.
-        world_size: ranks.
-        kept: parts of the first items that stay with their owners, so that parameters added later do not move
+        tensors: in the order of the param groups.
+        world_size: number of ranks.
+        pinned: shards of the first tensors that stay with their owners, so that parameters added later do not move
             anyone's momentum.
+
+    Example:
+        >>> tensors = [TensorSpec("a", 5.0, 5, ""), TensorSpec("b", 3.0, 3, ""), TensorSpec("c", 2.0, 2, "")]
+        >>> [shard.owner for shard in assign(tensors, world_size=2).shards]
+        [0, 1, 1]
     """
     assert world_size >= 1, world_size
     for shares in (math.inf, 1.0, 0.5):
-        parts, loads = _assign(items, world_size, kept, shares)
-        fingerprint = _fingerprint(items, world_size, parts)
-        plan = Plan(tuple(parts), tuple(loads), fingerprint)
-        if plan.imbalance <= _GOOD_BALANCE:
+        shards, loads = _assign(tensors, world_size, pinned, shares)
+        fingerprint = _fingerprint(tensors, world_size, shards)
+        assignment = Assignment(tuple(shards), tuple(loads), fingerprint)
+        if assignment.imbalance <= _GOOD_BALANCE:
             break
-    return plan
+    return assignment
 
 
 def _assign(
-    items: Sequence[Item], world_size: int, kept: Sequence[Part], shares: float
-) -> tuple[list[Part], list[float]]:
-    """Parts with owners, and the ranks' loads, when items of more than so many shares are cut."""
+    tensors: Sequence[TensorSpec], world_size: int, pinned: Sequence[ShardSpec], shares: float
+) -> tuple[list[ShardSpec], list[float]]:
+    """Shards with owners, and the ranks' loads, when tensors of more than so many shares are divided."""
     loads = [0.0] * world_size
-    for part in kept:
-        loads[part.owner] += _cost(items[part.item], part)
-    share = sum(item.cost for item in items) / world_size
-    known = {part.item for part in kept}
-    new = [i for i in range(len(items)) if i not in known]
-    cut = [_cut(i, items[i], share, world_size, shares) for i in new]
-    parts, heap = list(kept), [(load, rank) for rank, load in enumerate(loads)]
+    for shard in pinned:
+        loads[shard.owner] += _cost(tensors[shard.tensor], shard)
+    share = sum(tensor.cost for tensor in tensors) / world_size
+    known = {shard.tensor for shard in pinned}
+    divided = [_divide(i, tensors[i], share, world_size, shares) for i in range(len(tensors)) if i not in known]
+    shards, heap = list(pinned), [(load, rank) for rank, load in enumerate(loads)]
     heapq.heapify(heap)
-    # The parts of one item go to different ranks, so they are placed together.
-    for together in sorted(cut, key=lambda parts: (-_cost(items[parts[0].item], parts[0]), parts[0].item)):
-        for part, (load, rank) in [(part, heapq.heappop(heap)) for part in together]:
-            loads[rank] = load + _cost(items[part.item], part)
-            parts.append(replace(part, owner=rank))
+    # The shards of one tensor go to different ranks, so they are placed together.
+    for group in sorted(divided, key=lambda parts: (-_cost(tensors[parts[0].tensor], parts[0]), parts[0].tensor)):
+        for shard, (load, rank) in [(shard, heapq.heappop(heap)) for shard in group]:
+            loads[rank] = load + _cost(tensors[shard.tensor], shard)
+            shards.append(replace(shard, owner=rank))
             heapq.heappush(heap, (loads[rank], rank))
-    return sorted(parts, key=lambda part: (part.item, part.start)), loads
+    return sorted(shards, key=lambda shard: (shard.tensor, shard.start)), loads
 
 
-def _cut(index: int, item: Item, share: float, world_size: int, shares: float) -> list[Part]:
-    units = item.entries // item.unit if item.unit else 1
-    if share == 0 or item.cost <= shares * share or units < 2:
-        return [Part(index, 0, item.entries)]
-    number = min(world_size, units, math.ceil(4 * item.cost / share))
-    edges = [item.unit * (units * i // number) for i in range(number)] + [item.entries]
-    return [Part(index, start, stop) for start, stop in pairwise(edges)]
+def _divide(index: int, tensor: TensorSpec, share: float, world_size: int, shares: float) -> list[ShardSpec]:
+    units = tensor.entries // tensor.unit if tensor.unit else 1
+    if share == 0 or tensor.cost <= shares * share or units < 2:
+        return [ShardSpec(index, 0, tensor.entries)]
+    number = min(world_size, units, math.ceil(4 * tensor.cost / share))
+    edges = [tensor.unit * (units * i // number) for i in range(number)] + [tensor.entries]
+    return [ShardSpec(index, start, stop) for start, stop in pairwise(edges)]
 
 
-def _fingerprint(items: Sequence[Item], world_size: int, parts: Sequence[Part]) -> str:
+def _fingerprint(tensors: Sequence[TensorSpec], world_size: int, shards: Sequence[ShardSpec]) -> str:
     agreed = [
         world_size,
-        [(item.name, item.cost, item.entries, item.description, item.unit) for item in items],
-        [(part.item, part.start, part.stop, part.owner) for part in parts],
+        [(tensor.name, tensor.cost, tensor.entries, tensor.description, tensor.unit) for tensor in tensors],
+        [(shard.tensor, shard.start, shard.stop, shard.owner) for shard in shards],
     ]
     return hashlib.sha256(json.dumps(agreed).encode()).hexdigest()
 
 
-def _cost(item: Item, part: Part) -> float:
-    return item.cost * ((part.stop - part.start) / item.entries) if item.entries else item.cost
+def _cost(tensor: TensorSpec, shard: ShardSpec) -> float:
+    return tensor.cost * ((shard.stop - shard.start) / tensor.entries) if tensor.entries else tensor.cost
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Where the slots of some parts lie in the gathered buffer."""
+class BufferLayout:
+    """Where the slots of some shards lie in the gathered buffer."""
 
     starts: tuple[int, ...]
     """Byte at which each slot starts."""
@@ -140,7 +147,7 @@ class Layout:
     """Bytes of a rank's segment: that of the fullest rank."""
 
 
-def lay_out(nbytes: Sequence[int], owners: Sequence[int], world_size: int) -> Layout:
+def lay_out(nbytes: Sequence[int], owners: Sequence[int], world_size: int) -> BufferLayout:
     """Slots of these sizes, one after the other in their owners' segments."""
     used = [0] * world_size
     offsets = []
@@ -148,4 +155,4 @@ def lay_out(nbytes: Sequence[int], owners: Sequence[int], world_size: int) -> La
         offsets.append(used[owner])
         used[owner] += -(-size // _ALIGNMENT) * _ALIGNMENT
     segment = max(used)
-    return Layout(tuple(owner * segment + offset for owner, offset in zip(owners, offsets, strict=True)), segment)
+    return BufferLayout(tuple(owner * segment + offset for owner, offset in zip(owners, offsets, strict=True)), segment)

@@ -1,8 +1,12 @@
-"""From param groups to what this rank holds of their tensors: DTensors, or an engine's flat memory."""
+"""From param groups to the shards this rank holds: of DTensors, or of a framework's flat buffers."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,131 +16,151 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from sfw_dist.constraints import Constraint
-from sfw_dist.distributed.dtensor import Block, local, sharing
-from sfw_dist.distributed.rank_group import Ranks
+from sfw_dist.distributed.dtensor import Block, sharing, to_local
+from sfw_dist.distributed.rank_group import RankGroup, verify_agreement
+from sfw_dist.ops.partition import Partition
 from sfw_dist.optim.param_groups import constraint_of, name_of
-from sfw_dist.optim.shard import Slot, step_dtype
-from sfw_dist.optim.sharding.replicated import State
-from sfw_dist.optim.sharding.segment import Segment
-from sfw_dist.optim.sharding.sharded import Held, Sharded, fresh_state
-from sfw_dist.optim.vertex_codec import VertexFormat
+from sfw_dist.optim.shard import Shard, step_dtype
+from sfw_dist.optim.sharding.sharded import ShardedDistributor
+from sfw_dist.optim.vertex_codec import VertexCodec
 
 Groups = Sequence[dict[str, Any]]
 
 
-class Shared:
-    """The tensors of an optimizer of which no rank has all, as batches that step together; made when asked for."""
+@dataclass(frozen=True)
+class FlatSegment:
+    """Consecutive entries of one tensor in the flat buffer that a framework gives to the optimizer."""
 
-    def __init__(self) -> None:
-        self._batches: list[Sharded] | None = None
-        self._segments: dict[Tensor, Sequence[Segment]] | None = None
-        self._ranks = Ranks(None, 0, 1)
-        self._adopted: dict[tuple[int, ...], tuple[Groups, list[Sharded]]] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what belongs to this process's groups of ranks."""
-        return {**self.__dict__, "_batches": None, "_adopted": {}}
-
-    @property
-    def flat(self) -> bool:
-        """Whether an engine keeps the parameters in flat tensors of its own."""
-        return self._segments is not None
-
-    @property
-    def slots(self) -> list[Slot]:
-        """Of all tensors, whatever groups step now."""
-        return [slot for batch in self._batches or () for slot in batch.slots]
-
-    def batches(self, groups: Groups) -> list[Sharded]:
-        """What there is in these groups; collective where it is not yet known."""
-        if self._segments is not None:
-            # An engine may step group by group, and bring other groups after it has loaded them.
-            key = tuple(map(id, groups))
-            if key not in self._adopted:
-                self._adopted[key] = groups, of_segments(groups, self._segments, self._ranks)
-            return self._adopted[key][1]
-        if self._batches is None:
-            self._batches = of_dtensors(groups)
-        return self._batches
-
-    def remake(self, groups: Groups, state: State) -> None:
-        """After groups have come, or their sets have changed; makes the state of new DTensors."""
-        self._batches = None
-        self.batches(groups)
-        for slot in self.slots:
-            if not state[slot.parameter]:
-                state[slot.parameter].update(fresh_state(slot, torch.zeros(())))
-
-    def adopt(self, groups: Groups, segments: Mapping[int, Sequence[Segment]], ranks: Ranks, state: State) -> None:
-        """See :meth:`sfw_dist.SFW.adopt`."""
-        self._segments = {groups[number]["params"][0]: tensors for number, tensors in segments.items()}
-        self._ranks, self._adopted = ranks, {}
-        self._batches = [batch for group in groups for batch in self.batches([group])]
-        state.clear()
-        for slot in self.slots:
-            count = torch.zeros(len(self._segments[slot.parameter]), device=slot.parameter.device)
-            state[slot.parameter] = fresh_state(slot, count)
+    name: str
+    shape: torch.Size
+    """Of the whole tensor."""
+    constraint: Constraint
+    """Of the whole tensor, bound."""
+    global_offset: int
+    """Which entry of the whole tensor these begin with."""
+    numel: int
+    """How many they are; 0 where this rank has none."""
+    offset: int
+    """Where they begin in the flat buffer."""
 
 
-def of_dtensors(groups: Groups) -> list[Sharded]:
-    """The DTensors of the groups, by the mesh on which they lie; collective."""
+def distributors_of_dtensors(groups: Groups) -> list[ShardedDistributor]:
+    """A distributor for each mesh on which DTensors of the groups lie; collective.
+
+    Raises:
+        ValueError: as :func:`sharded_distributor`.
+    """
     found = [
         (group, name_of(group, number, j), parameter, constraint_of(group, j))
         for number, group in enumerate(groups)
         for j, parameter in enumerate(group["params"])
         if isinstance(parameter, DTensor)
     ]
-    batches = []
+    distributors = []
     for mesh, dims in sharing(parameter for _, _, parameter, _ in found):
-        held = [
-            _held(group, name, parameter, constraint)
+        shards = [
+            _of_dtensor(group, name, parameter, constraint)
             for group, name, parameter, constraint in found
             if parameter.device_mesh == mesh
         ]
-        batches.append(Sharded(held, ranks_along(mesh, dims), local(held[0].slot.parameter).device))
-    return batches
+        distributors.append(sharded_distributor(shards, ranks_along(mesh, dims)))
+    return distributors
 
 
-def ranks_along(mesh: DeviceMesh, dims: list[int]) -> Ranks:
+def distributors_of_flat_buffers(
+    groups: Groups, segments: Mapping[Tensor, Sequence[FlatSegment]], ranks: RankGroup
+) -> list[ShardedDistributor]:
+    """One distributor for all that lies in the flat parameters of the groups, or none; collective.
+
+    Raises:
+        ValueError: as :func:`sharded_distributor`.
+    """
+    shards = []
+    for group in groups:
+        for flat in group["params"]:
+            for row, segment in enumerate(segments[flat]):
+                place = segment.global_offset, segment.offset, segment.offset + segment.numel
+                n = segment.shape.numel()
+                shards.append(_shard(segment.name, flat, group, segment.constraint, n, *place, state_row=row))
+    return [sharded_distributor(shards, ranks)] if shards else []
+
+
+def sharded_distributor(shards: Sequence[Shard], ranks: RankGroup) -> ShardedDistributor:
+    """A distributor of these shards, after the ranks have told each other what they hold; collective.
+
+    Raises:
+        ValueError: ranks with other tensors, shards that leave entries out or overlap, a set that needs whole tensors.
+    """
+    device = to_local(shards[0].parameter).device
+    described = [(s.name, s.global_numel, str(s.dtype), repr(s.constraint)) for s in shards]
+    verify_agreement(hashlib.sha256(json.dumps(described).encode()).digest(), ranks, {device})
+    places = [[s.global_offset, s.numel, s.global_indices is not None] for s in shards]
+    mine = torch.tensor(places, dtype=torch.int64, device=device)
+    everyone = mine.clone()
+    if ranks.size > 1:
+        everyone = mine.new_empty(ranks.size * len(mine), 3)
+        dist.all_gather_into_tensor(everyone, mine, group=ranks.group)
+    table = everyone.view(ranks.size, -1, 3).transpose(0, 1).tolist()
+    partitions = [_partition(shard, rows, ranks.rank) for shard, rows in zip(shards, table, strict=True)]
+    return ShardedDistributor(shards, partitions, ranks, device)
+
+
+def _partition(shard: Shard, rows: list[list[int]], rank: int) -> Partition:
+    """How a tensor is divided, from ``(global offset, entries, whether interleaved)`` of every rank."""
+    pieces = [(first, length) for first, length, _ in rows]
+    parts = tuple(sorted({piece for piece in pieces if piece[1]}))
+    interleaved = any(bool(flag) for _, length, flag in rows if length)
+    held = sum(length for _, length in parts)
+    consecutive = all(a + length == b for (a, length), (b, _) in pairwise(parts)) or interleaved
+    if held != shard.global_numel or not consecutive:
+        raise ValueError(
+            f"{shard.name} has {shard.global_numel} entries, and the ranks hold {held} in parts {parts[:4]}: "
+            "all ranks together must hold each entry, and the same ones only where they are replicated"
+        )
+    mine = pieces[rank]
+    own = parts.index(mine) if mine[1] else None
+    is_primary = own is not None and pieces.index(mine) == rank
+    indices = shard.global_indices if interleaved else None
+    return Partition(shard.global_numel, parts, own, is_primary, interleaved, indices)
+
+
+def ranks_along(mesh: DeviceMesh, dims: list[int]) -> RankGroup:
     """The ranks that differ from this one in these dimensions of the mesh alone; collective among them."""
     if not dims:
-        return Ranks(None, 0, 1)
+        return RankGroup.alone()
     others = [dim for dim in range(mesh.ndim) if dim not in dims]
     lines = mesh.mesh.permute(*others, *dims).reshape(-1, *(mesh.mesh.shape[dim] for dim in dims))
     mine = next(line.flatten().tolist() for line in lines if (line == dist.get_rank()).any())
     if len(dims) == 1:
-        return Ranks(mesh.get_group(dims[0]), mine.index(dist.get_rank()), len(mine))
+        return RankGroup(mesh.get_group(dims[0]), mine.index(dist.get_rank()), len(mine))
     if mine == list(range(dist.get_world_size())):
-        return Ranks.of(None)
+        return RankGroup.of(None)
     group = dist.new_group(mine, use_local_synchronization=True)
     assert isinstance(group, dist.ProcessGroup)
-    return Ranks.of(group)
+    return RankGroup.of(group)
 
 
-def _held(group: dict[str, Any], name: str, parameter: DTensor, constraint: Constraint) -> Held:
+def _of_dtensor(group: dict[str, Any], name: str, parameter: DTensor, constraint: Constraint) -> Shard:
     block = Block.of(parameter)
-    slot = _slot(group, name, parameter, constraint, parameter.numel(), 0, block.length)
-    return Held(slot, block.first, None if block.contiguous else block.indices)
+    indices = None if block.contiguous else block.indices
+    n, place = parameter.numel(), (block.first, 0, block.length)
+    return _shard(name, parameter, group, constraint, n, *place, global_indices=indices)
 
 
-def of_segments(groups: Groups, segments: Mapping[Tensor, Sequence[Segment]], ranks: Ranks) -> list[Sharded]:
-    """What lies in the flat parameters of the groups; collective."""
-    held = []
-    for group in groups:
-        for flat in group["params"]:
-            for count, segment in enumerate(segments[flat]):
-                offset, n = segment.offset, segment.shape.numel()
-                slot = _slot(group, segment.name, flat, segment.constraint, n, offset, offset + segment.length)
-                held.append(Held(slot, segment.first, count=count))
-    return [Sharded(held, ranks, held[0].slot.parameter.device)] if held else []
-
-
-def _slot(
-    group: dict[str, Any], name: str, parameter: Tensor, constraint: Constraint, n: int, start: int, stop: int
-) -> Slot:
-    """Raises ``ValueError`` if the set is not bound."""
-    constraint.radius(n)
-    dtype: torch.dtype = step_dtype(parameter)
-    # Its vertices do not travel: no int32 has to index them.
-    vertex_format = VertexFormat(min(n, stop - start), min(constraint.support(n), stop - start), dtype)
-    return Slot(name, parameter, group, dtype, constraint, start, stop, n, vertex_format)
+def _shard(
+    name: str,
+    parameter: Tensor,
+    group: dict[str, Any],
+    constraint: Constraint,
+    global_numel: int,
+    global_offset: int,
+    start: int,
+    stop: int,
+    **options: Any,
+) -> Shard:
+    """A shard whose vertex does not travel. Raises ``ValueError`` if the set is not bound."""
+    constraint.radius(global_numel)
+    dtype, numel = step_dtype(parameter), stop - start
+    codec = VertexCodec(min(numel, 1), min(numel, 1), dtype)  # unused
+    place = global_numel, global_offset, start, stop
+    return Shard(name, parameter, group, constraint, dtype, *place, codec, **options)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sfw_dist.constraints import Constraint, Unconstrained
-from sfw_dist.optim.sharding.segment import Segment
+from sfw_dist.optim.sharding.dtensors import FlatSegment
 
 # The same things by the names that DeepSpeed's two ZeRO optimizers give them.
 _FIELDS = {
@@ -37,12 +37,12 @@ class Group:
     """float32, this rank's partition."""
     parameters: list[Tensor]
     """The model's, in the order of their places."""
-    segments: list[Segment]
+    segments: list[FlatSegment]
     """This rank's part of each of them."""
 
-    def entries(self, segment: Segment, flat: Tensor) -> Tensor:
+    def entries(self, segment: FlatSegment, flat: Tensor) -> Tensor:
         """A segment's place in this partition, or in another tensor laid out as it."""
-        return flat.detach()[segment.offset : segment.offset + segment.length]
+        return flat.detach()[segment.offset : segment.offset + segment.numel]
 
 
 def groups_of(engine: Any) -> list[Group]:
@@ -67,7 +67,7 @@ def groups_of(engine: Any) -> list[Group]:
             start = min(max(begin[p], rank * size), begin[p] + p.numel())
             stop = max(start, min(begin[p] + p.numel(), (rank + 1) * size))
             offset = min(max(start - rank * size, 0), size)
-            segments.append(Segment(names[p], p.shape, sets[p], start - begin[p], stop - start, offset))
+            segments.append(FlatSegment(names[p], p.shape, sets[p], start - begin[p], stop - start, offset))
         _check_view(flat, master, ordered, size)
         groups.append(Group(master, ordered, segments))
     return groups
@@ -102,8 +102,8 @@ def verify(groups: Sequence[Group], process_group: dist.ProcessGroup) -> None:
     counts, wrong = [], []
     for group in groups:
         for parameter, segment in zip(group.parameters, group.segments, strict=True):
-            mine = parameter.detach().view(-1)[segment.first : segment.first + segment.length]
-            counts.append(segment.length)
+            mine = parameter.detach().view(-1)[segment.global_offset : segment.global_offset + segment.numel]
+            counts.append(segment.numel)
             wrong.append(not torch.equal(group.entries(segment, group.master).to(mine), mine))
     device = groups[0].master.device
     sums = torch.tensor([counts, wrong], dtype=torch.int64, device=device)
@@ -116,10 +116,10 @@ def verify(groups: Sequence[Group], process_group: dist.ProcessGroup) -> None:
             raise _unlike(f"{found} of {name} in its partitions")
 
 
-def whole(segment: Segment, entries: Tensor, process_group: dist.ProcessGroup) -> Tensor:
+def whole(segment: FlatSegment, entries: Tensor, process_group: dist.ProcessGroup) -> Tensor:
     """A tensor from all ranks' entries; collective. As integers, whose sums keep every bit, the sign of 0 too."""
     bits = torch.zeros(segment.shape.numel(), dtype=torch.int32, device=entries.device)
-    bits[segment.first : segment.first + segment.length] = entries.view(torch.int32)
+    bits[segment.global_offset : segment.global_offset + segment.numel] = entries.view(torch.int32)
     dist.all_reduce(bits, group=process_group)
     return bits.view(torch.float32).view(segment.shape)
 
@@ -196,8 +196,8 @@ def load_tensors(engine: Any, tensors: Mapping[str, Tensor]) -> None:
         state = optimizer.state[group.master]
         named = {parameter: name for name, parameter in own.items()}
         for i, (parameter, segment) in enumerate(zip(group.parameters, group.segments, strict=True)):
-            stop = segment.first + segment.length
-            values = tensors[f"model.{named[parameter]}"].reshape(-1)[segment.first : stop]
+            stop = segment.global_offset + segment.numel
+            values = tensors[f"model.{named[parameter]}"].reshape(-1)[segment.global_offset : stop]
             group.entries(segment, group.master).copy_(values)
             saved = _state_of(segment.name, tensors)
             momentum = saved.get("momentum_buffer")
@@ -206,7 +206,7 @@ def load_tensors(engine: Any, tensors: Mapping[str, Tensor]) -> None:
             elif momentum is not None and state.get("momentum_buffer") is None:
                 state["momentum_buffer"] = torch.zeros_like(group.master)  # SGD makes it in the first step
             if momentum is not None and state.get("momentum_buffer") is not None:
-                entries = momentum.reshape(-1)[segment.first : stop]
+                entries = momentum.reshape(-1)[segment.global_offset : stop]
                 group.entries(segment, state["momentum_buffer"]).copy_(entries)
     engine.optimizer.update_lp_params()
 

@@ -12,10 +12,12 @@ from torch.nn.parallel import DistributedDataParallel
 from sfw_dist.config import Config
 from sfw_dist.distributed.replicas import verify_replicas
 from sfw_dist.distributed.world import World
-from sfw_dist.optim import comm_hooks as comm_hook
-from sfw_dist.optim.sfw import SFW
+from sfw_dist.optim.comm_hooks import reduce_to_owner, reduce_to_owner_bf16
 from sfw_dist.train.build_optimizer import build_optimizer
 from sfw_dist.train.strategies.base import Engine, autocast
+
+_HOOKS = {"all_reduce": None, "reduce_to_owner": reduce_to_owner, "reduce_to_owner_bf16": reduce_to_owner_bf16}
+"""Communication hooks by ``optimizer.grads``."""
 
 
 class DDPEngine(Engine):
@@ -32,9 +34,9 @@ class DDPEngine(Engine):
             device_ids = [world.device] if world.device.type == "cuda" else None
             self._replica = DistributedDataParallel(self.model, device_ids=device_ids)
         self.optimizer = build_optimizer(self.model, config.optimizer)
-        hooked = config.optimizer.grads != "all_reduce" or config.optimizer.overlap
-        if isinstance(self._replica, DistributedDataParallel) and hooked:
-            self._replica.register_comm_hook(self.optimizer, getattr(comm_hook, config.optimizer.grads))
+        hook = _HOOKS[config.optimizer.grads]
+        if isinstance(self._replica, DistributedDataParallel) and hook is not None:
+            self._replica.register_comm_hook(self.optimizer, hook)
 
     def warm_up(self, image_shape: tuple[int, int, int]) -> None:
         """A forward and a backward pass that leave nothing behind; collective, before the first step of a process.
@@ -46,15 +48,11 @@ class DDPEngine(Engine):
         if self._world.size == 1:
             return
         buffers = [buffer.clone() for buffer in self.model.buffers()]
-        if isinstance(self.optimizer, SFW):
-            self.optimizer.overlap = False  # no step follows
         self.model.train()
         images = torch.zeros(2, *image_shape, device=self._world.device).to(memory_format=torch.channels_last)
         with autocast(self._config, self._world.device):
             self._replica(self._in_layout(images)).sum().backward()
         self.optimizer.zero_grad()
-        if isinstance(self.optimizer, SFW):
-            self.optimizer.overlap = self._config.optimizer.overlap
         for buffer, before in zip(self.model.buffers(), buffers, strict=True):
             buffer.copy_(before)
 
