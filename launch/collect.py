@@ -23,7 +23,7 @@ with command_imports("launch.collect", "slurm"):
     from launch.slurm import states
     from launch.submission import Submission, submissions
     from sfw_dist.files import write_json, write_text
-    from sfw_dist.report import write_report
+    from sfw_dist.report.write import write_report
     from sfw_dist.train.run_folder import RunFolder
 
 _EXAMPLES = "\n".join((__doc__ or "").split("\n\n")[1].splitlines())

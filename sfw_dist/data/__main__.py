@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     prepare_parser.add_argument(
         "--skip-bad",
         action="store_true",
-        help="go on without image files that are missing or damaged; the manifest lists them",
+        help="leave out image files that are missing or damaged; the manifest lists them",
     )
     return parser
 

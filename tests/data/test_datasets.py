@@ -24,12 +24,12 @@ from PIL import Image
 import sfw_dist.data.decode as decoding
 import sfw_dist.data.prepare as preparing
 from sfw_dist.config import DataConfig, load_config
-from sfw_dist.data import open_loader
 from sfw_dist.data.__main__ import main
 from sfw_dist.data.datasets.array_sets import cifar_reader, mnist_reader, svhn_reader
 from sfw_dist.data.datasets.download import Remote, fetch
 from sfw_dist.data.datasets.registry import DATASETS, TINY_IMAGENET
 from sfw_dist.data.datasets.unpack import unpack
+from sfw_dist.data.loading import open_loader
 from sfw_dist.data.manifest import read_manifest
 from sfw_dist.data.prepare import prepare, verify
 from sfw_dist.errors import RankError, UserError

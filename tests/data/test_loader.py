@@ -23,15 +23,15 @@ from torch import Tensor
 
 import sfw_dist.data.prepare as preparing
 from sfw_dist.config import DataConfig
-from sfw_dist.data import Loader, Split, dataset_info, open_loader
 from sfw_dist.data.datasets.array_sets import read_digits
+from sfw_dist.data.loading import Loader, Split, dataset_info, open_loader
 from sfw_dist.data.loading import build_loader as opening
 from sfw_dist.data.loading import ffcv_probe as probe
-from sfw_dist.data.loading.augment import Augmentation, Draws
+from sfw_dist.data.loading.augment import Augmentation, SampleParams
+from sfw_dist.data.loading.gpu import GPUBackend
 from sfw_dist.data.loading.loader import ShardedLoader
-from sfw_dist.data.loading.torch import TorchBackend
 from sfw_dist.data.prepare import prepare
-from sfw_dist.data.sampler import EvaluationOrder, Ids, TrainingOrder, split_validation
+from sfw_dist.data.sampler import EvaluationSampler, Ids, TrainingSampler, split_validation
 from sfw_dist.errors import RankError, UserError
 
 try:
@@ -41,9 +41,9 @@ except (ImportError, OSError):
 else:
     ffcv_missing = False
 
-BackendName = Literal["ffcv", "ram", "torch", "gpu", "folder"]
+BackendName = Literal["ffcv", "ram", "gpu", "folder"]
 needs_ffcv = pytest.mark.skipif(ffcv_missing, reason="FFCV cannot be imported")
-BACKENDS = [pytest.param("ffcv", marks=needs_ffcv), "ram", "torch"]
+BACKENDS = [pytest.param("ffcv", marks=needs_ffcv), "ram"]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def config(root: Path) -> DataConfig:
     """1,346 training samples, of them 136 for validation: 1,210, or 12 batches of 100; 451 test samples."""
-    return DataConfig(root=str(root), backend="torch", batch_size=100, crop_padding=2, flip=True)
+    return DataConfig(root=str(root), backend="ram", batch_size=100, crop_padding=2, flip=True)
 
 
 @pytest.fixture
@@ -159,18 +159,18 @@ def test_folder_and_gpu_yield_the_bits_of_the_array(tmp_path: Path, augmentation
     prepare("imagefolder", tmp_path, size=8)
     config = DataConfig(name="imagefolder", root=str(tmp_path), batch_size=6, validation_fraction=0, **augmentation)
     batches = [
-        epoch_of(open_loader(replace(config, backend=backend), "train", seed=2), 3) for backend in ("folder", "torch")
+        epoch_of(open_loader(replace(config, backend=backend), "train", seed=2), 3) for backend in ("folder", "ram")
     ]
     assert same(*batches) and len(batches[0]) == 3
 
     images, labels = torch.cat([b[0] for b in batches[1]]), torch.cat([b[1] for b in batches[1]])
     stored = np.load(tmp_path / "imagefolder" / "train_images.npy")
-    order = TrainingOrder(np.arange(20), 6, 2, 0, 1).ids(3)
-    draws = Augmentation(flip=True, **{k: v for k, v in augmentation.items() if k != "flip"}).draws(
+    order = TrainingSampler(np.arange(20), 6, 2, 0, 1).ids(3)
+    params = Augmentation(flip=True, **{k: v for k, v in augmentation.items() if k != "flip"}).sample_params(
         order, (8, 8), seed=2, epoch=3
     )
-    resident = TorchBackend(stored, np.load(tmp_path / "imagefolder" / "train_labels.npy"), torch.device("cpu"))
-    assert same([resident.fetch(order, draws)], [(images, labels)])
+    resident = GPUBackend(stored, np.load(tmp_path / "imagefolder" / "train_labels.npy"), torch.device("cpu"))
+    assert same([resident.fetch(order, params)], [(images, labels)])
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -227,7 +227,7 @@ def test_resume_in_the_middle_is_bitwise(config: DataConfig, backend: BackendNam
     resumed.set_epoch(3)  # as a training loop does before each epoch
     assert same(list(resumed), whole[5:])
     assert same(list(resumed), whole)  # the place holds for one iteration
-    assert same(epoch_of(resumed, 4), epoch_of(open_loader(replace(config, backend="torch"), "train", seed=1), 4))
+    assert same(epoch_of(resumed, 4), epoch_of(open_loader(replace(config, backend="ram"), "train", seed=1), 4))
     resumed.close()
 
 
@@ -250,7 +250,7 @@ class Recorder:
         self.asked: list[int] = []
         self.bad = bad
 
-    def fetch(self, ids: Ids, draws: Draws) -> tuple[Tensor, Tensor]:
+    def fetch(self, ids: Ids, params: SampleParams) -> tuple[Tensor, Tensor]:
         self.asked += ids.tolist()
         if set(ids.tolist()) & set(self.bad):
             raise ValueError("broken\ndata stream")
@@ -261,9 +261,11 @@ class Recorder:
 
 def recorded(backend: Recorder, **options: Any) -> ShardedLoader:
     """Ten samples, in batches of two."""
-    order = EvaluationOrder(np.arange(10), 2, 0, 1)
-    draw = partial(np.zeros, dtype=np.int64)
-    return ShardedLoader(backend, order, draw=lambda ids, epoch: draw((len(ids), 8)), name=lambda i: f"s{i}", **options)
+    sampler = EvaluationSampler(np.arange(10), 2, 0, 1)
+    params = partial(np.zeros, dtype=np.int64)
+    return ShardedLoader(
+        backend, sampler, sample_params=lambda ids, epoch: params((len(ids), 8)), name=lambda i: f"s{i}", **options
+    )
 
 
 def test_resume_fetches_only_what_is_left() -> None:
@@ -290,10 +292,10 @@ def test_a_stall_is_an_error_that_names_the_place() -> None:
     hang = threading.Event()
 
     class Stuck(Recorder):
-        def fetch(self, ids: Ids, draws: Draws) -> tuple[Tensor, Tensor]:
+        def fetch(self, ids: Ids, params: SampleParams) -> tuple[Tensor, Tensor]:
             if 4 in ids:
                 hang.wait()
-            return super().fetch(ids, draws)
+            return super().fetch(ids, params)
 
     loader = recorded(Stuck(), threads=2, stall_timeout=0.2, description="folder, 2 threads")
     try:
@@ -363,11 +365,11 @@ def truncate(path: Path) -> None:
         pytest.param("ffcv", "train.beton", partial(overwrite, offset=3000), marks=needs_ffcv, id="beton address"),
         pytest.param("ffcv", "train.beton", partial(overwrite, offset=-24), marks=needs_ffcv, id="beton table"),
         pytest.param("ffcv", "train.beton", Path.unlink, marks=needs_ffcv, id="no beton"),
-        pytest.param("torch", "train_images.npy", truncate, id="truncated array"),
-        pytest.param("torch", "train_images.npy", partial(overwrite, offset=0), id="array magic"),
-        pytest.param("torch", "train_images.npy", partial(overwrite, offset=20), id="array header"),
-        pytest.param("torch", "train_labels.npy", partial(overwrite, offset=200), id="labels"),
-        pytest.param("torch", "manifest.json", truncate, id="manifest"),
+        pytest.param("ram", "train_images.npy", truncate, id="truncated array"),
+        pytest.param("ram", "train_images.npy", partial(overwrite, offset=0), id="array magic"),
+        pytest.param("ram", "train_images.npy", partial(overwrite, offset=20), id="array header"),
+        pytest.param("ram", "train_labels.npy", partial(overwrite, offset=200), id="labels"),
+        pytest.param("ram", "manifest.json", truncate, id="manifest"),
     ],
 )
 def test_a_damaged_file_is_named_with_the_remedy(
@@ -410,7 +412,10 @@ def test_where_ffcv_fails_auto_takes_ram_and_ffcv_is_an_error(
 @pytest.mark.parametrize(
     ("script", "told"),
     [
-        ("import os; os._exit(139)", r"its probe failed \(exit status 139\): apt-get install.*pip install ffcv"),
+        (
+            "import os; os._exit(139)",
+            r"its probe failed \(exit status 139\): apt-get install.*pip install 'sfw-dist\[ffcv\]'",
+        ),
         ("raise ImportError('libopencv_core.so.406')", r"its probe failed \(ImportError: libopencv_core.so.406\)"),
         ("import time; time.sleep(60)", r"its probe did not end within 1 s"),
         ("pass", None),
@@ -519,7 +524,7 @@ def test_close_in_the_middle_of_an_epoch(config: DataConfig, backend: BackendNam
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_loaders_keep_thread_counts_and_random_state(config: DataConfig, backend: BackendName) -> None:
-    """FFCV sets torch's and numba's threads, so that training slows down, and draws from numpy's global generator."""
+    """FFCV sets torch's and numba's threads, so that training slows down, and params from numpy's global generator."""
     import numba
 
     threads = torch.get_num_threads()
