@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 from torch import nn
 
 from sfw_dist.errors import UserError, needs_extra
-from sfw_dist.models.cnn import cnn, cnn5
+from sfw_dist.models.cnn import cnn3, cnn5
 from sfw_dist.models.resnet import ResNet18
 from sfw_dist.models.vgg import vgg16
 
@@ -38,7 +38,7 @@ class Architecture(NamedTuple):
 ARCHITECTURES = {
     "resnet18": Architecture(ResNet18, (64, 128, 256, 512)),
     "vgg16": Architecture(vgg16, (64, 128, 256, 512, 512)),
-    "cnn": Architecture(cnn, (64, 128, 128)),
+    "cnn": Architecture(cnn3, (64, 128, 128)),
     "cnn5": Architecture(cnn5, (32, 64, 64, 128, 128)),
 }
 
