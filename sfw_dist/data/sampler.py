@@ -79,7 +79,7 @@ class TrainingSampler:
 
     Example:
         >>> [TrainingSampler(np.arange(9), 4, 0, rank, 2).ids(epoch=0).tolist() for rank in (0, 1)]
-        [[0, 6, 5, 4], [1, 3, 2, 8]]
+        [[0, 6, 5, 2], [1, 3, 4, 8]]
     """
 
     members: Ids
