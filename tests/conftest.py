@@ -13,9 +13,10 @@ from sfw_dist.data.prepare import prepare
 
 SLOW = (
     *("examples", "experiments", "launch", "multiprocess", "packaging", "slurm"),
-    *("data/test_ffcv.py", "optim/test_kernels_cuda.py", "train/test_trainer.py"),
+    *("data/test_ffcv.py", "evaluate/test_sweep.py", "optim/test_kernels_cuda.py"),
+    *("train/test_sparse_training.py", "train/test_trainer.py"),
 )
-"""Folders and files of tests that start processes or compile kernels; ``make test-quick`` leaves them out."""
+"""Folders and files of tests that start processes, compile kernels or train for long, for ``make test-quick``."""
 
 # Two threads that wait for each other by spinning make a busy machine fifty times slower.
 torch.set_num_threads(1)

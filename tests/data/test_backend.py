@@ -98,7 +98,7 @@ def test_folder_and_gpu_yield_the_bits_of_the_array(tmp_path: Path, augmentation
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_two_hundred_epochs_left_early_or_not_leave_nothing_behind(config: DataConfig, backend: BackendName) -> None:
-    """A thread or a batch's memory for every epoch: long runs end for want of either."""
+    """A thread or a batch's memory for every epoch: long runs end when either is used up."""
     loader = open_loader(replace(config, backend=backend, workers=2), "train", seed=0)
 
     def epochs(first: int, last: int) -> None:

@@ -116,7 +116,7 @@ def overwrite(path: Path, offset: int) -> None:
 def test_a_damaged_file_is_named_with_the_remedy(
     damaged_root: Path, backend: BackendName, file: str, damage: Callable[[Path], object]
 ) -> None:
-    """FFCV crashes on a wrong address, hangs, or speaks of negative dimensions."""
+    """FFCV crashes on a wrong address, hangs, or complains about negative dimensions."""
     path = damaged_root / "digits" / file
     if isinstance(damage, partial) and damage.keywords["offset"] < 0:
         damage = partial(overwrite, offset=path.stat().st_size + damage.keywords["offset"])

@@ -28,7 +28,7 @@ from sfw_dist.data.loading import ffcv_probe
 def test_ffcv_is_probed_in_a_process_of_its_own(
     script: str, told: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """FFCV hangs or crashes where it does not work, and takes the run with it; or every rank probes anew."""
+    """FFCV hangs or crashes where it does not work, and takes the run with it; or every rank probes again."""
     started: list[str] = []
     really = subprocess.run
 

@@ -52,7 +52,7 @@ def test_channel_statistics_are_per_channel_in_unit_range() -> None:
 
 
 def test_a_prepared_data_set_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every rank of every run converts the data set anew."""
+    """Every rank of every run converts the data set again."""
     register(monkeypatch)
     prepare("tiny", tmp_path)
     register(monkeypatch, read=forbidden)
@@ -65,7 +65,7 @@ def test_processes_at_once_prepare_once(tmp_path: Path, monkeypatch: pytest.Monk
 
     def slow_read(root: Path) -> RawArrays:
         reads.append(root)
-        time.sleep(0.2)  # room for the others to barge in, were there no lock
+        time.sleep(0.2)  # time for the others to interfere, if there were no lock
         return tiny_arrays(root)
 
     def rank() -> None:
@@ -122,7 +122,7 @@ def test_leftovers_of_a_killed_process_do_not_matter(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("file", ["train_images.npy", "test_labels.npy", "manifest.json"])
-def test_a_truncated_file_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str) -> None:
+def test_a_truncated_file_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str) -> None:
     """The remedy that the errors give, to prepare again, does nothing."""
     register(monkeypatch)
     path = prepare("tiny", tmp_path) / file
@@ -156,7 +156,7 @@ def test_verify_names_the_damaged_file(
 
 
 def test_verify_reports_every_damaged_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the first of several problems is told."""
+    """Only the first of several problems is reported."""
     register(monkeypatch)
     folder = prepare("tiny", tmp_path)
     files = list(read_manifest(folder).files)

@@ -43,7 +43,7 @@ class Response(io.BytesIO):
 
 
 class Server:
-    """Serves ``content``, of which at most ``most`` bytes arrive before the connection ends."""
+    """Serves ``content``; the connection ends after ``most`` bytes."""
 
     def __init__(self, content: bytes, most: int = 1 << 30, ranges: bool = True) -> None:
         self.content, self.most, self.ranges = content, most, ranges
