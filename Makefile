@@ -1,6 +1,10 @@
-# make demo   train with SFW and with SGD on two ranks, prune, and draw one report
-# make test   the whole test suite
-# Both set up first. PYTHON picks the interpreter, VENV the virtual environment.
+# make demo         train with SFW and with SGD on two ranks, prune, and draw one report
+# make test         the whole test suite
+# make test-quick   its quick part, for use while editing: under two minutes on two cores
+# make lint         style and types; make format mends the style
+# make docs         the manual, in site/
+# make bench        the benchmarks
+# All set up first. PYTHON picks the interpreter, VENV the virtual environment.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,7 +20,7 @@ READY := $(VENV)/.sfw-dist-ready
 
 export PATH := $(abspath $(VENV))/bin:$(PATH):/usr/sbin
 
-.PHONY: setup system-packages slurm-packages demo test test-dist lint format bench bench-hosts clean
+.PHONY: setup system-packages slurm-packages demo test test-quick test-dist lint format docs bench bench-hosts clean
 
 setup: $(READY)
 
@@ -58,6 +62,9 @@ demo: setup
 test: setup
 	python -m pytest
 
+test-quick: setup
+	python -m pytest -m "not slow"
+
 test-dist: setup
 	python -m pytest tests/multiprocess
 
@@ -69,6 +76,9 @@ lint: setup
 format: setup
 	ruff check --fix .
 	ruff format .
+
+docs: setup
+	python -m mkdocs build --strict
 
 BENCHMARKS := step vertex_codec balance loader training scaling.model
 # These make network namespaces: as root, or with sudo.
@@ -82,4 +92,4 @@ bench-hosts: setup
 	for name in $(HOST_BENCHMARKS); do $$as_root "$(abspath $(BIN))/python" -m benchmarks.$$name || exit $$?; done
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.images import MEAN, STD, image_folder_loader, make_images
 from sfw_dist.config import DataConfig
-from sfw_dist.data import Loader, Normalize, open_loader
+from sfw_dist.data.loading import Loader, Normalize, open_loader
 from sfw_dist.files import write_json
 
 BASELINE = "ImageFolder, DataLoader, 2 workers, fp32"
@@ -35,7 +35,7 @@ FIRST_BATCH = """
 import sys, time
 began = time.perf_counter()
 from sfw_dist.config import DataConfig
-from sfw_dist.data import open_loader
+from sfw_dist.data.loading import open_loader
 imported = time.perf_counter()
 name, root, size, backend = sys.argv[1:]
 config = DataConfig(name, root, backend, batch_size=int(size), crop_padding=4, flip=True, validation_fraction=0)
@@ -70,7 +70,7 @@ def contenders(config: Callable[[str], DataConfig], raw: Path, side: int, batch:
     baseline = image_folder_loader(raw / "train", side, batch)
     runs: dict[str, Callable[[], int]] = {BASELINE: lambda: plain_epoch(baseline)}
     normalize = Normalize(MEAN, STD)
-    for backend in ("ffcv", "ram", "torch", "folder"):
+    for backend in ("ffcv", "ram", "folder"):
         loader = open_loader(config(backend), "train", seed=0)
         numbers = iter(range(10**9))
         runs[f"{backend}, uint8"] = lambda loader=loader, n=numbers: epoch(loader, next(n), None)  # type: ignore[misc]
@@ -115,7 +115,7 @@ def main() -> None:
                 if round_:  # the first round warms up
                     rates[name].append(rate)
         firsts = {}
-        for backend in ("ffcv", "ram", "torch"):
+        for backend in ("ffcv", "ram"):
             first_batch(config(backend))
             firsts[backend] = first_batch(config(backend))
 

@@ -30,7 +30,7 @@ from benchmarks.images import MEAN, STD, image_folder_loader, make_images
 from benchmarks.step import topk_per_tensor
 from sfw_dist import KSparsePolytope, constrain
 from sfw_dist.config import Config, DataConfig, ModelConfig, TrainConfig
-from sfw_dist.data import Normalize, open_loader
+from sfw_dist.data.loading import Normalize, open_loader
 from sfw_dist.distributed.world import World
 from sfw_dist.files import write_json
 from sfw_dist.models import build_model

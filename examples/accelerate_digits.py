@@ -1,11 +1,11 @@
-"""Hugging Face Accelerate trains with SFW; then the network is cut to several sparsities, with no retraining.
+"""Train with SFW in Hugging Face Accelerate, then prune to several sparsities without retraining.
 
     python examples/accelerate_digits.py
     torchrun --nproc-per-node 2 examples/accelerate_digits.py --precision bf16
     python examples/accelerate_digits.py --resume runs/accelerate_digits/epoch_9
 
-SFW goes through ``accelerator.prepare`` as any optimizer does. ``save_state`` is called on every process anyway, which
-is what SFW's state needs.
+``accelerator.prepare`` takes SFW like any optimizer. SFW's state must be saved by all processes together, as
+``save_state`` is.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
 
     set_seed(args.seed)
-    # Its order of the data follows from seed and epoch, so that a resumed run goes on as the one before, bit for bit.
+    # The order of the data depends on seed and epoch alone, so that a resumed run equals one that was not interrupted.
     ordered = DataLoaderConfiguration(use_seedable_sampler=True)
     accelerator = Accelerator(cpu=True, mixed_precision=args.precision, dataloader_config=ordered)
     train, test = digits()
@@ -47,10 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10)),
     )
     groups = constrain(net, KSparsePolytope(k_frac=0.003, k_min=10, tau=5.0), unconstrained="norm_and_bias")
-    groups[-1]["lr"] = 0.05  # of normalisation layers and biases, which take momentum-SGD steps
+    groups[-1]["lr"] = 0.05  # for normalisation layers and biases, which momentum SGD trains
     optimizer = SFW(groups, lr=0.03, rescale="none")
     loader = DataLoader(train, batch_size=64 // accelerator.num_processes, shuffle=True)
-    # In steps of one process: Accelerate moves the schedule on by as many as there are processes.
+    # In steps of one process: Accelerate advances the schedule once for each process.
     schedule = CosineAnnealingLR(optimizer, args.epochs * len(loader))
     model, optimizer, loader, schedule = accelerator.prepare(net, optimizer, loader, schedule)
 
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if accelerator.is_main_process:
         net = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         net.eval()
-        for sparsity in SPARSITIES:  # each mask contains the ones before it, so one network serves for all
+        for sparsity in SPARSITIES:  # each mask includes the previous ones, so one network serves all
             prune(net, sparsity)
             print(f"sparsity {sparsity:.2f}: accuracy {accuracy(net, test):.3f}")
     accelerator.end_training()
@@ -82,4 +82,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
-    gc.collect()  # frees the groups of ranks: threads of gloo end here, where they cannot abort the interpreter
+    gc.collect()  # ends the threads of gloo's process groups now: at exit they could abort the interpreter

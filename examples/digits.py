@@ -1,4 +1,4 @@
-"""What the examples share: scikit-learn's 1,797 handwritten digits as tensors, and a network's accuracy on them."""
+"""Shared by the examples: scikit-learn's 1,797 handwritten digits as tensors, and a network's accuracy on them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ SPARSITIES = (0.0, 0.5, 0.8, 0.9, 0.95)
 
 
 def digits() -> tuple[TensorDataset, TensorDataset]:
-    """Training and test digits: float32 images ``(n, 1, 8, 8)`` in [-1, 1], and labels; always the same split."""
+    """Load training and test digits, always with the same split.
+
+    Returns:
+        Data sets of float32 images ``(n, 1, 8, 8)`` in [-1, 1] and int64 labels ``(n,)``.
+    """
     images, labels = load_digits(return_X_y=True)
     data = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
@@ -24,6 +28,11 @@ def digits() -> tuple[TensorDataset, TensorDataset]:
 
 @torch.no_grad()
 def accuracy(logits: Callable[[Tensor], Tensor], test: TensorDataset) -> float:
-    """The share of ``test`` that a network in evaluation mode gets right; ``logits`` runs it on images."""
+    """Measure the accuracy of a network, in [0, 1].
+
+    Args:
+        logits: the network in evaluation mode: from images to logits ``(n, classes)``.
+        test: images and labels.
+    """
     images, labels = test.tensors
     return (logits(images).argmax(1) == labels).float().mean().item()

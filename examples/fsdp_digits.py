@@ -1,10 +1,10 @@
-"""Plain PyTorch FSDP trains with SFW, each rank holding a part of every tensor; then the network is cut.
+"""Train with SFW under PyTorch's FSDP, which shards every tensor over the ranks, then prune without retraining.
 
     torchrun --nproc-per-node 2 examples/fsdp_digits.py
     torchrun --nproc-per-node 3 examples/fsdp_digits.py --resume runs/fsdp_digits/epoch_9
 
-SFW takes the parameters that ``fully_shard`` has divided as any optimizer does, and ``constrain`` them. Checkpoints are
-torch's distributed ones, which load on another number of ranks.
+SFW takes the parameters that ``fully_shard`` has sharded like any optimizer, and so does ``constrain``. Checkpoints are
+torch's distributed ones, which can be loaded on another number of ranks.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from sfw_dist import SFW, KSparsePolytope, constrain, prune
 
 
 def network() -> nn.Sequential:
-    """Two transformer layers on the rows of an image."""
+    """Two transformer layers; the rows of an image are the tokens."""
     layers = [nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True, norm_first=True) for _ in range(2)]
     return nn.Sequential(
         nn.Flatten(1, 2), nn.Linear(8, 64), *layers, nn.Flatten(), nn.LayerNorm(512), nn.Linear(512, 10)
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(net, mesh=mesh, mp_policy=policy)
     groups = constrain(net, KSparsePolytope(k_frac=0.02, k_min=10, tau=5.0), unconstrained="norm_and_bias")
-    groups[-1]["lr"] = 0.02  # of normalisation layers and biases, which take momentum-SGD steps
+    groups[-1]["lr"] = 0.02  # for normalisation layers and biases, which momentum SGD trains
     optimizer = SFW(groups, lr=0.003, rescale="none")
     sampler = DistributedSampler(train, seed=args.seed)
     loader = DataLoader(train, batch_size=64 // dist.get_world_size(), sampler=sampler)
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     start = 0
     if args.resume:
-        state = whole_state(net, optimizer, schedule)  # which loading fills, shard by shard
+        state = whole_state(net, optimizer, schedule)  # loading fills these tensors, shard by shard
         dcp.load(state, checkpoint_id=args.resume)
         states.set_state_dict(net, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         schedule.load_state_dict(state["schedule"])
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         net = network()
         net.load_state_dict(whole)
         net.eval()
-        for sparsity in SPARSITIES:  # each mask contains the ones before it, so one network serves for all
+        for sparsity in SPARSITIES:  # each mask includes the previous ones, so one network serves all
             prune(net, sparsity)
             print(f"sparsity {sparsity:.2f}: accuracy {accuracy(net, test):.3f}")
     dist.destroy_process_group()
@@ -101,4 +101,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
-    gc.collect()  # frees the groups of ranks: threads of gloo end here, where they cannot abort the interpreter
+    gc.collect()  # ends the threads of gloo's process groups now: at exit they could abort the interpreter

@@ -1,11 +1,11 @@
-"""PyTorch Lightning trains with SFW; then the network is cut to several sparsities, with no retraining.
+"""Train with SFW in PyTorch Lightning, then prune to several sparsities without retraining.
 
     python examples/lightning_digits.py
     python examples/lightning_digits.py --devices 2 --precision bf16-mixed
     python examples/lightning_digits.py --resume runs/lightning_digits/epoch=9.ckpt
 
-SFW is what ``configure_optimizers`` returns, and nothing else is out of the ordinary. Lightning asks the optimizer for
-its state on every rank, which is what SFW needs.
+``configure_optimizers`` returns SFW; everything else is as usual. SFW's state must be saved by all ranks together, as
+Lightning does.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Digits(pl.LightningModule):
 
     def configure_optimizers(self) -> dict[str, object]:
         groups = constrain(self.net, KSparsePolytope(k_frac=0.003, k_min=10, tau=5.0), unconstrained="norm_and_bias")
-        groups[-1]["lr"] = 0.05  # of normalisation layers and biases, which take momentum-SGD steps
+        groups[-1]["lr"] = 0.05  # for normalisation layers and biases, which momentum SGD trains
         optimizer = SFW(groups, lr=0.03, rescale="none")
         schedule = CosineAnnealingLR(optimizer, int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     trainer.fit(model, DataLoader(train, batch_size=64 // args.devices, shuffle=True), ckpt_path=args.resume)
     if trainer.is_global_zero:
         model.net.eval()
-        for sparsity in SPARSITIES:  # each mask contains the ones before it, so one network serves for all
+        for sparsity in SPARSITIES:  # each mask includes the previous ones, so one network serves all
             prune(model.net, sparsity)
             print(f"sparsity {sparsity:.2f}: accuracy {accuracy(model.net, test):.3f}")
 

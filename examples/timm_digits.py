@@ -1,10 +1,10 @@
-"""A network of timm's zoo trains with SFW, in a loop like timm's train.py; then it is cut to several sparsities.
+"""Train a network of timm's zoo with SFW, in a loop like timm's train.py, then prune to several sparsities.
 
     python examples/timm_digits.py
     python examples/timm_digits.py --model resnet10t --amp
     python examples/timm_digits.py --resume runs/timm_digits/last.pth.tar
 
-SFW stands where train.py calls ``create_optimizer_v2``. Schedule, clipping, checkpoints and resuming are timm's own.
+SFW replaces train.py's ``create_optimizer_v2``. Schedule, clipping, checkpoints and resuming are timm's own.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     train, test = digits()
     model = timm.create_model(args.model, pretrained=False, num_classes=10, in_chans=1)
     groups = constrain(model, KSparsePolytope(k_frac=0.003, k_min=10, tau=5.0), unconstrained="norm_and_bias")
-    groups[-1]["lr"] = 0.05  # of normalisation layers and biases, which take momentum-SGD steps
+    groups[-1]["lr"] = 0.05  # for normalisation layers and biases, which momentum SGD trains
     optimizer = SFW(groups, lr=0.03, rescale="none")
 
     start = resume_checkpoint(model, args.resume, optimizer) if args.resume else 0
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     saver = CheckpointSaver(model, optimizer, args, checkpoint_dir=args.folder, recovery_dir=args.folder)
 
     for epoch in range(start, epochs):
-        torch.manual_seed(args.seed + epoch)  # a resumed run shuffles as the one that it continues
+        torch.manual_seed(args.seed + epoch)  # a resumed run shuffles like the one that it continues
         model.train()
         for images, labels in loader:
             with torch.autocast("cpu", torch.bfloat16, enabled=args.amp):
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         saver.save_checkpoint(epoch)
 
     model.eval()
-    for sparsity in SPARSITIES:  # each mask contains the ones before it, so one network serves for all
+    for sparsity in SPARSITIES:  # each mask includes the previous ones, so one network serves all
         prune(model, sparsity)
         print(f"sparsity {sparsity:.2f}: accuracy {accuracy(lambda images: model(enlarged(images)), test):.3f}")
 

@@ -1,11 +1,11 @@
-"""Hugging Face's Trainer trains a small vision transformer, CLIP's, with SFW; then it is cut to several sparsities.
+"""Train CLIP's vision transformer, a small one, with SFW in Hugging Face's Trainer, then prune to several sparsities.
 
     python examples/trainer_digits.py
     torchrun --nproc-per-node 2 examples/trainer_digits.py
     python examples/trainer_digits.py --resume runs/trainer_digits/checkpoint-220
 
-SFW is the first of Trainer's ``optimizers``; its own schedule moves the learning rate. On several processes Trainer
-asks the optimizer for its state on the one that saves: with ``replicate_momentum`` each has all of it.
+SFW is the first of Trainer's ``optimizers``; Trainer's own schedule sets the learning rate. With several processes
+Trainer reads the optimizer's state on one of them only: with ``replicate_momentum`` each process holds all of it.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     net = CLIPForImageClassification(CLIPConfig(vision_config=vision, num_labels=10))
     groups = constrain(net, KSparsePolytope(k_frac=0.02, k_min=10, tau=5.0), unconstrained="norm_and_bias")
-    groups[-1]["lr"] = 0.02  # of normalisation layers and biases, which take momentum-SGD steps
+    groups[-1]["lr"] = 0.02  # for normalisation layers and biases, which momentum SGD trains
     optimizer = SFW(groups, lr=0.01, rescale="none", replicate_momentum=True)
     trainer = Trainer(
         net,
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     trainer.train(resume_from_checkpoint=args.resume)
     if trainer.is_world_process_zero():
         net.eval()
-        for sparsity in SPARSITIES:  # each mask contains the ones before it, so one network serves for all
+        for sparsity in SPARSITIES:  # each mask includes the previous ones, so one network serves all
             prune(net, sparsity)
             print(f"sparsity {sparsity:.2f}: accuracy {accuracy(lambda images: net(images).logits, test):.3f}")
     trainer.accelerator.end_training()
@@ -81,4 +81,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
-    gc.collect()  # frees the groups of ranks: threads of gloo end here, where they cannot abort the interpreter
+    gc.collect()  # ends the threads of gloo's process groups now: at exit they could abort the interpreter

@@ -12,10 +12,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.slurm import cancel, live
-from launch.submission import submissions
-from sfw_dist.errors import UserError, reports_user_errors
-from sfw_dist.train.run_folder import RunFolder
+from sfw_dist.errors import UserError, command_imports, reports_user_errors
+
+with command_imports("launch.cancel", "slurm"):
+    from launch.slurm import cancel, live
+    from launch.submission import submissions
+    from sfw_dist.train.run_folder import RunFolder
 
 _EXAMPLES = "\n".join((__doc__ or "").split("\n\n")[1].splitlines())
 _PATIENCE = 120.0

@@ -17,12 +17,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.slurm import states
-from launch.submission import Submission, submissions
-from sfw_dist.errors import reports_user_errors
-from sfw_dist.files import write_json, write_text
-from sfw_dist.report import write_report
-from sfw_dist.train.run_folder import RunFolder
+from sfw_dist.errors import command_imports, reports_user_errors
+
+with command_imports("launch.collect", "slurm"):
+    from launch.slurm import states
+    from launch.submission import Submission, submissions
+    from sfw_dist.files import write_json, write_text
+    from sfw_dist.report.write import write_report
+    from sfw_dist.train.run_folder import RunFolder
 
 _EXAMPLES = "\n".join((__doc__ or "").split("\n\n")[1].splitlines())
 _COLUMNS = (

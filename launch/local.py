@@ -17,12 +17,14 @@ import sys
 import time
 from collections.abc import Sequence
 
-from torch.distributed import TCPStore
+from sfw_dist.errors import UserError, command_imports, reports_user_errors
 
-from sfw_dist.config import parse_run
-from sfw_dist.errors import UserError, reports_user_errors
-from sfw_dist.train.__main__ import add_options
-from sfw_dist.train.trainer import check_input
+with command_imports("launch.local", "train"):
+    from torch.distributed import TCPStore
+
+    from sfw_dist.config import parse_run
+    from sfw_dist.train.__main__ import add_options
+    from sfw_dist.train.trainer import check_input
 
 _EXAMPLES = "\n".join((__doc__ or "").split("\n\n")[1].splitlines())
 # How long the other ranks may take to end by themselves once one has failed: they wait for it in a collective.

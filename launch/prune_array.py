@@ -18,15 +18,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import get_args
 
-from launch.job import PruneJob
-from launch.slurm import ClusterConfig, Wanted, add_cluster_options, read_cluster, script
-from launch.submission import Submission
-from sfw_dist.config import load_config
-from sfw_dist.errors import UserError, reports_user_errors
-from sfw_dist.pruning.one_shot import Kind
-from sfw_dist.pruning.scope import Scope
-from sfw_dist.pruning.sparsities import parse_sparsities
-from sfw_dist.train.run_folder import RunFolder
+from sfw_dist.errors import UserError, command_imports, reports_user_errors
+
+with command_imports("launch.prune_array", "slurm"):
+    from launch.job import PruneJob
+    from launch.slurm import ClusterConfig, Wanted, add_cluster_options, read_cluster, script
+    from launch.submission import Submission
+    from sfw_dist.config import load_config
+    from sfw_dist.pruning.one_shot import Kind
+    from sfw_dist.pruning.scope import Scope
+    from sfw_dist.pruning.sparsities import parse_sparsities
+    from sfw_dist.train.run_folder import RunFolder
 
 _EXAMPLES = "\n".join((__doc__ or "").split("\n\n")[1].splitlines())
 

@@ -13,14 +13,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.collect import unfinished
-from launch.prune_array import submit_array
-from launch.slurm import ClusterConfig, add_cluster_options, live, read_cluster
-from launch.submission import Submission, submissions
-from launch.train import submit_training
-from sfw_dist.config import load_config
-from sfw_dist.errors import UserError, reports_user_errors
-from sfw_dist.train.run_folder import RunFolder
+from sfw_dist.errors import UserError, command_imports, reports_user_errors
+
+with command_imports("launch.retry", "slurm"):
+    from launch.collect import unfinished
+    from launch.prune_array import submit_array
+    from launch.slurm import ClusterConfig, add_cluster_options, live, read_cluster
+    from launch.submission import Submission, submissions
+    from launch.train import submit_training
+    from sfw_dist.config import load_config
+    from sfw_dist.train.run_folder import RunFolder
 
 _EXAMPLES = "\n".join((__doc__ or "").split("\n\n")[1].splitlines())
 

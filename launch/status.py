@@ -14,10 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.slurm import states
-from launch.submission import Submission, submissions
-from sfw_dist.errors import UserError, reports_user_errors
-from sfw_dist.train.run_folder import RunFolder
+from sfw_dist.errors import UserError, command_imports, reports_user_errors
+
+with command_imports("launch.status", "slurm"):
+    from launch.slurm import states
+    from launch.submission import Submission, submissions
+    from sfw_dist.train.run_folder import RunFolder
 
 _EXAMPLES = "\n".join((__doc__ or "").split("\n\n")[1].splitlines())
 STALLED_AFTER = 600.0

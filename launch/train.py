@@ -17,18 +17,20 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from launch.collect import collect
-from launch.job import CollectJob, TrainJob
-from launch.local import run_ranks
-from launch.prune_array import group, submit_array
-from launch.slurm import ClusterConfig, Wanted, add_cluster_options, read_cluster, script
-from launch.submission import Submission
-from sfw_dist.config import Config, parse_run, save_config
-from sfw_dist.errors import reports_user_errors
-from sfw_dist.files import write_text
-from sfw_dist.train.__main__ import add_options
-from sfw_dist.train.run_folder import RunFolder
-from sfw_dist.train.trainer import check_input
+from sfw_dist.errors import command_imports, reports_user_errors
+
+with command_imports("launch.train", "slurm"):
+    from launch.collect import collect
+    from launch.job import CollectJob, TrainJob
+    from launch.local import run_ranks
+    from launch.prune_array import group, submit_array
+    from launch.slurm import ClusterConfig, Wanted, add_cluster_options, read_cluster, script
+    from launch.submission import Submission
+    from sfw_dist.config import Config, parse_run, save_config
+    from sfw_dist.files import write_text
+    from sfw_dist.train.__main__ import add_options
+    from sfw_dist.train.run_folder import RunFolder
+    from sfw_dist.train.trainer import check_input
 
 _EXAMPLES = "\n".join((__doc__ or "").split("\n\n")[1].splitlines())
 

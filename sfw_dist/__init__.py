@@ -1,6 +1,17 @@
-"""sfw_dist: train a network once with stochastic Frank-Wolfe, then prune it to any sparsity without retraining."""
+"""sfw_dist: train a network once with stochastic Frank-Wolfe, then prune it to any sparsity without retraining.
+
+This is the library; torch and numpy are all it needs::
+
+    from sfw_dist import SFW, KSparsePolytope, constrain, prune, recalibrate
+
+    optimizer = SFW(constrain(net, KSparsePolytope(k_frac=0.05, k_min=10, tau=15.0)), lr=1.0, momentum=0.9)
+    ...  # train as with any optimizer
+    prune(net, 0.9)
+    recalibrate(net, batches)
+"""
 
 from sfw_dist.constraints import (
+    Constraint,
     GroupKSupportBall,
     KSparsePolytope,
     KSupportBall,
@@ -11,6 +22,7 @@ from sfw_dist.constraints import (
     constrain,
 )
 from sfw_dist.distributed.replicas import verify_replicas
+from sfw_dist.errors import UserError
 from sfw_dist.optim.baselines import AdaGradSFW, ProjectedSGD
 from sfw_dist.optim.comm_hooks import reduce_to_owner
 from sfw_dist.optim.initialization import sfw_init
@@ -18,9 +30,12 @@ from sfw_dist.optim.sfw import SFW
 from sfw_dist.pruning.one_shot import prune
 from sfw_dist.pruning.recalibration import recalibrate
 
+__version__ = "0.1.0"
+
 __all__ = [
     "SFW",
     "AdaGradSFW",
+    "Constraint",
     "GroupKSupportBall",
     "KSparsePolytope",
     "KSupportBall",
@@ -29,6 +44,8 @@ __all__ = [
     "ProjectedSGD",
     "SpectralKSupportBall",
     "Unconstrained",
+    "UserError",
+    "__version__",
     "constrain",
     "prune",
     "recalibrate",

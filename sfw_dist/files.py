@@ -1,4 +1,4 @@
-"""Writing files that are never half there."""
+"""Writing files so that a reader finds the whole file or none."""
 
 from __future__ import annotations
 
@@ -11,14 +11,25 @@ from typing import Any, BinaryIO
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder, and those above it that are missing, writable by the owner alone whatever the umask."""
+    """Make a folder and its missing parents, writable by the owner alone whatever the umask.
+
+    Args:
+        path: the folder; nothing happens when it exists.
+    """
     for folder in (*reversed(path.parents), path):
         folder.mkdir(mode=0o755, exist_ok=True)
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes ``path``'s place, complete, when the block ends; or not at all."""
+    """Write a file that replaces ``path`` when the block ends; if the block raises, ``path`` is left as it was.
+
+    Args:
+        path: the file to make or replace. Its folder must exist.
+
+    Yields:
+        A temporary file in the same folder, open for writing bytes. It is synchronised to disk before it is renamed.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with temporary.open("wb") as file:
@@ -31,11 +42,19 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a whole file or nothing."""
+    """Replace ``path`` by a UTF-8 file with this text, completely or not at all."""
     with replacing(path) as file:
         file.write(text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a whole JSON file or nothing; a number that is not finite is an error, for JSON has none."""
+    """Replace ``path`` by ``value`` as JSON, completely or not at all.
+
+    Args:
+        path: the file to make or replace.
+        value: what :mod:`json` can write.
+
+    Raises:
+        ValueError: ``value`` holds a number that is not finite, which JSON cannot express.
+    """
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")

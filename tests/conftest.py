@@ -1,4 +1,4 @@
-"""What all tests share: bounded, repeatable property tests, and process-wide state that no test leaves changed."""
+"""What all tests share: repeatable property tests, the mark of slow tests, process-wide state that is restored."""
 
 from __future__ import annotations
 
@@ -11,6 +11,13 @@ from hypothesis import settings
 
 from sfw_dist.data.prepare import prepare
 
+SLOW = (
+    *("examples", "experiments", "launch", "multiprocess", "packaging", "slurm"),
+    *("data/test_ffcv.py", "evaluate/test_sweep.py", "optim/test_kernels_cuda.py"),
+    *("train/test_sparse_training.py", "train/test_trainer.py"),
+)
+"""Folders and files of tests that start processes, compile kernels or train for long, for ``make test-quick``."""
+
 # Two threads that wait for each other by spinning make a busy machine fifty times slower.
 torch.set_num_threads(1)
 
@@ -18,9 +25,17 @@ settings.register_profile("repeatable", derandomize=True, deadline=None, max_exa
 settings.load_profile("repeatable")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what ``make test-quick`` leaves out."""
+    folder = Path(__file__).parent
+    for item in items:
+        if any(item.path.is_relative_to(folder / part) for part in SLOW):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def _process_state() -> Iterator[None]:
-    """Every test starts from one random state, and its thread count ends with it: their order does not matter."""
+    """Every test starts from the same random state and thread count, so that their order does not matter."""
     threads = torch.get_num_threads()
     torch.manual_seed(0)
     yield

@@ -27,8 +27,8 @@ class DataConfig:
     """Data set: digits, mnist, fashion_mnist, cifar10, cifar100, svhn, tiny_imagenet or imagefolder."""
     root: str = "data"
     """Folder that holds the prepared data sets; made if it is missing."""
-    backend: Literal["auto", "ffcv", "ram", "torch", "gpu", "folder"] = "auto"
-    """What reads the samples, all alike: ffcv, ram (a shared memory map, a compiled kernel), torch, gpu (the whole set
+    backend: Literal["auto", "ffcv", "ram", "gpu", "folder"] = "auto"
+    """What reads the samples, all alike: ffcv, ram (a shared memory map, a compiled kernel), gpu (the whole set
     on the device), folder (the image files). auto: ffcv where it passes a probe, else ram."""
     batch_size: int = 128
     """Global training batch, split evenly over the ranks."""

@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from sfw_dist.data.datasets.registry import DATASETS
-from sfw_dist.data.manifest import read_manifest
-from sfw_dist.data.prepare import prepare, verify
-from sfw_dist.errors import reports_user_errors
+from sfw_dist.errors import command_imports, reports_user_errors
+
+with command_imports("sfw_dist.data", "train"):
+    from sfw_dist.data.datasets.registry import DATASETS
+    from sfw_dist.data.manifest import read_manifest
+    from sfw_dist.data.prepare import prepare, verify
 
 EXAMPLES = """\
 examples:
@@ -65,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     prepare_parser.add_argument(
         "--skip-bad",
         action="store_true",
-        help="go on without image files that are missing or damaged; the manifest lists them",
+        help="leave out image files that are missing or damaged; the manifest lists them",
     )
     return parser
 

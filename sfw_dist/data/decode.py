@@ -1,4 +1,4 @@
-"""Image files → one ``.npy``, in chunks that survive an interruption."""
+"""Decodes image files to one ``.npy``, in chunks that survive an interruption."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sfw_dist.data.datasets.raw import ImageFiles
 from sfw_dist.files import make_folder, replacing
 
 CHUNK = 2048
-"""Files a chunk: 25 MB of 64×64 images."""
+"""Files in a chunk: 25 MB of 64×64 images."""
 DECODE_ERRORS = (
     OSError, EOFError, ValueError, TypeError, IndexError, OverflowError, SyntaxError, struct.error, zlib.error,
     Image.DecompressionBombError,
@@ -37,12 +37,12 @@ class Decoded(NamedTuple):
     shape: tuple[int, int, int, int]
     """Of the whole array, without the bad files."""
     good: tuple[Path, ...]
-    """The files whose images these are."""
+    """The files whose images the chunks hold."""
     bad: dict[int, str]
-    """From the index of a file that could not be used to ``path (reason)``."""
+    """``path (reason)`` of each file that could not be decoded, by its index."""
 
     def write(self, file: BinaryIO) -> None:
-        """As one ``.npy``, chunk by chunk: the whole is never in memory."""
+        """Write one ``.npy``, chunk by chunk: the whole is never in memory."""
         header = {"descr": "|u1", "fortran_order": False, "shape": self.shape}
         np.lib.format.write_array_header_1_0(file, header)
         for path in self.chunks:
@@ -51,9 +51,15 @@ class Decoded(NamedTuple):
 
 
 def decode(files: ImageFiles, side: int, folder: Path, description: str) -> Decoded:
-    """Decode all files as RGB of ``side`` × ``side`` into chunks in ``folder``.
+    """Decode image files into chunks on disk.
 
-    A chunk that an earlier call left there is kept, unless it is damaged or one of its files has changed since.
+    A chunk that an earlier call has left is kept, unless it is damaged or one of its files has changed since.
+
+    Args:
+        files: to decode, as RGB.
+        side: of the square images, in pixels.
+        folder: of the chunks; made if it is missing.
+        description: of the progress bar.
     """
     make_folder(folder)
     chunks: list[Path] = []
@@ -76,10 +82,19 @@ def decode(files: ImageFiles, side: int, folder: Path, description: str) -> Deco
 
 
 def decode_image(path: Path, side: int, fit: bool) -> NDArray[np.uint8]:
-    """One image as uint8 RGB ``(side, side, 3)``; grayscale is repeated.
+    """Decode one image; the value of a grayscale one is repeated in all channels.
 
-    ``fit`` scales an image of another size until its shorter side is ``side``, then crops the centre; without, another
-    size is a ``ValueError``.
+    Args:
+        path: of the image file.
+        side: of the square image, in pixels.
+        fit: scale an image of another size until its shorter side is ``side``, then crop the centre.
+
+    Returns:
+        uint8 RGB ``(side, side, 3)``.
+
+    Raises:
+        ValueError: another size, without ``fit``.
+        Exception: one of ``DECODE_ERRORS``: the file is damaged.
     """
     with Image.open(path) as file:
         image = file.convert("RGB")
@@ -96,7 +111,7 @@ def decode_image(path: Path, side: int, fit: bool) -> NDArray[np.uint8]:
 
 
 def _try_decode(path: Path, side: int, fit: bool) -> NDArray[np.uint8] | str:
-    """The image, or why there is none, in one line."""
+    """The image, or the reason why it cannot be decoded, in one line."""
     try:
         return decode_image(path, side, fit)
     except FileNotFoundError:
@@ -108,7 +123,7 @@ def _try_decode(path: Path, side: int, fit: bool) -> NDArray[np.uint8] | str:
 
 
 def _fingerprint(paths: Iterable[Path], side: int, fit: bool) -> str:
-    """Changes when the chunk would: another file, or one replaced."""
+    """A hash that changes when a file of the chunk is replaced, or another one is meant."""
     states = [(str(path), *_state(path)) for path in paths]
     return hashlib.sha256(repr((side, fit, states)).encode()).hexdigest()
 
@@ -131,9 +146,9 @@ def _write_chunk(path: Path, decoded: list[NDArray[np.uint8] | str], fingerprint
 
 
 def _finished(path: Path, fingerprint: str) -> list[str] | None:
-    """The reasons of a chunk that is there, whole (zip files carry checksums) and of these files; else ``None``."""
+    """The reasons stored in a chunk that is complete (zip files hold checksums) and of these files; else ``None``."""
     try:
-        # np.load leaves a file open that it opened itself and cannot read.
+        # Opened here, because np.load does not close a file that it cannot read.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as chunk:
             reasons: list[str] = chunk["reasons"].tolist()
             whole = len(chunk["images"]) == reasons.count("")

@@ -16,38 +16,40 @@ MANIFEST = "manifest.json"
 
 Part = Literal["train", "test"]
 PARTS: tuple[Part, ...] = ("train", "test")
-"""The parts on disk; the validation split is drawn from train when a loader opens."""
+"""The parts on disk; the validation split is taken from train when a loader opens."""
 
 
 def images_file(part: Part) -> str:
-    """uint8 ``(n, height, width, channels)``"""
+    """Name of the file of images, uint8 ``(n, height, width, channels)``."""
     return f"{part}_images.npy"
 
 
 def labels_file(part: Part) -> str:
-    """int64 ``(n,)``"""
+    """Name of the file of labels, int64 ``(n,)``."""
     return f"{part}_labels.npy"
 
 
 def beton_file(part: Part) -> str:
-    """The same samples in FFCV's format; absent when FFCV was."""
+    """Name of the file of the same samples in FFCV's format; absent when FFCV was."""
     return f"{part}.beton"
 
 
 def files_file(part: Part) -> str:
-    """The image file of each sample, as a JSON list of paths from the data root; absent where there were none."""
+    """Name of the JSON list of each sample's image file, as a path from the data root; absent when there were none."""
     return f"{part}_files.json"
 
 
 @dataclass(frozen=True)
 class FileRecord:
+    """Length and checksum of a file."""
+
     bytes: int
     sha256: str
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """``manifest.json``: what is in the folder beside it."""
+    """``manifest.json``: what the prepared folder holds."""
 
     name: str
     source: str
@@ -65,19 +67,26 @@ class Manifest:
 
     @property
     def has_betons(self) -> bool:
+        """Whether the samples are there in FFCV's format too."""
         return all(beton_file(part) in self.files for part in PARTS)
 
     @property
     def has_image_files(self) -> bool:
+        """Whether each sample was decoded from an image file of its own."""
         return all(files_file(part) in self.files for part in PARTS)
 
     def save(self, folder: Path) -> None:
+        """Write ``manifest.json`` into ``folder``."""
         text = json.dumps({"format": FORMAT} | asdict(self), indent=2) + "\n"
         write_text(folder / MANIFEST, text)
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest in ``folder``; raises :class:`UserError` when the data set is not prepared, or it is damaged."""
+    """Read the manifest of a prepared data set.
+
+    Raises:
+        UserError: the data set is not prepared in ``folder``, or the manifest is damaged.
+    """
     path = folder / MANIFEST
     try:
         fields = json.loads(path.read_bytes())
@@ -95,7 +104,11 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def read_files(folder: Path, part: Part) -> list[str]:
-    """The image file of each sample of ``part``, from the data root; raises :class:`UserError` when damaged."""
+    """Read the image file of each sample of ``part``, as a path from the data root.
+
+    Raises:
+        UserError: the list is damaged.
+    """
     path = folder / files_file(part)
     try:
         files: list[str] = json.loads(path.read_bytes())
@@ -105,13 +118,21 @@ def read_files(folder: Path, part: Part) -> list[str]:
 
 
 def check_sizes(folder: Path, manifest: Manifest) -> None:
-    """The cheap check before use. Raises :class:`UserError` for a missing, truncated or overlong file."""
+    """Check the lengths of all files, which is cheap.
+
+    Raises:
+        UserError: a file is missing, truncated or too long.
+    """
     for name, record in manifest.files.items():
         check_size(folder / name, record)
 
 
 def check_size(path: Path, record: FileRecord) -> None:
-    """Raises :class:`UserError` when the file is missing or not as long as recorded."""
+    """Check the length of a file.
+
+    Raises:
+        UserError: the file is missing or not as long as recorded.
+    """
     if not path.is_file():
         raise UserError(f"{path} is missing: {prepare_again(path.parent)}")
     size = path.stat().st_size
@@ -120,20 +141,27 @@ def check_size(path: Path, record: FileRecord) -> None:
 
 
 def check_content(path: Path, record: FileRecord) -> None:
-    """Raises :class:`UserError` when the file is not byte for byte the one that was recorded."""
+    """Check every byte of a file.
+
+    Raises:
+        UserError: the file is missing or not the one that was recorded.
+    """
     check_size(path, record)
     if file_record(path).sha256 != record.sha256:
         raise UserError(f"{path} is damaged (its sha256 is not the manifest's): {prepare_again(path.parent)}")
 
 
 def prepare_command(folder: Path) -> str:
+    """The remedy for a data set that is missing, for the end of an error message."""
     return f"run python -m sfw_dist.data prepare {folder.name} --root {folder.parent}"
 
 
 def prepare_again(folder: Path) -> str:
+    """The remedy for a data set that is damaged, for the end of an error message."""
     return f"delete the folder {folder} and {prepare_command(folder)}"
 
 
 def file_record(path: Path) -> FileRecord:
+    """Measure and hash a file."""
     with path.open("rb") as file:
         return FileRecord(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())

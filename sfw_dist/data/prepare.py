@@ -1,4 +1,4 @@
-"""Prepare a data set once: raw arrays → memory-mappable ``.npy``, FFCV betons and a manifest; and verify it later."""
+"""Prepares a data set once, as memory-mappable ``.npy`` files, FFCV betons and a manifest; and verifies it later."""
 
 from __future__ import annotations
 
@@ -35,24 +35,33 @@ from sfw_dist.errors import UserError
 from sfw_dist.files import make_folder, replacing, write_json
 
 BetonWriter = Callable[[BinaryIO, NDArray[np.uint8], NDArray[np.int64]], None]
-"""Writes images and labels into a file in FFCV's format."""
+"""Writes images and labels to a file in FFCV's format."""
 
 CHUNKS = "chunks"
-"""Folder of what is decoded so far; it stays in the unfinished folder for the next call after an interruption."""
+"""Folder of the images decoded so far; after an interruption the next call continues with it."""
 MOST_NAMED = 10
-"""Bad files that an error names before it only counts."""
+"""Bad files that an error names; further ones are counted."""
 
 
 def prepare(name: str, root: Path | str, *, size: int | None = None, skip_bad: bool = False) -> Path:
-    """Make ``root/name`` unless it is there, and return it.
-
-    ``size`` is the side of the images where the data set leaves that open; ``skip_bad`` goes on without image files
-    that are missing or damaged, and lists them in the manifest.
+    """Make the folder ``root/name`` unless it exists.
 
     Any number of processes may call this at once: the first does the work, the others wait. The folder appears
-    complete or not at all. One that was prepared without FFCV gets its betons once FFCV can be imported; one with
-    missing or truncated files is made anew. After an interruption, what was downloaded, unpacked and decoded is not
-    done again. Raises :class:`UserError`: unknown name, or the data cannot be got or written.
+    complete or not at all. A folder that was prepared without FFCV gets its betons once FFCV can be imported; one with
+    missing or truncated files is made again. After an interruption, what was downloaded, unpacked and decoded is not
+    done again.
+
+    Args:
+        name: of the data set.
+        root: folder of all data sets.
+        size: side of the images in pixels, for a data set that leaves it open.
+        skip_bad: leave out image files that are missing or damaged, and list them in the manifest.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: unknown name, or the data cannot be read, downloaded or written.
     """
     dataset, root = find_dataset(name), Path(root)
     if size is not None:
@@ -77,7 +86,18 @@ def prepare(name: str, root: Path | str, *, size: int | None = None, skip_bad: b
 
 
 def verify(name: str, root: Path | str) -> list[str]:
-    """Hash every file of ``root/name`` and return one line a problem; raises :class:`UserError` for an unknown name."""
+    """Hash every file of a prepared data set.
+
+    Args:
+        name: of the data set.
+        root: folder of all data sets.
+
+    Returns:
+        One line for each problem.
+
+    Raises:
+        UserError: unknown name.
+    """
     folder = Path(root) / find_dataset(name).name
     problems: list[str] = []
     try:
@@ -93,7 +113,7 @@ def verify(name: str, root: Path | str) -> list[str]:
 
 
 def _intact_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a folder whose files have their recorded sizes, else ``None``."""
+    """The manifest, or ``None`` when a file has not its recorded size."""
     try:
         manifest = read_manifest(folder)
         check_sizes(folder, manifest)
@@ -121,7 +141,7 @@ def _make_folder(folder: Path, dataset: Dataset, skip_bad: bool) -> None:
 
 
 def _remove_but_chunks(unfinished: Path) -> None:
-    """Remove what a later call would not use."""
+    """Remove all but the decoded images, which a later call continues with."""
     if not (unfinished / CHUNKS).is_dir():
         shutil.rmtree(unfinished, ignore_errors=True)
         return
@@ -145,7 +165,7 @@ def _fill_folder(folder: Path, dataset: Dataset, skip_bad: bool) -> None:
     files: dict[str, FileRecord] = {}
     for part, (images, labels) in parts.items():
         if len(labels) == 0:
-            raise UserError(f"{dataset.name} has no usable image for {part}: get its raw files anew")
+            raise UserError(f"{dataset.name} has no usable image for {part}: get its raw files again")
         assert labels.dtype == np.int64 and 0 <= labels.min() <= labels.max() < len(classes)
         files |= _write_part(folder, part, images, labels)
         if isinstance(images, Decoded):
@@ -172,14 +192,14 @@ def _check_counts(dataset: Dataset, raw: RawArrays, classes: tuple[str, ...]) ->
         if found[what] != wanted:
             raise UserError(
                 f"the raw files of {dataset.name} are not complete ({what}: {found[what]:,}, wanted {wanted:,}): "
-                "delete its folder below raw to get them anew"
+                "delete its folder below raw to get them again"
             )
 
 
 def _decoded(
     part: Part, images: Images, labels: NDArray[np.int64], dataset: Dataset, folder: Path
 ) -> tuple[NDArray[np.uint8] | Decoded, NDArray[np.int64]]:
-    """The images to write, and their labels: without those of bad files."""
+    """The images to write, and their labels, without those of bad files."""
     channels, height, width = dataset.image_shape
     if not isinstance(images, ImageFiles):
         assert images.dtype == np.uint8 and images.shape == (len(labels), height, width, channels)
@@ -192,7 +212,7 @@ def _decoded(
 def _bad_files(bad: tuple[str, ...]) -> str:
     more = f" and {len(bad) - MOST_NAMED} more" if len(bad) > MOST_NAMED else ""
     named = ", ".join(bad[:MOST_NAMED])
-    return f"{len(bad)} image file(s) cannot be used: {named}{more}; replace them, or go on without by --skip-bad"
+    return f"{len(bad)} image file(s) cannot be used: {named}{more}; replace them, or leave them out with --skip-bad"
 
 
 def _write_part(
@@ -209,7 +229,7 @@ def _write_part(
 
 
 def _write_files(folder: Path, part: Part, paths: Iterable[Path]) -> dict[str, FileRecord]:
-    """The list of a part's image files, relative to the data root."""
+    """Write the list of a part's image files, relative to the data root."""
     name = files_file(part)
     write_json(folder / name, [str(path.relative_to(folder.parent)) for path in paths])
     return {name: file_record(folder / name)}
@@ -221,7 +241,7 @@ def _mapped_images(folder: Path, part: Part) -> NDArray[np.uint8]:
 
 
 def _add_betons(folder: Path, manifest: Manifest) -> None:
-    """Write the betons from the arrays, if FFCV can be imported, and last the manifest that knows them."""
+    """Write the betons from the arrays, if FFCV can be imported, and then the manifest that lists them."""
     write_beton = _beton_writer()
     if write_beton is None:
         return
@@ -236,7 +256,7 @@ def _add_betons(folder: Path, manifest: Manifest) -> None:
 
 
 def _beton_writer() -> BetonWriter | None:
-    """FFCV's file format, or ``None`` where FFCV is not installed or does not load (a shared library is missing)."""
+    """The writer of betons, or ``None`` where FFCV is not installed or does not load (a shared library is missing)."""
     try:
         from sfw_dist.data.loading.ffcv import write_beton
     except (ImportError, OSError):
@@ -245,7 +265,19 @@ def _beton_writer() -> BetonWriter | None:
 
 
 def channel_statistics(images: NDArray[np.uint8]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """``(mean, std)`` per channel of uint8 ``(n, height, width, channels)`` in units of [0, 1]."""
+    """Mean and standard deviation of each channel.
+
+    Args:
+        images: uint8 ``(n, height, width, channels)``.
+
+    Returns:
+        ``(mean, std)`` in units of [0, 1].
+
+    Example:
+        >>> mean, std = channel_statistics(np.array([0, 255], np.uint8).reshape(2, 1, 1, 1))
+        >>> mean, std
+        ((0.5,), (0.5,))
+    """
     channels = images.shape[-1]
     counts = np.zeros((channels, 256), np.int64)
     for chunk in np.array_split(images, -(-len(images) // 4096)):  # bincount widens its input to 8 bytes a value

@@ -1,7 +1,7 @@
-"""Which sample goes where: the order of an epoch, the shares of the ranks, the validation split.
+"""Which rank reads which samples: the permutation of an epoch, the ranks' shares, the validation split.
 
-Everything random about data comes from :func:`counter_hash`, a pure function of integers. So an order, a split or an
-augmentation depends neither on the world size, the backend or the number of threads, nor on what was drawn before
+Everything random about data comes from :func:`counter_hash`, a pure function of integers. So a permutation, a split or
+an augmentation depends neither on the world size, the backend or the number of threads, nor on earlier random numbers
 (a resumed run continues with the same batches), nor on the version of a library's generator.
 """
 
@@ -20,10 +20,16 @@ Ids = NDArray[np.int64]
 
 
 def counter_hash(*words: int | Ids) -> NDArray[np.uint64]:
-    """64 random-looking bits from non-negative integers; arrays among the ``words`` broadcast.
+    """Hash non-negative integers to 64 random-looking bits.
 
-    One round of splitmix64 a word (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014).
-    A round is a bijection of its state, so words do not commute: (1, 0) and (0, 1) give different bits.
+    One round of splitmix64 for each word (Steele, Lea and Flood, "Fast splittable pseudorandom number generators",
+    2014). A round is a bijection of its state, so words do not commute: (1, 0) and (0, 1) give different bits.
+
+    Args:
+        words: integers, or arrays of them that broadcast with each other.
+
+    Returns:
+        An array of the broadcast shape; ``(1,)`` for integers alone.
     """
     state = np.zeros(1, np.uint64)
     for word in words:
@@ -34,13 +40,13 @@ def counter_hash(*words: int | Ids) -> NDArray[np.uint64]:
     return state
 
 
-def epoch_order(n: int, seed: int, epoch: int) -> Ids:
-    """The permutation of ``range(n)`` in which epoch ``epoch`` visits the samples."""
+def epoch_permutation(n: int, seed: int, epoch: int) -> Ids:
+    """The permutation of ``range(n)`` in which an epoch visits the samples."""
     return np.argsort(counter_hash(seed, epoch, np.arange(n)), kind="stable")
 
 
-class Order(Protocol):
-    """What one rank visits."""
+class Sampler(Protocol):
+    """The samples that one rank reads."""
 
     @property
     def batch_size(self) -> int:
@@ -51,16 +57,29 @@ class Order(Protocol):
         """Samples of this rank in an epoch."""
 
     def ids(self, epoch: int) -> Ids:
-        """The sample ids of ``epoch``, in order."""
+        """The sample ids of ``epoch``, in the order in which they are read."""
 
 
 @dataclass(frozen=True)
-class TrainingOrder:
-    """Shuffled anew each epoch, cut into global batches, the last partial one dropped.
+class TrainingSampler:
+    """Shuffles every epoch and splits every global batch over the ranks; drops a last, partial global batch.
 
-    Global batch b is ``permutation[b·B : (b+1)·B]``, and rank r of W takes every W-th of it from r on: N ranks together
-    see in each step what one rank would. Raises :class:`UserError` when W does not divide B or the data has no
-    whole batch.
+    Global batch b is ``permutation[b·B : (b+1)·B]``, and rank r of W takes every W-th sample of it, starting with the
+    r-th: N ranks together read in each step what one rank would.
+
+    Args:
+        members: ids of the training samples.
+        global_batch_size: samples of one step over all ranks.
+        seed: of the permutations.
+        rank: this rank.
+        world_size: number of ranks.
+
+    Raises:
+        UserError: the world size does not divide the global batch size, or there are fewer samples than one batch.
+
+    Example:
+        >>> [TrainingSampler(np.arange(9), 4, 0, rank, 2).ids(epoch=0).tolist() for rank in (0, 1)]
+        [[0, 6, 5, 2], [1, 3, 4, 8]]
     """
 
     members: Ids
@@ -91,16 +110,25 @@ class TrainingOrder:
         return len(self.members) // self.global_batch_size * self.batch_size
 
     def ids(self, epoch: int) -> Ids:
-        permutation = self.members[epoch_order(len(self.members), self.seed, epoch)]
-        # W divides B, so the rank's parts of the batches lie end to end in one slice.
+        permutation = self.members[epoch_permutation(len(self.members), self.seed, epoch)]
+        # W divides B, so the rank's parts of all batches are one strided slice.
         return permutation[self.rank :: self.world_size][: self.samples]
 
 
 @dataclass(frozen=True)
-class EvaluationOrder:
-    """Over all ranks each sample exactly once, in the data's order and unpadded: ranks may differ by one sample.
+class EvaluationSampler:
+    """Splits the samples over the ranks without padding, so that each is read exactly once.
 
-    Raises :class:`UserError` when a rank would have nothing.
+    The samples keep the order of the data. Ranks may differ by one sample.
+
+    Args:
+        members: ids of the samples to evaluate.
+        batch_size: samples in a batch of this rank.
+        rank: this rank.
+        world_size: number of ranks.
+
+    Raises:
+        UserError: there are fewer samples than ranks.
     """
 
     members: Ids
@@ -124,11 +152,20 @@ class EvaluationOrder:
 
 
 def split_validation(labels: Ids, fraction: float, seed: int) -> tuple[Ids, Ids]:
-    """Ascending ids ``(train, validation)``: of every class, ``fraction`` (rounded) of its samples are held out."""
-    draw = counter_hash(seed, np.arange(len(labels)))
+    """Hold out a stratified part of the training samples.
+
+    Args:
+        labels: of all training samples, ``(n,)``.
+        fraction: held out of every class, rounded to whole samples; in [0, 1).
+        seed: of the choice.
+
+    Returns:
+        Ascending ids ``(train, validation)``.
+    """
+    bits = counter_hash(seed, np.arange(len(labels)))
     held_out = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
-        shuffled = members[np.argsort(draw[members], kind="stable")]
+        shuffled = members[np.argsort(bits[members], kind="stable")]
         held_out[shuffled[: int(fraction * len(members) + 0.5)]] = True
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)

@@ -15,17 +15,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from rich.console import Console
-from rich.table import Table
+from sfw_dist.errors import UserError, command_imports, reports_user_errors
 
-from sfw_dist.distributed.world import joined_world
-from sfw_dist.errors import UserError, reports_user_errors
-from sfw_dist.evaluate.sparsity_search import evaluate_max_drop
-from sfw_dist.evaluate.sweep import evaluate
-from sfw_dist.pruning.one_shot import Kind
-from sfw_dist.pruning.scope import Scope
-from sfw_dist.pruning.sparsities import parse_sparsities
-from sfw_dist.train.run_folder import RunFolder
+with command_imports("sfw_dist.evaluate", "train"):
+    from rich.console import Console
+    from rich.table import Table
+
+    from sfw_dist.distributed.world import joined_world
+    from sfw_dist.evaluate.sparsity_search import evaluate_max_drop
+    from sfw_dist.evaluate.sweep import evaluate
+    from sfw_dist.pruning.one_shot import Kind
+    from sfw_dist.pruning.scope import Scope
+    from sfw_dist.pruning.sparsities import parse_sparsities
+    from sfw_dist.train.run_folder import RunFolder
 
 _EXAMPLES = "\n".join((__doc__ or "").split("\n\n")[1].splitlines())
 

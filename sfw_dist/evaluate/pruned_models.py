@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from sfw_dist.config import Config, PruneConfig, load_config
-from sfw_dist.data import Loader, Normalize, Split, dataset_info, open_loader
+from sfw_dist.data.loading import Loader, Normalize, Split, dataset_info, open_loader
 from sfw_dist.distributed.world import World
 from sfw_dist.errors import UserError
 from sfw_dist.models import build_model

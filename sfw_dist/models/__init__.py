@@ -14,8 +14,8 @@ from typing import NamedTuple, Protocol
 
 from torch import nn
 
-from sfw_dist.errors import UserError
-from sfw_dist.models.cnn import cnn, cnn5
+from sfw_dist.errors import UserError, needs_extra
+from sfw_dist.models.cnn import cnn3, cnn5
 from sfw_dist.models.resnet import ResNet18
 from sfw_dist.models.vgg import vgg16
 
@@ -38,7 +38,7 @@ class Architecture(NamedTuple):
 ARCHITECTURES = {
     "resnet18": Architecture(ResNet18, (64, 128, 256, 512)),
     "vgg16": Architecture(vgg16, (64, 128, 256, 512, 512)),
-    "cnn": Architecture(cnn, (64, 128, 128)),
+    "cnn": Architecture(cnn3, (64, 128, 128)),
     "cnn5": Architecture(cnn5, (32, 64, 64, 128, 128)),
 }
 
@@ -88,7 +88,8 @@ def _torchvision_model(name: str, *, num_classes: int, in_channels: int, width: 
 
 def _torchvision() -> ModuleType:
     """``torchvision.models``, imported on use: that is slow, and our own networks do without."""
-    return importlib.import_module("torchvision.models")
+    with needs_extra("a model of torchvision", "train"):
+        return importlib.import_module("torchvision.models")
 
 
 def _torchvision_names() -> list[str]:

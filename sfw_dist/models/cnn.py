@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 
-def cnn(channels: Sequence[int], *, num_classes: int, in_channels: int) -> nn.Sequential:
+def cnn3(channels: Sequence[int], *, num_classes: int, in_channels: int) -> nn.Sequential:
     """Three convolutions, one with stride 2; made for the 8x8 digits."""
     return _network(channels, strides=(1, 2, 1), num_classes=num_classes, in_channels=in_channels)
 

@@ -29,12 +29,14 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import SGD
 
+from sfw_dist.errors import needs_extra
 from sfw_dist.optim.sfw import SFW
 from sfw_dist.optim.sharding.zero import gather_tensors, groups_of, load_tensors, private, verify, whole
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed looks for its device when it is imported
-import deepspeed
+with needs_extra("engine deepspeed", "deepspeed"):
+    import deepspeed
 
 __all__ = ["adopt", "gather_tensors", "initialize", "load_tensors", "refuse"]
 

@@ -2,9 +2,3 @@
 
 It reads only the files of run folders; it knows nothing of the code that wrote them.
 """
-
-from __future__ import annotations
-
-from sfw_dist.report.write import write_report
-
-__all__ = ["write_report"]

@@ -8,10 +8,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sfw_dist.errors import reports_user_errors
-from sfw_dist.report import table
-from sfw_dist.report.runs import read_runs
-from sfw_dist.report.write import strict_json, write_files
+from sfw_dist.errors import command_imports, reports_user_errors
+
+with command_imports("sfw_dist.report", "train"):
+    from sfw_dist.report import table
+    from sfw_dist.report.runs import read_runs
+    from sfw_dist.report.write import strict_json, write_files
 
 EXAMPLE = """example:
   python -m sfw_dist.report runs/digits_sfw runs/digits_sgd --out reports/digits

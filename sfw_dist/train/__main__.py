@@ -14,12 +14,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
+from sfw_dist.errors import UserError, command_imports, reports_user_errors
 
-from sfw_dist.config import parse_run
-from sfw_dist.distributed.world import joined_world
-from sfw_dist.errors import UserError, reports_user_errors
-from sfw_dist.train.trainer import train
+with command_imports("sfw_dist.train", "train"):
+    from jsonargparse import ArgumentParser
+
+    from sfw_dist.config import parse_run
+    from sfw_dist.distributed.world import joined_world
+    from sfw_dist.train.trainer import train
 
 _EXAMPLES = "\n".join((__doc__ or "").split("\n\n")[1].splitlines())
 

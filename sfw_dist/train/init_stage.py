@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfw_dist.config import Config
-from sfw_dist.data import Loader
+from sfw_dist.data.loading import Loader
 from sfw_dist.distributed.world import World, any_rank
 from sfw_dist.errors import UserError
 from sfw_dist.optim.initialization import sfw_init

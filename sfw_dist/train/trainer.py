@@ -16,8 +16,8 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from sfw_dist.config import Config, load_config
-from sfw_dist.data import Loader, Mix, Normalize, Split, dataset_info, open_loader, rank_order
 from sfw_dist.data.datasets.registry import find_dataset
+from sfw_dist.data.loading import Loader, MixUpCutMix, Normalize, Split, dataset_info, open_loader, rank_sampler
 from sfw_dist.data.prepare import prepare
 from sfw_dist.distributed.world import World, any_rank, barrier, gather_floats
 from sfw_dist.errors import UserError
@@ -77,7 +77,7 @@ def train(config: Config, world: World, *, resume: bool = False, interrupt: Inte
         config.model.name, num_classes=len(info.classes), in_channels=info.image_shape[0], width=config.model.width
     )
     normalize = Normalize(info.mean, info.std).to(world.device)
-    mix = Mix(
+    mix = MixUpCutMix(
         len(info.classes),
         mixup=config.data.mixup,
         cutmix=config.data.cutmix,
@@ -168,7 +168,7 @@ class _Training:
     run: RunFolder
     loaders: dict[Split, Loader]
     normalize: Normalize
-    mix: Mix
+    mix: MixUpCutMix
     engine: Engine
     schedule: Schedule
     k_schedule: KSchedule
@@ -304,7 +304,7 @@ def check_input(config: Config, rank: int, world_size: int, *, resume: bool) -> 
     if find_dataset(config.data.name).embedded:
         prepare(config.data.name, config.data.root)
     for split in splits(config):
-        rank_order(config.data, split, seed=config.seed, rank=rank, world_size=world_size)
+        rank_sampler(config.data, split, seed=config.seed, rank=rank, world_size=world_size)
     check_world(config, world_size)
     check_halves(config, world_size)
     return run

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sfw_dist.data import Mix, Normalize
+from sfw_dist.data.loading import MixUpCutMix, Normalize
 
 
 @pytest.fixture
@@ -17,8 +17,8 @@ def images() -> torch.Tensor:
 LABELS = torch.tensor([0, 1, 2, 3, 0, 1])
 
 
-def mix(*, mixup: float = 0.0, cutmix: float = 0.0, label_smoothing: float = 0.0, seed: int = 0) -> Mix:
-    return Mix(4, mixup=mixup, cutmix=cutmix, label_smoothing=label_smoothing, seed=seed)
+def mix(*, mixup: float = 0.0, cutmix: float = 0.0, label_smoothing: float = 0.0, seed: int = 0) -> MixUpCutMix:
+    return MixUpCutMix(4, mixup=mixup, cutmix=cutmix, label_smoothing=label_smoothing, seed=seed)
 
 
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])

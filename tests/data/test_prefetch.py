@@ -9,7 +9,7 @@ from contextlib import closing
 
 import pytest
 
-from sfw_dist.data.loading.prefetch import loader_threads, made_ahead
+from sfw_dist.data.loading.prefetch import loader_threads, prefetch
 
 
 @pytest.mark.parametrize("threads", [0, 1, 3])
@@ -23,7 +23,7 @@ def test_results_come_in_order(threads: int) -> None:
         release[job].set()
         return job * job
 
-    assert list(made_ahead(make, range(50), threads=threads, stall_timeout=60)) == [n * n for n in range(50)]
+    assert list(prefetch(make, range(50), threads=threads, stall_timeout=60)) == [n * n for n in range(50)]
 
 
 def test_no_more_is_made_than_a_few_ahead() -> None:
@@ -35,7 +35,7 @@ def test_no_more_is_made_than_a_few_ahead() -> None:
             taken.append(job)
             yield job
 
-    made = made_ahead(lambda job: job, jobs(), threads=2, stall_timeout=60)
+    made = prefetch(lambda job: job, jobs(), threads=2, stall_timeout=60)
     with closing(made):
         assert [next(made) for _ in range(10)] == list(range(10))
         assert len(taken) == 13  # the ten, and one a thread and two in stock less the one just used
@@ -50,7 +50,7 @@ def test_an_error_comes_at_its_turn(threads: int) -> None:
             raise KeyError("five")
         return job
 
-    made = made_ahead(make, range(10), threads=threads, stall_timeout=60)
+    made = prefetch(make, range(10), threads=threads, stall_timeout=60)
     assert [next(made) for _ in range(5)] == [0, 1, 2, 3, 4]
     with pytest.raises(KeyError, match="five"):
         next(made)
@@ -65,14 +65,14 @@ def test_a_timeout_of_the_job_itself_is_no_stall() -> None:
         raise TimeoutError("the server said so")
 
     with pytest.raises(TimeoutError, match="the server said so"):
-        list(made_ahead(make, range(3), threads=2, stall_timeout=60))
+        list(prefetch(make, range(3), threads=2, stall_timeout=60))
 
 
 def test_a_stall_is_told_with_its_job_and_does_not_wait_for_the_thread() -> None:
     """A file system that hangs: the run waits for ever, and so does the interpreter at its end."""
     hang = threading.Event()
     try:
-        made = made_ahead(lambda job: hang.wait(), ["first"], threads=1, stall_timeout=0.01)
+        made = prefetch(lambda job: hang.wait(), ["first"], threads=1, stall_timeout=0.01)
         with pytest.raises(TimeoutError) as error:
             next(made)
         assert error.value.args == ("first",)
@@ -85,7 +85,7 @@ def test_leaving_early_two_hundred_times_leaves_no_thread() -> None:
     """A thread for every epoch left."""
     before = threading.active_count()
     for epoch in range(200):
-        made = made_ahead(lambda job: job, range(100), threads=3, stall_timeout=60)
+        made = prefetch(lambda job: job, range(100), threads=3, stall_timeout=60)
         with closing(made):
             for number in made:
                 if number == epoch % 20:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from sfw_dist.data.sampler import EvaluationOrder, TrainingOrder, counter_hash, epoch_order, split_validation
+from sfw_dist.data.sampler import EvaluationSampler, TrainingSampler, counter_hash, epoch_permutation, split_validation
 from sfw_dist.errors import UserError
 
 
@@ -19,20 +19,20 @@ def test_hash_is_splitmix64() -> None:
 
 def test_orders_never_change() -> None:
     """Another order (a new numpy, say) makes a resumed run see some samples twice and others never."""
-    assert epoch_order(10, seed=0, epoch=0).tolist() == [0, 9, 1, 6, 3, 5, 4, 2, 8, 7]
-    assert epoch_order(10, seed=2, epoch=7).tolist() == [7, 1, 5, 6, 4, 8, 3, 2, 0, 9]
+    assert epoch_permutation(10, seed=0, epoch=0).tolist() == [0, 9, 1, 6, 3, 5, 4, 2, 8, 7]
+    assert epoch_permutation(10, seed=2, epoch=7).tolist() == [7, 1, 5, 6, 4, 8, 3, 2, 0, 9]
 
 
 def test_order_hashes_seed_and_epoch_apart() -> None:
     """seed + epoch as the seed: run 1 repeats run 0's batches, one epoch late."""
-    orders = [tuple(epoch_order(50, seed, epoch).tolist()) for seed in range(4) for epoch in range(4)]
+    orders = [tuple(epoch_permutation(50, seed, epoch).tolist()) for seed in range(4) for epoch in range(4)]
     assert len(set(orders)) == len(orders)
     assert all(sorted(order) == list(range(50)) for order in orders)
 
 
 def test_order_is_uniform() -> None:
     """Some samples come early in every epoch."""
-    positions = np.array([np.argsort(epoch_order(20, seed=0, epoch=epoch)) for epoch in range(2000)])
+    positions = np.array([np.argsort(epoch_permutation(20, seed=0, epoch=epoch)) for epoch in range(2000)])
     np.testing.assert_allclose(positions.mean(axis=0), 9.5, atol=0.6)  # 4.6 standard deviations
 
 
@@ -40,7 +40,7 @@ def test_order_is_uniform() -> None:
 def test_each_sample_once_per_epoch(world_size: int) -> None:
     """Ranks overlap or skip: all but the last, partial global batch are visited exactly once."""
     members = np.arange(100, 162)
-    shares = [TrainingOrder(members, 12, 0, rank, world_size) for rank in range(world_size)]
+    shares = [TrainingSampler(members, 12, 0, rank, world_size) for rank in range(world_size)]
     ids = np.concatenate([share.ids(epoch=5) for share in shares])
     assert len(ids) == len(set(ids.tolist())) == 60 and set(ids.tolist()) <= set(members.tolist())
     assert all(len(share.ids(5)) == share.samples == 60 // world_size for share in shares)
@@ -49,16 +49,16 @@ def test_each_sample_once_per_epoch(world_size: int) -> None:
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_ranks_slice_the_batches_of_one_rank(world_size: int) -> None:
     """N ranks see other global batches than one rank: their gradients, and so the runs, differ."""
-    one = TrainingOrder(np.arange(50), 12, 0, 0, 1).ids(3).reshape(4, 12)
+    one = TrainingSampler(np.arange(50), 12, 0, 0, 1).ids(3).reshape(4, 12)
     for rank in range(world_size):
-        share = TrainingOrder(np.arange(50), 12, 0, rank, world_size)
+        share = TrainingSampler(np.arange(50), 12, 0, rank, world_size)
         np.testing.assert_array_equal(share.ids(3).reshape(4, share.batch_size), one[:, rank::world_size])
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5])
 def test_evaluation_shares_are_exact(world_size: int) -> None:
     """A padded sampler counts some samples twice: the accuracy depends on the world size."""
-    shares = [EvaluationOrder(np.arange(13), 4, rank, world_size) for rank in range(world_size)]
+    shares = [EvaluationSampler(np.arange(13), 4, rank, world_size) for rank in range(world_size)]
     ids = np.concatenate([share.ids(0) for share in shares])
     assert sorted(ids.tolist()) == list(range(13))
     assert [share.samples for share in shares] == [len(share.ids(0)) for share in shares]
@@ -67,10 +67,13 @@ def test_evaluation_shares_are_exact(world_size: int) -> None:
 @pytest.mark.parametrize(
     ("make", "told"),
     [
-        (lambda: TrainingOrder(np.arange(50), 10, 0, 0, 4), "data.batch_size 10.*world size 4.*write 8"),
-        (lambda: TrainingOrder(np.arange(50), 3, 0, 0, 4), "data.batch_size 3.*world size 4.*write 4"),
-        (lambda: TrainingOrder(np.arange(50), 64, 0, 0, 64), "data.batch_size 64.*world size 64.*50 training samples"),
-        (lambda: EvaluationOrder(np.arange(3), 4, 0, 4), "world size 4.*3 samples"),
+        (lambda: TrainingSampler(np.arange(50), 10, 0, 0, 4), "data.batch_size 10.*world size 4.*write 8"),
+        (lambda: TrainingSampler(np.arange(50), 3, 0, 0, 4), "data.batch_size 3.*world size 4.*write 4"),
+        (
+            lambda: TrainingSampler(np.arange(50), 64, 0, 0, 64),
+            "batch_size 64.*world size 64.*50 training samples",
+        ),
+        (lambda: EvaluationSampler(np.arange(3), 4, 0, 4), "world size 4.*3 samples"),
     ],
 )
 def test_impossible_shares_are_refused(make: Callable[[], object], told: str) -> None:

@@ -14,14 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sfw_dist.config import Config, load_config
-from sfw_dist.data import Normalize, dataset_info, open_loader
+from sfw_dist.data.loading import Normalize, dataset_info, open_loader
 from sfw_dist.evaluate.__main__ import main
 from sfw_dist.evaluate.pruned_models import AS_TRAINED, TrainedRun
 from sfw_dist.evaluate.sweep import evaluate
 from sfw_dist.models import build_model
 from sfw_dist.pruning.one_shot import prune
 from sfw_dist.pruning.recalibration import recalibrate
-from sfw_dist.report import write_report
+from sfw_dist.report.write import write_report
 from sfw_dist.train.metrics import Metrics, measure
 from sfw_dist.train.run_folder import RunFolder
 from sfw_dist.train.trainer import train

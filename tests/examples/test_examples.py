@@ -1,4 +1,4 @@
-"""The examples run as they say, and what a framework does around an optimizer does not keep SFW from its work."""
+"""The examples run as they say, and SFW works with what each framework does to an optimizer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sfw_dist import SFW, KSparsePolytope, Unconstrained, constrain
 from tests.support.example_runs import EXAMPLES, FIRST_AND_LAST, OFFLINE, accuracies, assert_same_state, start_example
 
 RANKS = {"fsdp_digits": 2}
-"""How many processes an example's first command starts by torchrun; the others are started by Python alone."""
+"""Processes that torchrun starts in the first command of an example; the other examples are started by Python."""
 
 IN_ONE_PROCESS = ("accelerate_digits", "lightning_digits", "timm_digits", "trainer_digits")
 STEPS_OF_AN_EPOCH = 22
@@ -31,9 +31,9 @@ def test_each_example_is_known_here() -> None:
     assert {path.stem for path in EXAMPLES.glob("*_digits.py")} == set(FIRST_AND_LAST)
 
 
-# With so few epochs networks have just begun to learn; chance is 0.1.
+# After so few epochs networks have learnt little; chance is 0.1.
 @pytest.mark.parametrize(
-    ("name", "epochs", "dense", "cut"),
+    ("name", "epochs", "dense", "pruned"),
     [
         ("accelerate_digits", 2, 0.5, 0.5),
         ("fsdp_digits", 3, 0.5, 0.3),
@@ -42,17 +42,17 @@ def test_each_example_is_known_here() -> None:
         ("trainer_digits", 4, 0.5, 0.5),
     ],
 )
-def test_an_example_trains_and_the_cut_network_still_works(
-    name: str, epochs: int, dense: float, cut: float, tmp_path: Path
+def test_an_example_trains_and_the_pruned_network_still_works(
+    name: str, epochs: int, dense: float, pruned: float, tmp_path: Path
 ) -> None:
-    """Fails when the command that an example's docstring gives does not run, or what it has trained cannot be cut."""
+    """Fails when the command in an example's docstring does not run, or the trained network cannot be pruned."""
     launcher = f"torchrun --nproc-per-node {RANKS[name]}" if name in RANKS else "python"
     assert f"    {launcher} examples/{name}.py\n" in (EXAMPLES / f"{name}.py").read_text()
     printed = start_example(name, "--epochs", str(epochs), folder=tmp_path, ranks=RANKS.get(name, 0))
     found = accuracies(printed)
     assert tuple(found) == ("0.00", "0.50", "0.80", "0.90", "0.95")
     assert found["0.00"] > dense
-    assert found["0.80"] > cut
+    assert found["0.80"] > pruned
     assert any((tmp_path / "runs" / name).iterdir()), "no checkpoint"
 
 
@@ -96,7 +96,7 @@ def run_here(name: str, folder: Path, *options: str) -> Seen:
 
 
 def _forget_accelerate() -> None:
-    """Accelerate keeps one state a process, with the precision of whoever came first."""
+    """Accelerate keeps one state for the whole process, with the precision of the first Accelerator."""
     from accelerate.state import AcceleratorState, GradientState
 
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -131,9 +131,9 @@ def test_gradients_are_clipped_before_the_step(run: tuple[str, Seen]) -> None:
     assert sum(norm > 0.99 for norm in seen.norms) > 2, "never clipped: the test shows nothing"
 
 
-# Lightning shuffles anew after a resume; the next test keeps the order.
+# Lightning shuffles in another order after a resume; the next test keeps the order.
 @pytest.mark.parametrize("run", [name for name in IN_ONE_PROCESS if name != "lightning_digits"], indirect=True)
-def test_a_resumed_run_ends_bitwise_as_if_it_had_gone_on(run: tuple[str, Seen], tmp_path: Path) -> None:
+def test_a_resumed_run_ends_bitwise_like_an_uninterrupted_one(run: tuple[str, Seen], tmp_path: Path) -> None:
     """Fails when a framework's checkpoint loses some of SFW's state, or loads it into something else."""
     name, seen = run
     first, last = FIRST_AND_LAST[name]

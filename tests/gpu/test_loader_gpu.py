@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from sfw_dist.config import DataConfig
-from sfw_dist.data import Mix, Normalize, open_loader
+from sfw_dist.data.loading import MixUpCutMix, Normalize, open_loader
 
 GPU = torch.device("cuda", 0)
 
 
 @pytest.fixture
 def config(digits: Path) -> DataConfig:
-    return DataConfig(root=str(digits), backend="torch", batch_size=100, crop_padding=2, flip=True, cutout=3)
+    return DataConfig(root=str(digits), backend="ram", batch_size=100, crop_padding=2, flip=True, cutout=3)
 
 
 @pytest.mark.parametrize("augmentation", [{}, {"crop_padding": 0, "random_resized_crop": 0.3}])
@@ -30,7 +30,7 @@ def test_the_resident_set_yields_the_bits_of_the_cpu(config: DataConfig, augment
         assert theirs.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("backend", ["ffcv", "ram", "torch"])
+@pytest.mark.parametrize("backend", ["ffcv", "ram"])
 def test_batches_for_a_gpu_are_pinned(config: DataConfig, backend: str) -> None:
     """Copies make the host wait, or the memory is overwritten while it is copied."""
     loader = open_loader(replace(config, backend=backend), "train", seed=1, device=GPU)  # type: ignore[arg-type]
@@ -48,10 +48,10 @@ def test_batches_for_a_gpu_are_pinned(config: DataConfig, backend: str) -> None:
 
 
 def test_normalising_and_mixing_on_the_gpu(config: DataConfig) -> None:
-    """Buffers or draws on another device than the batch."""
+    """Buffers or random parameters on another device than the batch."""
     images, labels = next(iter(open_loader(config, "train", seed=1)))
     normalize = Normalize((0.3,), (0.2,))
-    mix = Mix(10, mixup=0.3, cutmix=1.0, label_smoothing=0.1, seed=0)
+    mix = MixUpCutMix(10, mixup=0.3, cutmix=1.0, label_smoothing=0.1, seed=0)
     here = mix(normalize(images), labels, 3)
     there = mix(normalize.to(GPU)(images.to(GPU)), labels.to(GPU), 3)
     for mine, theirs in zip(here, there, strict=True):

@@ -18,9 +18,10 @@ from matplotlib.patches import StepPatch
 from safetensors.numpy import save_file
 
 from sfw_dist.errors import UserError
-from sfw_dist.report import figures, page, table, write_report
+from sfw_dist.report import figures, page, table
 from sfw_dist.report.__main__ import main
 from sfw_dist.report.runs import read_runs
+from sfw_dist.report.write import write_report
 
 FIGURES = {"curve.png", "weights.png", "training.png", "layers.png"}
 ACCURACY = {0.0: 0.98, 0.5: 0.98, 0.9: 0.971, 0.95: 0.95, 0.99: 0.4}

@@ -1,4 +1,4 @@
-"""Starts the examples as their docstrings say, and finds what they have printed and saved."""
+"""Starts the examples as their docstrings say, and reads what they have printed and saved."""
 
 from __future__ import annotations
 
@@ -26,12 +26,18 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFL
 
 
 def start_example(name: str, *options: str, folder: Path, ranks: int = 0) -> str:
-    """Runs an example in ``folder``, with ``ranks`` by torchrun, and returns what it printed.
+    """Run an example in ``folder`` and return what it printed.
+
+    Args:
+        name: of the example.
+        options: of its command line.
+        folder: working directory.
+        ranks: started by torchrun; 0 for plain Python. ``--standalone`` lets torchrun choose a free port.
 
     Raises:
-        AssertionError: it failed; with what it wrote.
+        AssertionError: it failed; the message is what it wrote to stderr.
     """
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks else []
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
     command = [sys.executable, *launcher, str(EXAMPLES / f"{name}.py"), *options]
     environment = os.environ | OFFLINE | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
@@ -46,7 +52,7 @@ def accuracies(printed: str) -> dict[str, float]:
 
 
 def assert_same_state(name: str, one: Path, other: Path) -> None:
-    """Two checkpoints of an example hold bitwise the same weights, momentum, and options of the groups."""
+    """Check that two checkpoints of an example hold bitwise the same weights, momentum and options of the groups."""
     a, b = _saved(name, one), _saved(name, other)
     assert a["model"].keys() == b["model"].keys()
     for key, tensor in a["model"].items():
@@ -60,7 +66,7 @@ def assert_same_state(name: str, one: Path, other: Path) -> None:
 
 
 def _saved(name: str, checkpoint: Path) -> dict[str, Any]:
-    """``model`` and ``optimizer`` as an example's framework has saved them; pickles restricted to tensors."""
+    """``model`` and ``optimizer`` as an example's framework has saved them, loaded as tensors only."""
     if name in {"accelerate_digits", "trainer_digits"}:
         optimizer = checkpoint / ("optimizer.bin" if name == "accelerate_digits" else "optimizer.pt")
         return {"model": load_file(checkpoint / "model.safetensors"), "optimizer": _tensors(optimizer)}

@@ -28,7 +28,7 @@ def small_config(runs: Path, data_root: Path, name: str = "small", *, epochs: in
     return Config(
         name=name,
         runs_dir=str(runs),
-        data=DataConfig(name="digits", root=str(data_root), backend="torch", batch_size=120, crop_padding=1),
+        data=DataConfig(name="digits", root=str(data_root), backend="ram", batch_size=120, crop_padding=1),
         model=ModelConfig(name="cnn", width=0.0625),
         optimizer=OptimizerConfig(**optimizer),
         schedule=ScheduleConfig(dynamic=True),

@@ -1,1 +1,1 @@
-"""The data sets known by name, and how their files are read."""
+"""The data sets known by name, and the readers of their raw files."""

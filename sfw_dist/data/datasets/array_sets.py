@@ -1,6 +1,7 @@
-"""Readers of the data sets that come as a few binary files: each goes from the root folder to raw arrays.
+"""Readers of the data sets that are published as a few binary files.
 
-They take the files in ``root/raw/NAME``, packed or unpacked, and download what is not there.
+A reader takes the root folder and returns raw arrays. It takes the files in ``root/raw/NAME``, packed or unpacked, and
+downloads those that are missing.
 """
 
 from __future__ import annotations
@@ -18,18 +19,27 @@ from sfw_dist.data.datasets.idx import read_idx
 from sfw_dist.data.datasets.raw import RawArrays
 from sfw_dist.data.datasets.unpack import unpack
 from sfw_dist.data.sampler import split_validation
-from sfw_dist.errors import UserError
+from sfw_dist.errors import UserError, needs_extra
 
 Reader = Callable[[Path], RawArrays]
 
 
 def raw_folder(root: Path, name: str) -> Path:
-    """Where the files of a data set are looked for, and downloaded to."""
+    """Where the files of a data set are looked for and downloaded to."""
     return root / "raw" / name
 
 
 def unpacked(remote: Remote, parent: Path, top: str) -> Path:
-    """The folder ``parent/top``: the one that is there, else unpacked from the archive, else from a download."""
+    """Unpack an archive unless its folder exists; download it unless it exists.
+
+    Args:
+        remote: the archive.
+        parent: folder of the archive, and of what it holds.
+        top: the one folder that the archive holds.
+
+    Returns:
+        ``parent/top``.
+    """
     folder = parent / top
     if not folder.is_dir():
         unpack(fetch(remote, parent), folder)
@@ -37,11 +47,9 @@ def unpacked(remote: Remote, parent: Path, top: str) -> Path:
 
 
 def read_digits(root: Path) -> RawArrays:
-    """The 1,797 digits within scikit-learn, 0..16 stretched to 0..240; a fixed stratified split, 75 % for training."""
-    try:
+    """Read scikit-learn's 1,797 digits, 0..16 scaled to 0..240; a fixed stratified split, 75 % for training."""
+    with needs_extra("data set 'digits'", "train"):
         from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise UserError(f"data set 'digits' comes with scikit-learn ({error}): pip install scikit-learn") from None
     digits = load_digits()
     images = (digits.images * 15).astype(np.uint8)[..., np.newaxis]
     labels = digits.target.astype(np.int64)
@@ -55,10 +63,14 @@ def read_digits(root: Path) -> RawArrays:
 def mnist_reader(
     name: str, url: str, checksums: Mapping[str, str], elsewhere: Path | None = None, alternative: str = ""
 ) -> Reader:
-    """For four IDX files, gzipped or plain, called as MNIST's are.
+    """Make a reader of four IDX files, gzipped or plain, with MNIST's file names.
 
-    ``checksums`` are of ``<key>.gz``, which is downloaded from below ``url`` when the file is neither in
-    ``root/raw/NAME`` nor in the folder ``elsewhere``.
+    Args:
+        name: of the data set.
+        url: of the folder from which ``<key>.gz`` is downloaded, unless the file exists.
+        checksums: of the files, by key.
+        elsewhere: a folder in which the files are looked for too.
+        alternative: another way to get them, for the error message.
     """
 
     def locate(stem: str, root: Path) -> Path:
@@ -97,9 +109,18 @@ def _check_labels(labels: NDArray[Any], classes: int, path: Path) -> None:
 def cifar_reader(
     name: str, remote: Remote, top: str, train: Sequence[str], test: str, classes_file: str, label_bytes: int
 ) -> Reader:
-    """For the binary version (the Python version is pickles, which can run any code when they are read).
+    """Make a reader of the binary version; reading the Python version, which is pickles, could run any code.
 
-    A record is ``label_bytes``, of which the last is the label, and 3 × 32 × 32 pixels, channels first.
+    A record holds ``label_bytes``, the last of which is the label, and 3 × 32 × 32 pixels, channels first.
+
+    Args:
+        name: of the data set.
+        remote: its archive.
+        top: the folder in the archive.
+        train: the files of training records.
+        test: the file of test records.
+        classes_file: the file of class names.
+        label_bytes: bytes before the pixels of a record.
     """
 
     def read(root: Path) -> RawArrays:
@@ -119,7 +140,7 @@ def _read_records(paths: Sequence[Path], label_bytes: int) -> tuple[NDArray[np.u
     for path in paths:
         content = _read(path)
         if not content or len(content) % size:
-            raise UserError(f"{path} has {len(content)} bytes, no multiple of {size}: delete its folder to get it anew")
+            raise UserError(f"{path} has {len(content)} bytes, no multiple of {size}: delete its folder to reload it")
         records.append(np.frombuffer(content, np.uint8).reshape(-1, size))
     joined = np.concatenate(records)
     images = joined[:, label_bytes:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
@@ -130,14 +151,14 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): delete its folder to get it anew") from None
+        raise UserError(f"{path} cannot be read ({error.strerror}): delete its folder to get it again") from None
 
 
 # --- SVHN -------------------------------------------------------------------------------------------------------------
 
 
 def svhn_reader(name: str, train: Remote, test: Remote) -> Reader:
-    """For the cropped digits in MATLAB files: ``X`` ``(32, 32, 3, n)``, and ``y`` ``(n, 1)`` where 10 means zero."""
+    """Make a reader of cropped digits in MATLAB files: ``X`` ``(32, 32, 3, n)``, and ``y`` ``(n, 1)``; 10 is zero."""
 
     def read(root: Path) -> RawArrays:
         paths = [fetch(remote, raw_folder(root, name)) for remote in (train, test)]
@@ -147,8 +168,9 @@ def svhn_reader(name: str, train: Remote, test: Remote) -> Reader:
 
 
 def _read_svhn_part(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    from scipy.io import loadmat
-    from scipy.io.matlab import MatReadError
+    with needs_extra("data set 'svhn'", "train"):
+        from scipy.io import loadmat
+        from scipy.io.matlab import MatReadError
 
     try:
         content = loadmat(path)
@@ -158,5 +180,5 @@ def _read_svhn_part(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         if labels.min(initial=1) < 1 or labels.max(initial=1) > 10:
             raise ValueError("labels are not 1 to 10")
     except (OSError, ValueError, TypeError, KeyError, NotImplementedError, zlib.error, MatReadError) as error:
-        raise UserError(f"{path} is damaged ({error}): delete it to fetch it anew") from None
+        raise UserError(f"{path} is damaged ({error}): delete it to fetch it again") from None
     return np.ascontiguousarray(images.transpose(3, 0, 1, 2)), labels % 10

@@ -1,4 +1,4 @@
-"""Published files: downloaded with resume, kept only with the published checksum."""
+"""Downloads published files: resumes after interruptions, and keeps only a file with the published checksum."""
 
 from __future__ import annotations
 
@@ -26,26 +26,37 @@ class Remote:
 
     url: str
     checksum: str
-    """``md5:…`` or ``sha256:…`` of the file, ``content-sha256:…`` of what it holds gzipped; in hexadecimal."""
+    """``md5:…`` or ``sha256:…`` of the file, or ``content-sha256:…`` of its content once unzipped; in hexadecimal."""
     alternative: str = ""
     """Another way to get it, for the error message."""
 
     @property
     def name(self) -> str:
+        """The file's name: the last part of the address."""
         return self.url.rpartition("/")[2]
 
 
 def fetch(remote: Remote, folder: Path) -> Path:
-    """The file ``folder/remote.name``: the one that is there, else downloaded.
+    """Download a file unless it exists.
 
-    An interrupted download stays beside it (``.part``) and is continued by the next call. Raises :class:`UserError`
-    naming address, checksum and folder when the file cannot be had, or the one that is there has another checksum.
+    An interrupted download is kept (``.part``), and the next call continues it.
+
+    Args:
+        remote: the file.
+        folder: where it is looked for and downloaded to; made if it is missing.
+
+    Returns:
+        ``folder/remote.name``.
+
+    Raises:
+        UserError: the file cannot be downloaded, or the existing one has another checksum. The message names address,
+            checksum and folder.
     """
     target = folder / remote.name
     part = target.with_name(f"{target.name}.part")
     if target.exists():
         if not _matches(target, remote.checksum):
-            raise UserError(f"{target} is damaged (wanted {remote.checksum}): delete it to fetch {remote.url} anew")
+            raise UserError(f"{target} is damaged (wanted {remote.checksum}): delete it to fetch {remote.url} again")
         return target
     try:
         make_folder(folder)
@@ -63,14 +74,14 @@ def fetch(remote: Remote, folder: Path) -> Path:
 
 
 def _download(url: str, part: Path) -> None:
-    """Fetch what ``part`` lacks, or everything where the server does not serve ranges."""
+    """Download what ``part`` lacks, or everything when the server does not serve ranges."""
     done = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
     try:
         response = urllib.request.urlopen(request, timeout=30)
     except HTTPError as error:
         if done and error.code == RANGE_NOT_SATISFIABLE:
-            return  # there is no more; the checksum tells whether it is right
+            return  # the part is complete; its checksum is checked by the caller
         raise
     with response:
         if response.status != PARTIAL_CONTENT:
@@ -85,7 +96,7 @@ def _download(url: str, part: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
     if total is not None and done < total:
-        raise ConnectionError(f"the connection ended after {done:,} of {total:,} bytes, the next try continues there")
+        raise ConnectionError(f"the connection ended after {done:,} of {total:,} bytes, try again to continue there")
 
 
 def _matches(path: Path, checksum: str) -> bool:

@@ -1,4 +1,4 @@
-"""The IDX format of MNIST and its kin: a magic number, big-endian sizes, then unsigned bytes."""
+"""The IDX format of MNIST: a magic number, big-endian sizes, then unsigned bytes."""
 
 from __future__ import annotations
 
@@ -13,27 +13,44 @@ from sfw_dist.errors import UserError
 
 
 def read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
-    """The array of unsigned bytes in ``path`` (gzip when it ends in ``.gz``) with ``dimensions`` axes.
+    """Read an array of unsigned bytes.
 
-    Raises :class:`UserError` naming the file when it is not that, truncated or damaged.
+    Args:
+        path: of the file; one that ends in ``.gz`` is unzipped.
+        dimensions: number of axes that the array must have.
+
+    Raises:
+        UserError: the file is no such array, or is truncated or damaged.
     """
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         return parse_idx(content, dimensions)
     except (OSError, EOFError, zlib.error, ValueError) as error:
         raise UserError(
-            f"{path} is truncated or damaged ({error}): replace it, or delete it to fetch it anew"
+            f"{path} is truncated or damaged ({error}): replace it, or delete it to fetch it again"
         ) from None
 
 
 def parse_idx(content: bytes, dimensions: int) -> NDArray[np.uint8]:
-    """The array in the bytes of an IDX file. Raises ``ValueError``: wrong magic number or length."""
+    """Parse the bytes of an IDX file.
+
+    Args:
+        content: of the file, unzipped.
+        dimensions: number of axes that the array must have.
+
+    Raises:
+        ValueError: wrong magic number or length.
+
+    Example:
+        >>> parse_idx(bytes([0, 0, 8, 1, 0, 0, 0, 3, 7, 8, 9]), dimensions=1).tolist()
+        [7, 8, 9]
+    """
     magic = bytes([0, 0, 0x08, dimensions])  # 0x08: unsigned bytes
     if content[:4] != magic:
         raise ValueError(f"magic number {content[:4].hex()}, wanted {magic.hex()}")
     header = 4 + 4 * dimensions
     if len(content) < header:
-        raise ValueError(f"{len(content)} bytes, the header alone has {header}")
+        raise ValueError(f"{len(content)} bytes, the header has {header}")
     shape = [int(size) for size in np.frombuffer(content, ">u4", dimensions, offset=4)]
     wanted = header + int(np.prod(shape, dtype=object))
     if len(content) != wanted:

@@ -1,4 +1,4 @@
-"""Readers of the data sets that are folders of image files: they list the files, which are decoded later."""
+"""Readers of the data sets that are folders of image files. They list the files, which are decoded later."""
 
 from __future__ import annotations
 
@@ -17,10 +17,15 @@ _Samples = list[tuple[Path, str]]
 
 
 def tiny_imagenet_reader(name: str, remote: Remote, top: str) -> Reader:
-    """For Tiny-ImageNet's own layout; its validation images are the test part, for its test images have no labels.
+    """Make a reader of Tiny-ImageNet's layout. Its validation images are the test part: its test images have no labels.
 
-    ``wnids.txt`` names the classes, sorted here; ``train/WNID/WNID_boxes.txt`` and ``val/val_annotations.txt`` list
-    the files, so that a missing one is known by name.
+    ``wnids.txt`` names the classes, which are sorted; ``train/WNID/WNID_boxes.txt`` and ``val/val_annotations.txt``
+    list the files, so that a missing one is known by name.
+
+    Args:
+        name: of the data set.
+        remote: its archive.
+        top: the folder in the archive.
     """
 
     def read(root: Path) -> RawArrays:
@@ -42,9 +47,13 @@ def tiny_imagenet_reader(name: str, remote: Remote, top: str) -> Reader:
 
 
 def read_imagefolder(root: Path) -> RawArrays:
-    """``root/raw/imagefolder/PART/CLASS/…``: every file that is not hidden, at any depth, is an image of its class.
+    """List ``root/raw/imagefolder/PART/CLASS/…``.
 
-    The parts are ``train`` and ``test`` (else ``val``); the classes are the folders of ``train``, sorted.
+    Every file that is not hidden, at any depth, is an image of its class. The parts are ``train`` and ``test`` (else
+    ``val``); the classes are the folders of ``train``, sorted.
+
+    Args:
+        root: folder of all data sets.
     """
     folder = raw_folder(root, "imagefolder")
     test_folder = folder / ("test" if (folder / "test").is_dir() else "val")
@@ -81,7 +90,7 @@ def _listed(train: _Samples, test: _Samples, classes: tuple[str, ...], fit: bool
 
 
 def _table(path: Path) -> Iterator[list[str]]:
-    """The fields of every line that is not blank, which tabs or spaces part."""
+    """The fields, separated by tabs or spaces, of every line that is not blank."""
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -91,4 +100,4 @@ def _table(path: Path) -> Iterator[list[str]]:
 
 
 def _again(path: Path) -> str:
-    return f"unpack {path.name} anew, or delete the data set's folder below raw to have it unpacked"
+    return f"unpack {path.name} again, or delete the data set's folder below raw to have it unpacked"

@@ -1,4 +1,4 @@
-"""A progress bar for the steps of preparing a data set that take long."""
+"""A progress bar for the slow steps of preparing a data set."""
 
 from __future__ import annotations
 
@@ -11,7 +11,16 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 @contextmanager
 def progress_bar(description: str, total: int | None, done: int = 0) -> Iterator[Callable[[int], object]]:
-    """A bar on stderr where that is a terminal, else nothing; call what it yields with each amount done."""
+    """Show a bar on stderr where that is a terminal.
+
+    Args:
+        description: text at the left of the bar.
+        total: amount of work; ``None`` when it is unknown.
+        done: amount done before.
+
+    Yields:
+        A function to call with each further amount done.
+    """
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:

@@ -1,4 +1,4 @@
-"""What a reader of a data set returns: arrays, or image files that are decoded later."""
+"""What the reader of a data set returns: arrays, or image files that are decoded later."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 
 
 class ImageFiles(NamedTuple):
-    """Images too many to hold in memory: one file a sample, in the order of the labels."""
+    """Images that do not fit in memory: one file for each sample, in the order of the labels."""
 
     paths: tuple[Path, ...]
     fit: bool = False
-    """Scale and crop an image of another size; else it counts as a bad file."""
+    """Scale and crop an image of another size; otherwise it counts as a bad file."""
 
 
 Images = NDArray[np.uint8] | ImageFiles
@@ -22,11 +22,11 @@ Images = NDArray[np.uint8] | ImageFiles
 
 
 class RawArrays(NamedTuple):
-    """Images, and labels int64 ``(n,)``."""
+    """Images and labels of both parts; labels are int64 ``(n,)``."""
 
     train_images: Images
     train_labels: NDArray[np.int64]
     test_images: Images
     test_labels: NDArray[np.int64]
     classes: tuple[str, ...] | None = None
-    """Where the raw data, rather than the registry, names them."""
+    """Names of the classes, when the raw data rather than the registry holds them."""

@@ -1,7 +1,7 @@
-"""The data sets: what each one is, and what reads its raw data.
+"""The data sets: the facts about each, and the reader of its raw data.
 
-To add one, write a function from the root folder to :class:`~sfw_dist.data.datasets.raw.RawArrays`, and an entry in
-:data:`DATASETS`.
+To add one, write a reader (a function from the root folder to :class:`~sfw_dist.data.datasets.raw.RawArrays`) and an
+entry in :data:`DATASETS`.
 """
 
 from __future__ import annotations
@@ -22,22 +22,29 @@ class Dataset:
 
     name: str
     classes: tuple[str, ...] | None
-    """``None``: the raw data names them."""
+    """``None`` when the raw data names them."""
     image_shape: tuple[int, int, int]
     """``(channels, height, width)``"""
     source: str
     """Where it comes from, for people."""
     read: Reader
-    """From the root folder to the raw arrays; raises :class:`UserError` when they cannot be had."""
+    """From the root folder to the raw arrays; raises :class:`UserError` when they cannot be read or downloaded."""
     embedded: bool = False
-    """Whether it comes with a dependency of ours, so that it can be prepared at any time, anywhere."""
+    """Whether a dependency contains it, so that it can be prepared without downloads."""
     counts: Mapping[str, int] = field(default_factory=dict)
-    """What a whole copy holds, as far as that is known: samples of ``train`` and ``test``, and ``classes``."""
+    """What a complete copy holds, as far as known: samples of ``train`` and ``test``, and ``classes``."""
     any_size: bool = False
     """Whether its images are scaled and cropped, so that :meth:`resized` may choose another size."""
 
     def resized(self, side: int) -> Dataset:
-        """With square images of ``side`` pixels; raises :class:`UserError` where the images have their own size."""
+        """The data set with square images of another size.
+
+        Args:
+            side: of the images, in pixels.
+
+        Raises:
+            UserError: the images have a size of their own, or ``side`` is below 1.
+        """
         if not self.any_size:
             _, height, width = self.image_shape
             raise UserError(f"the images of {self.name} are {height}×{width}, size {side} is refused: leave size out")
@@ -47,7 +54,11 @@ class Dataset:
 
 
 def find_dataset(name: str) -> Dataset:
-    """The data set called ``name``; raises :class:`UserError` with the known names when there is none."""
+    """Look a data set up.
+
+    Raises:
+        UserError: there is none of that name; the message lists the known ones.
+    """
     if name not in DATASETS:
         raise UserError(f"unknown data set {name!r}: write one of {', '.join(sorted(DATASETS))}")
     return DATASETS[name]
@@ -173,7 +184,7 @@ DATASETS = {
             name="imagefolder",
             classes=None,
             image_shape=(3, 64, 64),
-            source="images of the user's own; another size was scaled by the shorter side and cropped at the centre",
+            source="the user's own images; another size was scaled by the shorter side and cropped at the centre",
             read=read_imagefolder,
             any_size=True,
         ),

@@ -1,4 +1,4 @@
-"""Unpacking archives that nobody vouches for: plain files below one expected folder, and nothing else."""
+"""Unpacks archives that may be malicious: plain files below one expected folder, and nothing else."""
 
 from __future__ import annotations
 
@@ -23,16 +23,22 @@ class _Member(NamedTuple):
     name: str
     is_file: bool
     is_folder: bool
-    """Neither: a link or a device."""
+    """A member that is neither is a link or a device."""
     open: Callable[[], IO[bytes]]
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Make ``folder`` from the members of a zip or gzipped tar file, all of which lie below ``folder.name``.
+    """Unpack a zip or gzipped tar file.
 
-    The folder appears complete or not at all; an interrupted call is continued by the next. Raises
-    :class:`UserError`, before anything is written, for a member with an absolute path, ``..`` or another top folder,
-    and for a link or device; also for a damaged archive.
+    The folder appears complete or not at all; the next call continues an interrupted one.
+
+    Args:
+        archive: all of its members must be below one folder, ``folder.name``.
+        folder: to make.
+
+    Raises:
+        UserError: the archive is damaged, or has a member with an absolute path, with ``..`` or in another top folder,
+            a link or a device. Nothing is written then.
     """
     unfinished = folder.with_name(f".{folder.name}.unpacking")
     try:
@@ -44,11 +50,11 @@ def unpack(archive: Path, folder: Path) -> None:
                 for member in files:
                     _extract(member, unfinished.joinpath(*PurePosixPath(member.name).parts[1:]))
                     advance(1)
-    # RuntimeError: zipfile's word for an encrypted member; BadGzipFile is an OSError, which otherwise is the disk's.
+    # zipfile raises RuntimeError for an encrypted member. BadGzipFile is an OSError; other OSErrors come from the disk.
     except (
         zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, ValueError, RuntimeError
     ) as error:  # fmt: skip
-        raise UserError(f"cannot unpack {archive} ({error}): delete it to fetch it anew") from None
+        raise UserError(f"cannot unpack {archive} ({error}): delete it to fetch it again") from None
     os.replace(unfinished, folder)
 
 
@@ -71,7 +77,7 @@ def _zip_member(zipped: zipfile.ZipFile, info: zipfile.ZipInfo) -> _Member:
 def _tar_member(tarred: tarfile.TarFile, info: tarfile.TarInfo) -> _Member:
     def open_member() -> IO[bytes]:
         content = tarred.extractfile(info)
-        assert content is not None  # it is for regular files
+        assert content is not None  # tarfile returns None only for links and devices
         return content
 
     return _Member(info.name, info.isreg(), info.isdir(), open_member)
@@ -88,7 +94,7 @@ def _check(member: _Member, top: str) -> None:
 
 
 def _extract(member: _Member, target: Path) -> None:
-    if target.exists():  # by an earlier, interrupted call
+    if target.exists():  # an earlier, interrupted call has made it
         return
     make_folder(target.parent)
     partial = target.with_name(f".{target.name}.partial")

@@ -1,10 +1,10 @@
-"""Crop, resize, flip and cutout: what is done to a sample, and the readable form of doing it.
+"""Crop, resize, flip and cutout of single samples.
 
-An augmentation is drawn first, as a row of eight integers for each sample (:data:`Draws`), and then rendered. The
-draws come from a hash of ``(seed, epoch, sample id)``, and rendering is integer arithmetic, so a sample has the same
-pixels in every backend, at any number of threads and ranks, and after any restart.
+An augmentation first chooses parameters, a row of eight integers for each sample (:data:`SampleParams`), with which
+the sample is then transformed. The parameters come from a hash of ``(seed, epoch, sample id)``, and the transform is
+integer arithmetic, so a sample has the same pixels in every backend, at any number of threads and ranks, and after any
+restart.
 
-:func:`render` here runs on any device and is the reference of :mod:`sfw_dist.data.loading.augment_numba`.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from torch import Tensor
 
 from sfw_dist.data.sampler import Ids, counter_hash
 
-Draws = NDArray[np.int64]
-"""``(n, 8)``: a row a sample, in the columns named below, in pixels of the stored image."""
+SampleParams = NDArray[np.int64]
+"""``(n, 8)``: one row for each sample, in the columns named below, in pixels of the stored image."""
 TOP, LEFT, HEIGHT, WIDTH = range(4)
-"""The box that becomes the image. It may reach outside, where pixels are 0."""
+"""The box that becomes the new image. It may reach outside, where pixels are 0."""
 MIRROR = 4
 """1 to mirror left to right, after the box is cut out."""
 CUT_TOP, CUT_LEFT, CUT_SIDE = range(5, 8)
-"""The square of the result that becomes 0; it may reach outside. Its side is 0 for none."""
+"""The square of the new image that becomes 0; it may reach outside. Its side is 0 for none."""
 
-# The words that set the draws of one sample apart.
+# The last word of the hash: it makes the parameters of one sample independent of each other.
 _TOP, _LEFT, _MIRROR, _CUT_TOP, _CUT_LEFT, _BOXES = range(6)
 _TRIES = 10
 # Rounded, for the last bit of exp differs between processors.
@@ -36,23 +36,35 @@ _ASPECT_RATIOS = np.round(np.exp(np.linspace(np.log(3 / 4), np.log(4 / 3), 1025)
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What to draw. Without arguments: nothing, samples stay as stored."""
+    """The random augmentation of training samples. Without arguments samples stay as stored.
 
-    crop_padding: int = 0
-    """Crop at random out of the image with this many pixels of zeros around it."""
-    flip: bool = False
-    """Mirror half of the samples."""
-    cutout: int = 0
-    """Side in pixels of a square of zeros, its centre uniform over the image (DeVries and Taylor, arXiv 1708.04552)."""
-    random_resized_crop: float = 0.0
-    """Least area, as a fraction of the image, of a random box that is scaled to the full size; 0 for none.
-
-    Aspect ratios are 3/4 to 4/3 and ten boxes are tried before the whole image is taken (Szegedy et al.,
-    arXiv 1409.4842). Scaling is bilinear. Excludes ``crop_padding``.
+    Args:
+        crop_padding: crop at random from the image with this many pixels of zeros around it.
+        flip: mirror half of the samples.
+        cutout: side in pixels of a square of zeros, its centre uniform over the image (DeVries and Taylor, arXiv
+            1708.04552).
+        random_resized_crop: least area, as a fraction of the image, of a random box that is scaled bilinearly to the
+            full size; 0 for none. Aspect ratios are 3/4 to 4/3, and ten boxes are tried before the whole image is
+            taken (Szegedy et al., arXiv 1409.4842). Excludes ``crop_padding``.
     """
 
-    def draws(self, ids: Ids, size: tuple[int, int], *, seed: int, epoch: int) -> Draws:
-        """The draws for the samples ``ids``, images of ``size`` (height, width)."""
+    crop_padding: int = 0
+    flip: bool = False
+    cutout: int = 0
+    random_resized_crop: float = 0.0
+
+    def sample_params(self, ids: Ids, size: tuple[int, int], *, seed: int, epoch: int) -> SampleParams:
+        """Choose the parameters of samples in one epoch.
+
+        Args:
+            ids: of the samples, ``(n,)``.
+            size: height and width of the images.
+            seed: of the run.
+            epoch: whose parameters are chosen.
+
+        Returns:
+            ``(n, 8)``.
+        """
         height, width = size
 
         def below(bound: int | NDArray[np.int64], word: int) -> NDArray[np.int64]:
@@ -77,10 +89,10 @@ class Augmentation:
 
 
 def _boxes(least: float, ids: Ids, size: tuple[int, int], seed: int, epoch: int) -> tuple[Ids, Ids]:
-    """Heights and widths of the random boxes."""
+    """Heights and widths of the random boxes, ``(n,)`` each."""
     height, width = size
     heights, widths = np.full(len(ids), height), np.full(len(ids), width)
-    left = np.arange(len(ids))  # those that have no box yet
+    left = np.arange(len(ids))  # samples that have no box yet
     for attempt in range(_TRIES):
         word = _BOXES + 2 * attempt
         fraction = _below(1 << 20, counter_hash(seed, epoch, ids[left], word)) / (1 << 20)
@@ -98,22 +110,34 @@ def _below(n: int | NDArray[np.int64], bits: NDArray[np.uint64]) -> NDArray[np.i
     return ((bits >> np.uint64(32)) * np.asarray(n).astype(np.uint64) >> np.uint64(32)).astype(np.int64)
 
 
-def render(images: Tensor, ids: Ids, samples: Draws) -> Tensor:
-    """The samples ``images[ids]`` under their draws ``samples``, as uint8 ``(B, C, H, W)`` in channels_last.
+def transform(images: Tensor, ids: Ids, params: SampleParams) -> Tensor:
+    """Augment the samples ``images[ids]``; the readable form of :mod:`sfw_dist.data.loading.augment_numba`.
 
-    ``images`` ``(n, H, W, C)`` may lie on any device; the result is there, and the host does not wait for it.
+    Args:
+        images: uint8 ``(n, H, W, C)`` on any device.
+        ids: of the samples, ``(B,)``.
+        params: how each is augmented, ``(B, 8)``.
+
+    Returns:
+        uint8 ``(B, C, H, W)`` in channels_last on the same device; the host does not wait for it.
+
+    Example:
+        >>> images = torch.arange(6, dtype=torch.uint8).view(1, 2, 3, 1)  # one image of 2 x 3 pixels
+        >>> mirrored = np.array([[0, 0, 2, 3, 1, 0, 0, 0]])  # the whole box, mirrored, without cutout
+        >>> transform(images, np.array([0]), mirrored)[0, 0].tolist()
+        [[2, 1, 0], [5, 4, 3]]
     """
     height, width, channels = images.shape[1:]
-    rows, draws = (torch.from_numpy(array).to(images.device, non_blocking=True) for array in (ids, samples))
+    rows, on_device = (torch.from_numpy(array).to(images.device, non_blocking=True) for array in (ids, params))
     y, x = torch.arange(height, device=images.device), torch.arange(width, device=images.device)  # of the result
-    mirrored = torch.where(draws[:, MIRROR, None] == 1, width - 1 - x, x)  # (B, W)
-    top, y_low, y_high, y_part = _taps(y.expand(len(rows), -1), draws[:, TOP], draws[:, HEIGHT], height)
-    left, x_low, x_high, x_part = _taps(mirrored, draws[:, LEFT], draws[:, WIDTH], width)
+    mirrored = torch.where(on_device[:, MIRROR, None] == 1, width - 1 - x, x)  # (B, W)
+    top, y_low, y_high, y_part = _taps(y.expand(len(rows), -1), on_device[:, TOP], on_device[:, HEIGHT], height)
+    left, x_low, x_high, x_part = _taps(mirrored, on_device[:, LEFT], on_device[:, WIDTH], width)
 
     def pixels(along_y: Tensor, along_x: Tensor) -> Tensor:  # (B, H, W, C)
         return images[rows[:, None, None], along_y[:, :, None], along_x[:, None, :]]
 
-    if (samples[:, [HEIGHT, WIDTH]] == (height, width)).all():  # nothing is scaled, both neighbours are the pixel
+    if (params[:, [HEIGHT, WIDTH]] == (height, width)).all():  # nothing is scaled, both neighbours are the pixel
         out = pixels(y_low, x_low)
     else:
         y_part, x_part = y_part[:, :, None, None], x_part[:, None, :, None]
@@ -122,8 +146,8 @@ def render(images: Tensor, ids: Ids, samples: Draws) -> Tensor:
         out = ((above * (256 - y_part) + below * y_part + (1 << 15)) >> 16).to(torch.uint8)
 
     inside = top[:, :, None] & left[:, None, :]
-    cut_y, cut_x = y - draws[:, CUT_TOP, None], x - draws[:, CUT_LEFT, None]
-    side = draws[:, CUT_SIDE, None]
+    cut_y, cut_x = y - on_device[:, CUT_TOP, None], x - on_device[:, CUT_LEFT, None]
+    side = on_device[:, CUT_SIDE, None]
     cut = ((cut_y >= 0) & (cut_y < side))[:, :, None] & ((cut_x >= 0) & (cut_x < side))[:, None, :]
     out = out.masked_fill_(~(inside & ~cut)[..., None], 0)
     assert out.shape == (len(rows), height, width, channels)
@@ -131,10 +155,13 @@ def render(images: Tensor, ids: Ids, samples: Draws) -> Tensor:
 
 
 def _taps(position: Tensor, start: Tensor, length: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Where along one axis the pixel at ``position`` ``(B, size)`` of the result comes from.
+    """Where the new pixels at ``position`` ``(B, size)`` come from along one axis.
 
-    Whether that is inside the image, the indices of the two neighbours, and how far it is from the first to the
-    second, in 1/256. The centres of pixels lie at ½, as in ``F.interpolate(align_corners=False)``.
+    The centres of pixels lie at ½, as in ``F.interpolate(align_corners=False)``.
+
+    Returns:
+        Whether the source is inside the image, the indices of its two neighbours, and the distance from the first to
+        the second in 1/256; all ``(B, size)``.
     """
     start, length = start[:, None], length[:, None]
     at = ((2 * position + 1) * (length << 16)) // (2 * size) - (1 << 15)  # in 1/65536 pixels from the box's start

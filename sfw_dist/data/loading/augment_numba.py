@@ -1,4 +1,4 @@
-"""Rendering on the CPU: :func:`sfw_dist.data.loading.augment.render` compiled, bit for bit the same.
+"""Augmentation on the CPU: :func:`sfw_dist.data.loading.augment.transform` compiled, with the same bits.
 
 The functions release the GIL and start no threads of their own, so any number of threads may call them at once. Numba
 keeps the machine code on disk, and the next process starts with it.
@@ -10,35 +10,39 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from sfw_dist.data.loading.augment import CUT_LEFT, CUT_SIDE, CUT_TOP, HEIGHT, LEFT, MIRROR, TOP, WIDTH, Draws
+from sfw_dist.data.loading.augment import CUT_LEFT, CUT_SIDE, CUT_TOP, HEIGHT, LEFT, MIRROR, TOP, WIDTH, SampleParams
 from sfw_dist.data.sampler import Ids
 
 
 @njit(nogil=True, cache=True)
-def render_rows(images: NDArray[np.uint8], rows: Ids, draws: Draws, out: NDArray[np.uint8]) -> None:
-    """The samples ``images[rows]`` under ``draws`` ``(B, 8)`` into ``out``.
+def transform_rows(images: NDArray[np.uint8], rows: Ids, params: SampleParams, out: NDArray[np.uint8]) -> None:
+    """Augment the samples ``images[rows]`` and write them to ``out``.
 
-    ``images`` ``(n, H, W, C)`` and ``out`` ``(B, H, W, C)`` are C-contiguous.
+    Args:
+        images: ``(n, H, W, C)``, C-contiguous.
+        rows: of the samples, ``(B,)``.
+        params: how each is augmented, ``(B, 8)``.
+        out: ``(B, H, W, C)``, C-contiguous.
     """
     for i in range(len(rows)):
-        render_sample(images[rows[i]], draws[i], out[i])
+        transform_sample(images[rows[i]], params[i], out[i])
 
 
 @njit(nogil=True, cache=True)
-def render_sample(source: NDArray[np.uint8], draw: Draws, out: NDArray[np.uint8]) -> None:
-    """One sample ``(H, W, C)`` under the row ``draw`` into ``out``, of the same shape."""
-    if draw[HEIGHT] == source.shape[0] and draw[WIDTH] == source.shape[1]:
-        _shift(source, draw[TOP], draw[LEFT], draw[MIRROR] == 1, out)
+def transform_sample(source: NDArray[np.uint8], params: SampleParams, out: NDArray[np.uint8]) -> None:
+    """Augment one sample ``(H, W, C)`` with a row of parameters ``(8,)`` and write it to ``out``, of the same shape."""
+    if params[HEIGHT] == source.shape[0] and params[WIDTH] == source.shape[1]:
+        _shift(source, params[TOP], params[LEFT], params[MIRROR] == 1, out)
     else:
-        _resize(source, draw, out)
-    _cut(draw[CUT_TOP], draw[CUT_LEFT], draw[CUT_SIDE], out)
+        _resize(source, params, out)
+    _cut(params[CUT_TOP], params[CUT_LEFT], params[CUT_SIDE], out)
 
 
 @njit(nogil=True, cache=True)
 def _shift(source: NDArray[np.uint8], top: int, left: int, mirror: bool, out: NDArray[np.uint8]) -> None:
-    """A box of full size: rows are copied, or turned round, and zeros move in."""
+    """Cut a box of full size: copy or mirror rows, and fill with zeros what is outside."""
     height, width, channels = out.shape
-    first, last = min(max(0, -left), width), max(0, min(width, width - left))  # columns that are inside
+    first, last = min(max(0, -left), width), max(0, min(width, width - left))  # columns inside the image
     for y in range(height):
         row = out[y].reshape(-1)
         if not 0 <= top + y < height:
@@ -67,14 +71,14 @@ def _shift(source: NDArray[np.uint8], top: int, left: int, mirror: bool, out: ND
 
 
 @njit(nogil=True, cache=True)
-def _resize(source: NDArray[np.uint8], draw: Draws, out: NDArray[np.uint8]) -> None:
-    """A box inside the image, scaled bilinearly to the full size."""
+def _resize(source: NDArray[np.uint8], params: SampleParams, out: NDArray[np.uint8]) -> None:
+    """Scale a box inside the image bilinearly to the full size."""
     height, width, channels = out.shape
     for y in range(height):
-        y_low, y_high, y_part = _taps(y, draw[TOP], draw[HEIGHT], height)
+        y_low, y_high, y_part = _taps(y, params[TOP], params[HEIGHT], height)
         for x in range(width):
-            position = width - 1 - x if draw[MIRROR] == 1 else x
-            x_low, x_high, x_part = _taps(position, draw[LEFT], draw[WIDTH], width)
+            position = width - 1 - x if params[MIRROR] == 1 else x
+            x_low, x_high, x_part = _taps(position, params[LEFT], params[WIDTH], width)
             for c in range(channels):
                 above = source[y_low, x_low, c] * (256 - x_part) + source[y_low, x_high, c] * x_part
                 below = source[y_high, x_low, c] * (256 - x_part) + source[y_high, x_high, c] * x_part

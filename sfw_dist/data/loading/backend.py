@@ -1,4 +1,4 @@
-"""What all backends have in common."""
+"""The interface of all backends."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from sfw_dist.data.loading.augment import Draws
+from sfw_dist.data.loading.augment import SampleParams
 from sfw_dist.data.sampler import Ids
 
 Batch = tuple[Tensor, Tensor]
@@ -17,10 +17,18 @@ class Backend(Protocol):
     """Fetches samples by id; knows neither ranks nor epochs."""
 
     threaded: bool
-    """Whether threads call :meth:`fetch` ahead of its turn, several at once; else the calling thread does."""
+    """Whether worker threads call :meth:`fetch`, several at once, to prefetch; else the calling thread does."""
 
-    def fetch(self, ids: Ids, draws: Draws) -> Batch:
-        """The samples ``ids``, augmented as drawn. The tensors are new: the caller may keep them."""
+    def fetch(self, ids: Ids, params: SampleParams) -> Batch:
+        """Read and augment samples.
+
+        Args:
+            ids: of the samples, ``(batch,)``.
+            params: how each is augmented, ``(batch, 8)``.
+
+        Returns:
+            New tensors, which the caller may keep.
+        """
 
     def close(self) -> None:
         """Release everything."""

@@ -1,4 +1,4 @@
-"""What happens to a batch on the device: normalisation, mixup, cutmix, label smoothing."""
+"""Transforms of a whole batch on the device: normalisation, mixup, cutmix, label smoothing."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from sfw_dist.data.sampler import counter_hash
 
 
 class Normalize(nn.Module):
-    """uint8 ``(B, C, H, W)`` → float32 ``(x / 255 − mean) / std`` per channel, in channels_last.
+    """Normalises images: uint8 ``(B, C, H, W)`` → float32 ``(x / 255 − mean) / std`` per channel, in channels_last.
 
-    ``mean`` and ``std`` are in units of [0, 1], as in :class:`sfw_dist.data.DatasetInfo`. The module has no state to
-    save: move it with ``.to(device)`` and call it on each batch.
+    The module has no state to save: move it with ``.to(device)`` and call it on each batch.
+
+    Args:
+        mean: per channel, in units of [0, 1], as in :class:`sfw_dist.data.loading.DatasetInfo`.
+        std: likewise.
     """
 
     scale: Tensor
@@ -37,13 +40,19 @@ class Normalize(nn.Module):
         return rows.float().mul_(scale).add_(shift).view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
-class Mix:
-    """Mixup, cutmix and label smoothing of a training batch.
+class MixUpCutMix:
+    """Mixup, cutmix and label smoothing of a training batch (Zhang et al., arXiv 1710.09412; Yun et al., 1905.04899).
 
-    ``mixup`` and ``cutmix`` are α of the Beta(α, α) distribution of the part λ that an image keeps (Zhang et al.,
-    arXiv 1710.09412; Yun et al., arXiv 1905.04899); 0 is off, and with both each takes half of the steps. The partner
-    is the image at the mirrored place of the rank's batch, which was shuffled: unlike everything else, it depends on
-    the number of ranks. λ and the box depend on ``(seed, step)`` alone.
+    An image is mixed with the one at the mirrored place of the rank's batch, which was shuffled: unlike everything
+    else about data, that partner depends on the number of ranks. The part λ that an image keeps, and cutmix's box,
+    depend on ``(seed, step)`` alone.
+
+    Args:
+        classes: number of classes.
+        mixup: α of the distribution Beta(α, α) of λ; 0 for none. With ``cutmix`` too, each takes half of the steps.
+        cutmix: likewise.
+        label_smoothing: part of each label that is spread over all classes, in [0, 1).
+        seed: of the run.
     """
 
     def __init__(self, classes: int, *, mixup: float, cutmix: float, label_smoothing: float, seed: int) -> None:
@@ -51,7 +60,16 @@ class Mix:
         self._smoothing, self._seed = label_smoothing, seed
 
     def __call__(self, images: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """The images (any float), and the targets: ``labels`` as they are when all is off, else ``(B, classes)``."""
+        """Mix a batch.
+
+        Args:
+            images: normalised, ``(B, C, H, W)``.
+            labels: int64 ``(B,)``.
+            step: the number of the training step.
+
+        Returns:
+            The images, and the targets: ``labels`` themselves when everything is off, else float32 ``(B, classes)``.
+        """
         if not (self._mixup or self._cutmix or self._smoothing):
             return images, labels
         targets = F.one_hot(labels, self._classes).float()
@@ -59,13 +77,13 @@ class Mix:
             targets = targets * (1 - self._smoothing) + self._smoothing / self._classes
         if not (self._mixup or self._cutmix):
             return images, targets
-        draw = np.random.default_rng(int(counter_hash(self._seed, step)[0]))
-        cut = self._cutmix > 0 and (self._mixup == 0 or bool(draw.random() < 0.5))
+        generator = np.random.default_rng(int(counter_hash(self._seed, step)[0]))
+        cut = self._cutmix > 0 and (self._mixup == 0 or bool(generator.random() < 0.5))
         alpha = self._cutmix if cut else self._mixup
-        kept = draw.beta(alpha, alpha)
+        kept = generator.beta(alpha, alpha)
         if cut:
             height, width = images.shape[-2:]
-            top, bottom, left, right = _box(height, width, 1 - kept, draw)
+            top, bottom, left, right = _box(height, width, 1 - kept, generator)
             images = images.clone()
             images[..., top:bottom, left:right] = images.flip(0)[..., top:bottom, left:right]
             kept = 1 - (bottom - top) * (right - left) / (height * width)
@@ -74,9 +92,9 @@ class Mix:
         return images, targets * kept + targets.flip(0) * (1 - kept)
 
 
-def _box(height: int, width: int, area: float, draw: np.random.Generator) -> tuple[int, int, int, int]:
-    """``(top, bottom, left, right)`` of a box of this part of the area, clipped, its centre uniform over the image."""
-    y, x = int(draw.integers(height)), int(draw.integers(width))
+def _box(height: int, width: int, area: float, generator: np.random.Generator) -> tuple[int, int, int, int]:
+    """``(top, bottom, left, right)`` of a clipped box with this part of the area, its centre uniform over the image."""
+    y, x = int(generator.integers(height)), int(generator.integers(width))
     half_height, half_width = (int(side * area**0.5) // 2 for side in (height, width))
     return (
         max(y - half_height, 0),

@@ -1,4 +1,4 @@
-"""From a configuration to the loader of one split on one rank."""
+"""Builds the loader of one split on one rank from a configuration."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import torch
 from numpy.typing import NDArray
 
 from sfw_dist.data.datasets.registry import find_dataset
-from sfw_dist.data.loading.augment import Augmentation, Draws
+from sfw_dist.data.loading.augment import Augmentation, SampleParams
 from sfw_dist.data.loading.backend import Backend
-from sfw_dist.data.loading.ffcv_probe import ffcv_problem
+from sfw_dist.data.loading.ffcv_probe import ffcv_installed, ffcv_problem
 from sfw_dist.data.loading.folder import FolderBackend
+from sfw_dist.data.loading.gpu import GPUBackend
 from sfw_dist.data.loading.loader import Loader, ShardedLoader
-from sfw_dist.data.loading.memmap import RamBackend
+from sfw_dist.data.loading.memmap import MemmapBackend
 from sfw_dist.data.loading.prefetch import loader_threads
 from sfw_dist.data.loading.stage import staged
-from sfw_dist.data.loading.torch import TorchBackend
 from sfw_dist.data.manifest import (
     Manifest,
     Part,
@@ -34,7 +34,7 @@ from sfw_dist.data.manifest import (
     read_files,
     read_manifest,
 )
-from sfw_dist.data.sampler import EvaluationOrder, Ids, Order, TrainingOrder, split_validation
+from sfw_dist.data.sampler import EvaluationSampler, Ids, Sampler, TrainingSampler, split_validation
 from sfw_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What a model and its input normalisation need to know of a data set."""
+    """What a model and its input normalisation need to know about a data set."""
 
     classes: tuple[str, ...]
     image_shape: tuple[int, int, int]
@@ -59,7 +59,14 @@ class DatasetInfo:
 
 
 def dataset_info(config: DataConfig) -> DatasetInfo:
-    """The facts of the prepared data set; raises :class:`UserError` when it is not prepared or is damaged."""
+    """Read the facts about a prepared data set.
+
+    Args:
+        config: its name, folder and validation fraction are used.
+
+    Raises:
+        UserError: the data set is not prepared, or is damaged.
+    """
     folder, manifest = _open_folder(config)
     train, validation = split_validation(_labels(folder, manifest, "train"), config.validation_fraction, seed=0)
     counts: dict[Split, int] = {
@@ -73,14 +80,22 @@ def dataset_info(config: DataConfig) -> DatasetInfo:
 def open_loader(
     config: DataConfig, split: Split, *, seed: int, rank: int = 0, world_size: int = 1, device: torch.device = CPU
 ) -> Loader:
-    """The batches of ``split`` for ``rank``: train is shuffled and augmented, validation and test are neither.
+    """Open the batches of one split for one rank.
 
-    ``seed`` draws order, augmentation and the validation split, which is the same on every rank. ``device`` is where
-    the batches will be used: for a GPU they come in page-locked memory, or, from the backend gpu, lie there already.
-    Raises :class:`UserError`: the data set is not prepared or damaged, the backend is not there, or a rank's share is
-    empty.
+    Training samples are shuffled and augmented; validation and test samples are neither.
+
+    Args:
+        config: data set, backend, batch sizes and augmentation.
+        split: train, validation or test.
+        seed: of the permutations, the augmentation and the validation split; the same on every rank.
+        rank: this rank.
+        world_size: number of ranks.
+        device: where the batches are used. For a GPU they come in page-locked memory; the gpu backend makes them there.
+
+    Raises:
+        UserError: the data set is not prepared or damaged, the backend is not available, or a rank has no samples.
     """
-    order = rank_order(config, split, seed=seed, rank=rank, world_size=world_size)
+    sampler = rank_sampler(config, split, seed=seed, rank=rank, world_size=world_size)
     folder, manifest = _open_folder(config)
     part = _part(split)
     name, why = _choose(config, folder, manifest, device)
@@ -94,8 +109,8 @@ def open_loader(
         augmentation = Augmentation(config.crop_padding, config.flip, config.cutout, config.random_resized_crop)
     return ShardedLoader(
         backend,
-        order,
-        draw=partial(_draw, augmentation, manifest.image_shape, seed),
+        sampler,
+        sample_params=partial(_sample_params, augmentation, manifest.image_shape, seed),
         name=_namer(folder, manifest, part),
         threads=threads,
         stall_timeout=config.stall_timeout,
@@ -104,18 +119,20 @@ def open_loader(
     )
 
 
-def rank_order(config: DataConfig, split: Split, *, seed: int, rank: int, world_size: int) -> Order:
-    """What ``rank`` visits of ``split``; raises as :func:`open_loader`, but looks at no backend."""
+def rank_sampler(config: DataConfig, split: Split, *, seed: int, rank: int, world_size: int) -> Sampler:
+    """The samples that ``rank`` reads; takes and raises what :func:`open_loader` does, but opens no backend."""
     assert 0 <= rank < world_size
     folder, manifest = _open_folder(config)
     members = _members(config, split, _labels(folder, manifest, _part(split)), seed)
     if split == "train":
-        return TrainingOrder(members, config.batch_size, seed, rank, world_size)
-    return EvaluationOrder(members, config.eval_batch_size, rank, world_size)
+        return TrainingSampler(members, config.batch_size, seed, rank, world_size)
+    return EvaluationSampler(members, config.eval_batch_size, rank, world_size)
 
 
-def _draw(augmentation: Augmentation, image_shape: tuple[int, int, int], seed: int, ids: Ids, epoch: int) -> Draws:
-    return augmentation.draws(ids, image_shape[1:], seed=seed, epoch=epoch)
+def _sample_params(
+    augmentation: Augmentation, image_shape: tuple[int, int, int], seed: int, ids: Ids, epoch: int
+) -> SampleParams:
+    return augmentation.sample_params(ids, image_shape[1:], seed=seed, epoch=epoch)
 
 
 def _part(split: Split) -> Part:
@@ -143,11 +160,9 @@ def _members(config: DataConfig, split: Split, labels: Ids, seed: int) -> Ids:
 
 
 def _choose(config: DataConfig, folder: Path, manifest: Manifest, device: torch.device) -> tuple[str, str]:
-    """The backend to open, and why, when that was left to us; raises :class:`UserError` for one that is not there."""
+    """The backend to open and, with ``backend: auto``, why; raises :class:`UserError` for one that is not available."""
     if config.backend in ("auto", "ffcv"):
-        problem = (
-            ffcv_problem(folder.parent) if manifest.has_betons else f"prepared without it: {prepare_command(folder)}"
-        )
+        problem = _ffcv_problem(folder, manifest)
         if problem is None:
             return "ffcv", " (auto: FFCV passed its probe)" if config.backend == "auto" else ""
         if config.backend == "auto":
@@ -160,6 +175,12 @@ def _choose(config: DataConfig, folder: Path, manifest: Manifest, device: torch.
             f"data.backend folder: {manifest.name} was not prepared from image files: write data.backend ram"
         )
     return config.backend, ""
+
+
+def _ffcv_problem(folder: Path, manifest: Manifest) -> str | None:
+    if manifest.has_betons or not ffcv_installed():
+        return ffcv_problem(folder.parent)
+    return f"prepared without it: {prepare_command(folder)}"
 
 
 def _backend_file(name: str, part: Part) -> str:
@@ -175,17 +196,17 @@ def _open_backend(
 
             return FFCVBackend(folder / beton_file(part), labels, manifest.image_shape)
         case "ram":
-            return RamBackend(_images(folder, manifest, part), labels)
+            return MemmapBackend(_images(folder, manifest, part), labels)
         case "folder":
             files = [folder.parent / file for file in read_files(folder, part)]
             fit = find_dataset(manifest.name).any_size
             return FolderBackend(files, labels, manifest.image_shape[1], fit=fit)
         case _:
-            return TorchBackend(_images(folder, manifest, part), labels, device if name == "gpu" else CPU)
+            return GPUBackend(_images(folder, manifest, part), labels, device)
 
 
 def _namer(folder: Path, manifest: Manifest, part: Part) -> Callable[[int], str]:
-    """What messages call a sample: its number, and its image file where it came from one."""
+    """Names samples for messages: by number, and by image file where there is one."""
 
     def name(sample: int) -> str:
         file = f" ({folder.parent / read_files(folder, part)[sample]})" if manifest.has_image_files else ""
@@ -197,7 +218,7 @@ def _namer(folder: Path, manifest: Manifest, part: Part) -> Callable[[int], str]
 def _images(folder: Path, manifest: Manifest, part: Part) -> NDArray[np.uint8]:
     channels, height, width = manifest.image_shape
     shape = (manifest.counts[part], height, width, channels)
-    # Copy on write: nobody writes, but torch takes only arrays that could be written; the pages stay shared.
+    # Copy on write, because torch takes only writable arrays; nothing writes, so the pages stay shared.
     return _load_array(folder / images_file(part), np.uint8, shape, mmap_mode="c")
 
 

@@ -1,9 +1,9 @@
-"""The FFCV backend: betons of raw images, read by FFCV's compiled reader with one operation of our own.
+"""The ffcv backend: betons (FFCV's files) of raw images, read by FFCV's compiled reader with one operation of our own.
 
-The only module that imports FFCV. Its loader compiles the pipeline: read a sample's bytes from the beton, and render
-it (crop, flip, cutout) in the same pass. We run that pipeline in threads of our own, into memory of our own: FFCV's
-thread never ends when the pipeline raises or the consumer leaves, its buffers are overwritten by later batches, and its
-augmentations cannot be seeded.
+The only module that imports FFCV. FFCV's loader compiles the pipeline: read a sample's bytes from the beton and
+transform them (crop, flip, cutout) in the same pass. We run that pipeline in our own threads and into our own memory:
+FFCV's thread never ends when the pipeline raises or the consumer stops, its buffers are overwritten by later batches,
+and its augmentations cannot be seeded.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sfw_dist.data.loading.augment import Draws
-from sfw_dist.data.loading.augment_numba import render_sample
+from sfw_dist.data.loading.augment import SampleParams
+from sfw_dist.data.loading.augment_numba import transform_sample
 from sfw_dist.data.loading.backend import Batch
 from sfw_dist.data.manifest import prepare_again
 from sfw_dist.data.sampler import Ids
-from sfw_dist.errors import UserError
+from sfw_dist.errors import UserError, needs_extra
 
 
 @contextmanager
 def _kept_thread_counts() -> Iterator[None]:
-    """FFCV sets the thread counts of torch and numba when it is imported (to 1), and again with every loader."""
+    """Restore the thread counts of torch and numba, which FFCV sets to 1 at its import and with every loader."""
     torch_threads, numba_threads = torch.get_num_threads(), numba.get_num_threads()
     try:
         yield
@@ -37,7 +37,7 @@ def _kept_thread_counts() -> Iterator[None]:
         numba.set_num_threads(numba_threads)
 
 
-with _kept_thread_counts():
+with _kept_thread_counts(), needs_extra("data.backend ffcv", "ffcv"):
     from ffcv.fields import IntField, NDArrayField
     from ffcv.fields.ndarray import NDArrayDecoder
     from ffcv.loader import Loader as FFCVLoader
@@ -53,10 +53,15 @@ with _kept_thread_counts():
 
 
 class FFCVBackend:
-    """Batches from the beton at ``path``, read by FFCV (see :class:`sfw_dist.data.loading.backend.Backend`).
+    """Reads batches from a beton by FFCV (see :class:`sfw_dist.data.loading.backend.Backend`).
 
-    ``labels`` are those the beton must hold. Raises :class:`UserError` when the file does not describe exactly such
-    samples: FFCV would crash on a wrong address, or hang.
+    Args:
+        path: of the beton.
+        labels: that the beton must hold, ``(n,)``.
+        image_shape: ``(channels, height, width)``.
+
+    Raises:
+        UserError: the file does not describe exactly such samples. FFCV would crash on a wrong address, or hang.
     """
 
     threaded = True
@@ -74,22 +79,22 @@ class FFCVBackend:
                 os_cache=True,
                 drop_last=False,
                 seed=0,  # unused, but FFCV would draw one from numpy's global generator
-                pipelines={"image": [_ReadAndRender()], "label": None},
+                pipelines={"image": [_ReadAndTransform()], "label": None},
             )
         ((self._pipeline, _),), _ = loader.code
         (node,) = loader.graph.allocate_memory(1, 1)["operation"]
         self._destination = f"memory_{node}"
         context = loader.memory_manager.schedule_epoch([])
-        context.__enter__()  # maps the file; there is no counterpart
+        context.__enter__()  # maps the file; nothing unmaps it
         self._source = {
             "metadata": loader.reader.metadata,
             "storage_state": context.state,
             f"shared_memory_{node}": None,
         }
 
-    def fetch(self, ids: Ids, draws: Draws) -> Batch:
+    def fetch(self, ids: Ids, params: SampleParams) -> Batch:
         out = torch.empty(len(ids), *self._sample_shape, dtype=torch.uint8)
-        samples = np.column_stack([ids, draws])  # (B, 1 + 8)
+        samples = np.column_stack([ids, params])  # (B, 1 + 8)
         self._pipeline(batch_indices=samples, **{self._destination: out.numpy()}, **self._source)
         return out.permute(0, 3, 1, 2), torch.from_numpy(self._labels[ids])
 
@@ -97,30 +102,35 @@ class FFCVBackend:
         del self._pipeline, self._source
 
 
-class _ReadAndRender(NDArrayDecoder):
-    """FFCV's decoder for arrays, made to render what it reads: in a later operation every image would be copied twice.
+class _ReadAndTransform(NDArrayDecoder):
+    """FFCV's decoder for arrays, extended by the transform: as a second operation it would copy every image twice.
 
-    What FFCV hands through as the samples' indices are rows of ``(id, draws)`` here.
+    What FFCV passes through as the samples' indices are rows of ``(id, parameters)`` here.
     """
 
     def generate_code(self) -> Callable[..., Any]:
         read = self.memory_read
         height, width, channels = self.field.shape
 
-        def read_and_render(samples: Any, out: Any, addresses: Any, storage_state: Any) -> Any:
+        def read_and_transform(samples: Any, out: Any, addresses: Any, storage_state: Any) -> Any:
             for i in range(len(samples)):
                 stored = read(addresses[samples[i, 0]], storage_state)
-                render_sample(stored.reshape((height, width, channels)), samples[i, 1:], out[i])
+                transform_sample(stored.reshape((height, width, channels)), samples[i, 1:], out[i])
             return out
 
-        return read_and_render
+        return read_and_transform
 
 
 def write_beton(file: BinaryIO, images: NDArray[np.uint8], labels: Ids) -> None:
-    """Write images ``(n, H, W, C)`` and labels ``(n,)`` as a beton with the fields ``image`` and ``label``.
+    """Write a beton with the fields ``image`` and ``label``.
 
-    Byte for byte what ``DatasetWriter(num_workers=1)`` writes. That one works through processes that it does not
-    watch: when one of them fails, on a full disk say, it waits for ever.
+    Byte for byte what FFCV's ``DatasetWriter(num_workers=1)`` writes, which uses processes that it does not watch:
+    when one of them fails, on a full disk say, it waits for ever.
+
+    Args:
+        file: open for writing bytes, empty.
+        images: ``(n, H, W, C)``.
+        labels: ``(n,)``.
     """
     _, height, width, channels = images.shape
     layout = _beton_layout(labels, (channels, height, width))
@@ -133,7 +143,7 @@ def write_beton(file: BinaryIO, images: NDArray[np.uint8], labels: Ids) -> None:
 
 
 class _BetonLayout(NamedTuple):
-    """A beton is its head, zeros up to ``first_page``, pages of ``page_bytes``, and the allocation table."""
+    """The parts of a beton: head, zeros up to ``first_page``, pages of ``page_bytes``, and the allocation table."""
 
     head: bytes
     """Header, field descriptors, and a row (address of the image, label) for each sample."""

@@ -1,4 +1,4 @@
-"""Whether FFCV works on this machine, found out in a process of its own: where it fails, it may hang or crash."""
+"""Whether FFCV works on this machine, tried in a process of its own: where it fails, it may hang or crash."""
 
 from __future__ import annotations
 
@@ -10,25 +10,38 @@ import sys
 import tempfile
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
 from filelock import FileLock
 
-from sfw_dist.data.loading.augment import Augmentation, render
+from sfw_dist.data.loading.augment import Augmentation, transform
 from sfw_dist.files import write_json
 
 TIME_LIMIT = 120.0
 """Seconds until a probe that does not end counts as failed; it takes about five."""
+_REMEDY = "apt-get install pkg-config libopencv-dev libturbojpeg0-dev, then pip install 'sfw-dist[ffcv]'"
+
+
+def ffcv_installed() -> bool:
+    """Whether there is a package FFCV, working or not."""
+    return find_spec("ffcv") is not None
 
 
 @cache
 def ffcv_problem(folder: Path) -> str | None:
-    """Why FFCV cannot be used here, in one line with the remedy, or ``None``.
+    """Why FFCV cannot be used on this machine, if so.
 
-    The answer is kept in ``folder`` for as long as no package it depends on changes, for each machine.
+    Args:
+        folder: where the answer is kept, for each machine, until a package that it depends on changes.
+
+    Returns:
+        The problem and the remedy in one line, or ``None`` when FFCV works.
     """
+    if not ffcv_installed():
+        return f"FFCV is not installed: {_REMEDY}"
     known, key = folder / f".ffcv_{platform.node() or 'here'}.json", _versions()
     try:
         with FileLock(f"{known}.lock"):
@@ -61,8 +74,7 @@ def _versions() -> str:
 
 
 def _probe() -> str | None:
-    remedy = "apt-get install pkg-config libopencv-dev libturbojpeg0-dev, then pip install ffcv"
-    # A rank of a run, or a task of a job, must not be taken for one.
+    # Without the variables of a rank or of a job's task, so that nothing in the process takes itself for one.
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "MASTER_", "RANK", "WORLD_SIZE"))}
     try:
         done = subprocess.run(
@@ -73,15 +85,19 @@ def _probe() -> str | None:
             env=environment,
         )
     except subprocess.TimeoutExpired:
-        return f"its probe did not end within {TIME_LIMIT:g} s: {remedy}"
+        return f"its probe did not end within {TIME_LIMIT:g} s: {_REMEDY}"
     if done.returncode == 0:
         return None
     last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-    return f"its probe failed ({last}): {remedy}"
+    return f"its probe failed ({last}): {_REMEDY}"
 
 
 def try_ffcv() -> None:
-    """Write a small beton, read it under every kind of draw, and compare with the reference."""
+    """Write a small beton, read it with every kind of augmentation, and compare with the reference.
+
+    Raises:
+        RuntimeError: FFCV has read something else.
+    """
     from sfw_dist.data.loading.ffcv import FFCVBackend, write_beton
 
     images = np.random.default_rng(0).integers(0, 256, (7, 6, 5, 3), dtype=np.uint8)
@@ -92,7 +108,7 @@ def try_ffcv() -> None:
             write_beton(file, images, ids)
         backend = FFCVBackend(path, ids, (3, 6, 5))
         for augmentation in (Augmentation(), Augmentation(2, True, 2), Augmentation(random_resized_crop=0.1)):
-            draws = augmentation.draws(ids, (6, 5), seed=0, epoch=0)
-            expected = render(torch.from_numpy(images), ids, draws)
-            if not torch.equal(backend.fetch(ids, draws)[0], expected):
+            params = augmentation.sample_params(ids, (6, 5), seed=0, epoch=0)
+            expected = transform(torch.from_numpy(images), ids, params)
+            if not torch.equal(backend.fetch(ids, params)[0], expected):
                 raise RuntimeError("FFCV read other pixels than were written")

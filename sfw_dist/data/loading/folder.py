@@ -1,4 +1,4 @@
-"""The folder backend, the reference: every image is decoded from its own file each time it is wanted."""
+"""The folder backend, the reference: every image is decoded from its own file each time it is read."""
 
 from __future__ import annotations
 
@@ -8,15 +8,19 @@ import numpy as np
 import torch
 
 from sfw_dist.data.decode import decode_image
-from sfw_dist.data.loading.augment import Draws, render
+from sfw_dist.data.loading.augment import SampleParams, transform
 from sfw_dist.data.loading.backend import Batch
 from sfw_dist.data.sampler import Ids
 
 
 class FolderBackend:
-    """Batches from ``files``, one a sample, decoded as :mod:`sfw_dist.data.prepare` does.
+    """Decodes image files as :mod:`sfw_dist.data.prepare` does (see :class:`sfw_dist.data.loading.backend.Backend`).
 
-    ``fit`` scales and crops images of another size than ``side`` (see :class:`sfw_dist.data.loading.backend.Backend`).
+    Args:
+        files: one for each sample.
+        labels: int64 ``(n,)``.
+        side: of the square images, in pixels.
+        fit: scale and crop images of another size; without it they are errors.
     """
 
     threaded = True
@@ -24,9 +28,9 @@ class FolderBackend:
     def __init__(self, files: list[Path], labels: Ids, side: int, *, fit: bool) -> None:
         self._files, self._labels, self._side, self._fit = files, labels, side, fit
 
-    def fetch(self, ids: Ids, draws: Draws) -> Batch:
+    def fetch(self, ids: Ids, params: SampleParams) -> Batch:
         decoded = np.stack([decode_image(self._files[i], self._side, self._fit) for i in ids])
-        images = render(torch.from_numpy(decoded), np.arange(len(ids)), draws)
+        images = transform(torch.from_numpy(decoded), np.arange(len(ids)), params)
         return images, torch.from_numpy(self._labels[ids])
 
     def close(self) -> None:

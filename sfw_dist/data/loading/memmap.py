@@ -1,4 +1,4 @@
-"""The ram backend: the prepared array memory-mapped, one copy for all ranks of a machine, and a compiled kernel."""
+"""The ram backend: one memory map of the prepared array for all ranks of a machine, read by a compiled kernel."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sfw_dist.data.loading.augment import Draws
-from sfw_dist.data.loading.augment_numba import render_rows
+from sfw_dist.data.loading.augment import SampleParams
+from sfw_dist.data.loading.augment_numba import transform_rows
 from sfw_dist.data.loading.backend import Batch
 from sfw_dist.data.sampler import Ids
 
 
-class RamBackend:
-    """Batches from ``images`` uint8 ``(n, H, W, C)`` and ``labels`` (see
-    :class:`sfw_dist.data.loading.backend.Backend`).
+class MemmapBackend:
+    """Reads batches from memory-mapped arrays (see :class:`sfw_dist.data.loading.backend.Backend`).
+
+    Args:
+        images: uint8 ``(n, H, W, C)``.
+        labels: int64 ``(n,)``.
     """
 
     threaded = True
@@ -22,9 +25,9 @@ class RamBackend:
     def __init__(self, images: NDArray[np.uint8], labels: Ids) -> None:
         self._images, self._labels = images, labels
 
-    def fetch(self, ids: Ids, draws: Draws) -> Batch:
+    def fetch(self, ids: Ids, params: SampleParams) -> Batch:
         out = torch.empty(len(ids), *self._images.shape[1:], dtype=torch.uint8)
-        render_rows(self._images, ids, draws, out.numpy())
+        transform_rows(self._images, ids, params, out.numpy())
         return out.permute(0, 3, 1, 2), torch.from_numpy(self._labels[ids])
 
     def close(self) -> None:

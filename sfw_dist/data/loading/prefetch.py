@@ -1,4 +1,4 @@
-"""Batches made ahead of the training step, by threads, in order."""
+"""Threads that make the next batches, in order, while the training step runs."""
 
 from __future__ import annotations
 
@@ -12,34 +12,43 @@ from itertools import islice
 from typing import TypeVar
 
 Job = TypeVar("Job")
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
-# Beyond one batch a thread, so that a slow batch does not leave the others idle.
+# Jobs in stock beyond one for each thread, so that a slow job does not leave the other threads idle.
 _SPARE = 2
 
 
-def made_ahead(
-    make: Callable[[Job], Made], jobs: Iterable[Job], *, threads: int, stall_timeout: float
-) -> Generator[Made, None, None]:
-    """``make(job)`` of each job, in their order; ``threads`` of them work ahead while the caller uses the last one.
+def prefetch(
+    make: Callable[[Job], Result], jobs: Iterable[Job], *, threads: int, stall_timeout: float
+) -> Generator[Result, None, None]:
+    """Yield ``make(job)`` of each job in their order, made by threads that work ahead of the caller.
 
-    What ``make`` raises is raised here, when its turn comes. Closing the generator ends the threads. With 0 threads
-    everything happens in the calling thread.
+    What ``make`` raises is raised here when that job's turn comes. Closing the generator ends the threads.
+
+    Args:
+        make: called from several threads at once.
+        jobs: taken a few at a time, in the caller's thread.
+        threads: number of threads; with 0 every job is made in the caller's thread when it is asked for.
+        stall_timeout: seconds that the caller waits for one result.
 
     Raises:
-        TimeoutError: a job took longer than ``stall_timeout`` seconds after the caller began to wait for it. Its
-            argument is the job. The stuck thread is left behind: it dies with the process.
+        TimeoutError: a result took longer than ``stall_timeout``. Its argument is the job. The stuck thread is left
+            running: it ends with the process.
+
+    Example:
+        >>> list(prefetch(lambda job: job * job, range(4), threads=2, stall_timeout=60))
+        [0, 1, 4, 9]
     """
     if threads == 0:
         for job in jobs:
             yield make(job)
         return
-    todo: queue.SimpleQueue[tuple[Job, Future[Made]] | None] = queue.SimpleQueue()
+    todo: queue.SimpleQueue[tuple[Job, Future[Result]] | None] = queue.SimpleQueue()
     # Daemons, unlike the threads of an executor: a read that hangs must not keep the interpreter from ending.
     workers = [threading.Thread(target=_work, args=(make, todo), daemon=True) for _ in range(threads)]
     for worker in workers:
         worker.start()
-    pending: deque[tuple[Job, Future[Made]]] = deque()
+    pending: deque[tuple[Job, Future[Result]]] = deque()
     stalled = False
     try:
         remaining = iter(jobs)
@@ -51,15 +60,15 @@ def made_ahead(
                 return
             job, future = pending.popleft()
             try:
-                made = future.result(stall_timeout)
+                result = future.result(stall_timeout)
             except TimeoutError:
                 stalled = not future.done()
                 if stalled:
                     raise TimeoutError(job) from None
-                made = future.result()  # it came at the last moment, or make itself raised TimeoutError
+                result = future.result()  # it came at the last moment, or make itself raised TimeoutError
             del future  # else the batch would live until the next one
-            yield made
-            del made
+            yield result
+            del result
     finally:
         for _, future in pending:
             future.cancel()
@@ -70,7 +79,7 @@ def made_ahead(
                 worker.join()
 
 
-def _work(make: Callable[[Job], Made], todo: queue.SimpleQueue[tuple[Job, Future[Made]] | None]) -> None:
+def _work(make: Callable[[Job], Result], todo: queue.SimpleQueue[tuple[Job, Future[Result]] | None]) -> None:
     while (item := todo.get()) is not None:
         job, future = item
         if future.set_running_or_notify_cancel():
@@ -82,10 +91,14 @@ def _work(make: Callable[[Job], Made], todo: queue.SimpleQueue[tuple[Job, Future
 
 
 def loader_threads(requested: int, environment: Mapping[str, str] = os.environ) -> int:
-    """Threads for one loader of this rank: ``requested``, or for 0 the rank's share of the cores; at most the latter's.
+    """The number of threads for one loader of this rank: at most the rank's share of the cores.
 
-    The cores are those this process may run on, and under Slurm at most the task's ``--cpus-per-task``, shared by the
-    ranks of the machine or, under Slurm, of the task.
+    The cores are those that this process may run on, and under Slurm at most the task's ``--cpus-per-task``. They are
+    shared by the ranks of the machine or, under Slurm, of the task.
+
+    Args:
+        requested: wanted number of threads; 0 for the whole share.
+        environment: variables that torchrun and Slurm set.
     """
     cores = len(os.sched_getaffinity(0))
     sharing = int(environment.get("LOCAL_WORLD_SIZE", "1"))

@@ -13,17 +13,29 @@ from sfw_dist.files import make_folder, replacing
 
 
 def staged(folder: Path, manifest: Manifest, stage_dir: Path, files: list[str]) -> Path:
-    """Copy ``files`` of the prepared ``folder`` to ``stage_dir``, checked, unless they are there; where they are then.
+    """Copy files of a prepared data set to another disk, unless they are already there.
 
-    One process copies while the others of the node wait. A name holds the manifest's hash, so that a data set that was
-    prepared anew is staged anew. Raises :class:`UserError` when there is no room, or the original is damaged.
+    One process copies while the others of the node wait. The copy's name holds the manifest's hash, so a data set that
+    was prepared again is staged again.
+
+    Args:
+        folder: the prepared data set.
+        manifest: what ``folder`` holds.
+        stage_dir: where the copy's folder is made.
+        files: names of the files to copy; the manifest is copied too.
+
+    Returns:
+        The folder that holds the copies.
+
+    Raises:
+        UserError: the files cannot be written, or the original is damaged.
     """
     target = stage_dir / f"{folder.name}-{file_record(folder / MANIFEST).sha256[:12]}"
     try:
         make_folder(target)
         with FileLock(target / ".lock"):
             for name in (*files, MANIFEST):
-                if not _there(target / name, manifest.files.get(name)):
+                if not _is_staged(target / name, manifest.files.get(name)):
                     with (folder / name).open("rb") as original, replacing(target / name) as copy:
                         shutil.copyfileobj(original, copy, 1 << 22)
                     _check(target / name, manifest.files.get(name), folder)
@@ -34,12 +46,12 @@ def staged(folder: Path, manifest: Manifest, stage_dir: Path, files: list[str]) 
     return target
 
 
-def _there(path: Path, record: FileRecord | None) -> bool:
+def _is_staged(path: Path, record: FileRecord | None) -> bool:
     return path.is_file() and (record is None or path.stat().st_size == record.bytes)
 
 
 def _check(path: Path, record: FileRecord | None, folder: Path) -> None:
-    """The copy was read in full once, so hashing it from memory costs little, and a damaged original is found."""
+    """Hash a new copy, which is still in memory, so that a damaged original is found."""
     if record is not None and file_record(path) != record:
         path.unlink()
         raise UserError(f"{folder / path.name} is damaged (its sha256 is not the manifest's): {prepare_again(folder)}")

@@ -21,7 +21,7 @@ def open_engine(model: nn.Module, config: Config, world: World) -> Engine:
     Only that engine's packages are imported: DeepSpeed takes seconds.
 
     Raises:
-        UserError: DeepSpeed cannot be imported.
+        MissingExtraError: DeepSpeed cannot be imported.
     """
     match config.engine:
         case "ddp":
@@ -33,12 +33,8 @@ def open_engine(model: nn.Module, config: Config, world: World) -> Engine:
 
             return FSDPEngine(model, config, world)
         case "deepspeed":
-            try:
-                from sfw_dist.train.strategies.deepspeed import DeepSpeedEngine
-            except ImportError as error:
-                raise UserError(
-                    f"engine deepspeed cannot be imported ({error}): install deepspeed, or write engine: fsdp"
-                ) from None
+            from sfw_dist.train.strategies.deepspeed import DeepSpeedEngine
+
             return DeepSpeedEngine(model, config, world)
 
 

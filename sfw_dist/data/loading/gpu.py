@@ -1,4 +1,4 @@
-"""The torch and gpu backends: the prepared array, indexed by torch operations where it lies."""
+"""The gpu backend: the whole prepared array on the device, indexed and augmented there by torch operations."""
 
 from __future__ import annotations
 
@@ -6,23 +6,29 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sfw_dist.data.loading.augment import Draws, render
+from sfw_dist.data.loading.augment import SampleParams, transform
 from sfw_dist.data.loading.backend import Batch
 from sfw_dist.data.sampler import Ids
 from sfw_dist.errors import UserError
 
 
-class TorchBackend:
-    """Batches from ``images`` uint8 ``(n, H, W, C)`` and ``labels`` (see
-    :class:`sfw_dist.data.loading.backend.Backend`).
+class GPUBackend:
+    """Makes batches on a device that holds all samples (see :class:`sfw_dist.data.loading.backend.Backend`).
 
-    On the CPU the arrays are used as they are and must be writable, or torch would not take them. On a GPU the whole
-    part is copied there, batches are made there, and nothing but ids and draws follows. Raises :class:`UserError` when
-    it does not fit.
+    Only ids and parameters are copied to the device for each batch.
+
+    Args:
+        images: uint8 ``(n, H, W, C)``, writable, as torch demands.
+        labels: int64 ``(n,)``.
+        device: a GPU; tests take the CPU as a reference.
+
+    Raises:
+        UserError: the images do not fit on the device.
     """
 
+    threaded = False
+
     def __init__(self, images: NDArray[np.uint8], labels: Ids, device: torch.device) -> None:
-        self.threaded = device.type == "cpu"
         self._device = device
         try:
             self._images, self._labels = (torch.from_numpy(array).to(device) for array in (images, labels))
@@ -31,9 +37,9 @@ class TorchBackend:
                 f"data.backend gpu: {images.nbytes / 1e9:.1f} GB do not fit on {device}: write data.backend ram"
             ) from None
 
-    def fetch(self, ids: Ids, draws: Draws) -> Batch:
+    def fetch(self, ids: Ids, params: SampleParams) -> Batch:
         rows = torch.from_numpy(ids).to(self._device, non_blocking=True)
-        return render(self._images, ids, draws), self._labels[rows]
+        return transform(self._images, ids, params), self._labels[rows]
 
     def close(self) -> None:
         del self._images, self._labels

@@ -1,0 +1,98 @@
+"""Image files that are bad, and decoding that was interrupted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import sfw_dist.data.decode as decoding
+from sfw_dist.data.__main__ import main
+from sfw_dist.data.manifest import read_manifest
+from sfw_dist.data.prepare import prepare, verify
+from tests.support.downloads import error_of
+from tests.support.raw_data import damage, images_of, save_image
+
+
+def test_every_bad_file_is_named(tiny: Path) -> None:
+    """Only the first of several bad files is named, or a truncated JPEG is trained on half grey."""
+    names = damage(tiny)
+    message = error_of(lambda: prepare("tiny_imagenet", tiny))
+    assert message.startswith("4 image file(s)") and all(name in message for name in names)
+    for reason in ("not an image", "truncated", "missing", "65×64 pixels"):
+        assert reason in message
+    assert not (tiny / "tiny_imagenet").exists()
+
+
+def test_many_bad_files_are_ten_and_a_count(tiny: Path) -> None:
+    """A wrong mount fills the terminal with 100,000 names."""
+    for path in images_of(tiny).parents[1].rglob("*.JPEG"):
+        path.write_bytes(b"")
+    message = error_of(lambda: prepare("tiny_imagenet", tiny))
+    assert message.count(".JPEG") == 10 and "and 2 more" in message
+
+
+def test_skip_bad_goes_on_and_lists_them(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Labels shift against the images behind a skipped file, or nobody learns what was left out."""
+    names = damage(tiny)
+    assert main(["prepare", "tiny_imagenet", "--root", str(tiny), "--skip-bad"]) == 0
+    assert "9 train, 5 test samples, 4 skipped" in capsys.readouterr().out
+    folder = tiny / "tiny_imagenet"
+    manifest = read_manifest(folder)
+    assert all(name in line for name, line in zip(names, manifest.skipped, strict=True))
+    level = np.load(folder / "train_images.npy").mean(axis=(1, 2, 3))
+    np.testing.assert_array_equal(np.load(folder / "train_labels.npy"), (level / 60).astype(int))
+    assert verify("tiny_imagenet", tiny) == []
+
+
+def test_interrupted_twice_it_finishes_what_is_left(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each interruption costs everything done so far, or half-done work ends up in the data set."""
+    decode_image, decoded = decoding.decode_image, []
+
+    def interrupted_after(limit: int) -> Callable[..., np.ndarray]:
+        def decode(path: Path, side: int, fit: bool) -> np.ndarray:
+            if len(decoded) >= limit:
+                raise RuntimeError("killed")
+            decoded.append(path.name)
+            return decode_image(path, side, fit)
+
+        return decode
+
+    for limit in (7, 14):
+        monkeypatch.setattr(decoding, "decode_image", interrupted_after(limit))
+        with pytest.raises(RuntimeError, match="killed"):
+            prepare("tiny_imagenet", tiny)
+        assert not (tiny / "tiny_imagenet").exists()
+        (tiny / ".tiny_imagenet.unfinished" / "train_images.npy").write_bytes(b"of a killed process")
+    first = tiny / ".tiny_imagenet.unfinished" / "chunks" / "train" / "0000000.npz"
+    first.write_bytes(first.read_bytes()[:-100])
+    monkeypatch.setattr(decoding, "decode_image", interrupted_after(1000))
+    folder = prepare("tiny_imagenet", tiny)
+
+    assert decoded.count("n01_1.JPEG") == 2, "a damaged chunk is done again"
+    assert decoded.count("n02_2.JPEG") <= 2 and decoded.count("val_5.JPEG") == 1
+    assert len(decoded) < 2 * 18
+    level = np.load(folder / "train_images.npy").mean(axis=(1, 2, 3))
+    np.testing.assert_allclose(level, [60 * i + 10 * j + 4 for i in range(3) for j in range(4)], atol=1)
+    assert sorted(path.name for path in tiny.iterdir() if not path.name.endswith(".lock")) == ["raw", "tiny_imagenet"]
+    assert verify("tiny_imagenet", tiny) == []
+
+
+def test_a_repaired_file_is_decoded_again(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user replaces the bad files and still reads of them; or the good chunks are decoded twice."""
+    names = damage(tiny)
+    error_of(lambda: prepare("tiny_imagenet", tiny))
+    for name in names[:3]:
+        save_image(images_of(tiny) / name, 99)
+    save_image(images_of(tiny).parents[2] / "val" / "images" / "val_0.JPEG", 98)
+    decode_image, decoded = decoding.decode_image, []
+
+    def counted(path: Path, side: int, fit: bool) -> np.ndarray:
+        decoded.append(path.name)
+        return decode_image(path, side, fit)
+
+    monkeypatch.setattr(decoding, "decode_image", counted)
+    assert read_manifest(prepare("tiny_imagenet", tiny)).counts == {"train": 12, "test": 6}
+    assert set(names) <= set(decoded) and "n03_3.JPEG" not in decoded
