@@ -1,7 +1,10 @@
-"""One SFW step for one tensor, in float64, as the papers state it. Slow and plain: the definition of what SFW does.
+"""Algorithm 1 of the paper, one step of one tensor, in float64. This is the definition of what :class:`SFW` computes.
 
-Algorithm 1: Lu et al., ICLR 2022. The rescale rules: Pokutta, Spiegel, Zimmer, arXiv 2010.07243 (gradient, diameter),
-and Zimmer, Spiegel, Pokutta, arXiv 2205.11921 (fast_gradient).
+Start reading here. Everything else in :mod:`sfw_dist.optim` computes the same step faster, for all tensors together and
+on many ranks, and the tests compare it with this module.
+
+Sources: Lu et al., ICLR 2022, Algorithm 1; the rescale rules ``gradient`` and ``diameter`` from Pokutta, Spiegel,
+Zimmer, arXiv 2010.07243, ``fast_gradient`` from Zimmer, Spiegel, Pokutta, arXiv 2205.11921.
 """
 
 from __future__ import annotations
@@ -24,73 +27,86 @@ from sfw_dist.constraints import (
 
 
 class Step(NamedTuple):
-    """What one step makes of a tensor, and how it went."""
+    """The result of one step."""
 
     theta: Tensor
     m: Tensor
     gamma: float
+    """Step size γ in [0, 1]."""
     gap: float
+    """Frank-Wolfe gap ``⟨m, θ − v⟩``."""
     effective_lr: float
+    """``γ·‖θ − v‖ / ‖m‖``."""
 
 
 def sfw_step(
     theta: Tensor, g: Tensor, m: Tensor | None, constraint: Constraint, *, lr: float, momentum: float, rescale: str
 ) -> Step:
-    """Algorithm 1, the body of its loop.
+    """One iteration of stochastic Frank-Wolfe with momentum.
 
     Args:
-        theta, g: the tensor and its gradient, of one shape and any floating-point type.
+        theta, g: the tensor θ and its gradient, of one shape and any floating-point type.
         m: the momentum that the step before returned; ``None`` on the tensor's first step.
-        constraint: a concrete :class:`KSparsePolytope`, :class:`KSupportBall`, :class:`LpBall` with p = 2 or ∞,
-            :class:`GroupKSupportBall`, :class:`NuclearBall` or :class:`SpectralKSupportBall`.
+        constraint: the set C, bound; one of those for which :func:`lmo` has a definition.
+        lr: learning rate η.
+        momentum: ρ.
         rescale: ``gradient``, ``fast_gradient``, ``diameter`` or ``none``.
+
+    Example:
+        >>> from sfw_dist.constraints import KSparsePolytope
+        >>> theta, g = torch.zeros(3), torch.tensor([3.0, -4.0, 0.0])
+        >>> step = sfw_step(theta, g, None, KSparsePolytope(k=1, radius=2.0), lr=0.1, momentum=0.9, rescale="gradient")
+        >>> step.theta, step.gamma  # v = (0, 2, 0), γ = 0.1·5/2
+        (tensor([0.0000, 0.5000, 0.0000], dtype=torch.float64), 0.25)
     """
-    theta, g = theta.double(), g.double()
+    θ, g = theta.double(), g.double()
     m = g if m is None else momentum * m + (1 - momentum) * g
-    v, diameter = lmo(m, constraint)
-
-    norm, distance = float(m.norm()), float((theta - v).norm())
-    if norm == 0:  # every v is a minimizer: stay
-        return Step(theta, m, gamma=0.0, gap=0.0, effective_lr=0.0)
-    factor = {
-        "gradient": norm / distance if distance > 0 else math.inf,
-        "fast_gradient": 2 * norm / diameter,
-        "diameter": 1 / diameter,
-        "none": 1.0,
-    }[rescale]
-    gamma = min(lr * factor, 1.0)
-
-    gap = float((m * (theta - v)).sum())
-    return Step((1 - gamma) * theta + gamma * v, m, gamma, gap, gamma * distance / norm)
+    v, D = lmo(m, constraint), diameter(constraint, m.numel())
+    norm, distance = float(m.norm()), float((θ - v).norm())
+    f = {"gradient": norm / distance if distance > 0 else math.inf, "fast_gradient": 2 * norm / D}
+    f |= {"diameter": 1 / D, "none": 1.0}
+    γ = min(lr * f[rescale], 1.0) if norm > 0 else 0.0  # where m = 0 every v is a minimizer: θ stays
+    θ_next = (1 - γ) * θ + γ * v
+    return Step(θ_next, m, γ, float((m * (θ - v)).sum()), γ * distance / norm if norm > 0 else 0.0)
 
 
-def lmo(m: Tensor, constraint: Constraint) -> tuple[Tensor, float]:
-    """``argmin_{v∈C} ⟨v, m⟩``, and the L2 diameter of C."""
+def lmo(m: Tensor, constraint: Constraint) -> Tensor:
+    """``argmin_{v∈C} ⟨v, m⟩``, of the shape of ``m``.
+
+    Raises:
+        ValueError: there is no definition for this set.
+    """
     n = m.numel()
+    r = constraint.radius(n)
     match constraint:
         case KSparsePolytope():
-            k, r = constraint.support(n), constraint.radius(n)
-            return -r * top_k(m, k).sign(), 2 * r * math.sqrt(k)
+            return -r * top_k(m, constraint.support(n)).sign()
         case KSupportBall():
-            kept, r = top_k(m, constraint.support(n)), constraint.radius(n)
-            return -r * unit(kept), 2 * r
+            return -r * unit(top_k(m, constraint.support(n)))
         case LpBall(p=2):
-            r = constraint.radius(n)
-            return -r * unit(m), 2 * r
+            return -r * unit(m)
         case LpBall(p=math.inf):
-            r = constraint.radius(n)
-            return -r * m.sign(), 2 * r * math.sqrt(n)
+            return -r * m.sign()
         case GroupKSupportBall():
-            rows, r = matrix(m), constraint.radius(n)
+            rows = matrix(m)
             kept = top_k(rows.norm(dim=1), constraint.k_of(len(rows))) > 0
-            return (-r * unit(rows * kept[:, None])).view(m.shape), 2 * r
+            return (-r * unit(rows * kept[:, None])).view(m.shape)
         case NuclearBall():
-            r = constraint.radius(n)
-            return -r * unit(truncated(m, 1)), 2 * r
+            return -r * unit(truncated(m, 1))
         case SpectralKSupportBall():
-            r = constraint.radius(n)
-            return -r * unit(truncated(m, constraint.k_of(min(matrix(m).shape)))), 2 * r
+            return -r * unit(truncated(m, constraint.k_of(min(matrix(m).shape))))
     raise ValueError(f"the reference has no LMO for {constraint!r}")
+
+
+def diameter(constraint: Constraint, n: int) -> float:
+    """The L2 diameter of C over ``n`` entries."""
+    r = constraint.radius(n)
+    match constraint:
+        case KSparsePolytope():
+            return 2 * r * math.sqrt(constraint.support(n))
+        case LpBall(p=math.inf):
+            return 2 * r * math.sqrt(n)
+    return 2 * r
 
 
 def top_k(x: Tensor, k: int) -> Tensor:
