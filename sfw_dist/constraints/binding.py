@@ -25,10 +25,11 @@ _ENTRIES_WANTED = 100_000
 def constrain(
     model: nn.Module, spec: Constraint, *, unconstrained: Literal["none", "norm_and_bias"] = "none"
 ) -> list[dict[str, Any]]:
-    """Param groups for :class:`~sfw_dist.SFW`: one a constrained parameter, then one with all unconstrained ones.
+    """Param groups for :class:`~sfw_dist.SFW`: one for each constrained parameter, then one with all unconstrained
+    ones.
 
     Args:
-        model: its parameters, trainable or frozen; shared ones once. Not changed.
+        model: its parameters, trainable or frozen, shared ones once; it is not changed.
         spec: bound to each parameter's size and, with ``tau``, to its layer's initializer.
         unconstrained: ``"norm_and_bias"`` leaves out normalisation layers and tensors of at most one dimension, which
             then take momentum-SGD steps; set that last group's ``lr`` and ``weight_decay``.
@@ -38,6 +39,12 @@ def constrain(
 
     Raises:
         ValueError: an ``unconstrained`` that is neither of the two, or a parameter without entries.
+
+    Example:
+        >>> from sfw_dist import KSparsePolytope
+        >>> groups = constrain(nn.Linear(3, 2), KSparsePolytope(k=2, radius=0.5), unconstrained="norm_and_bias")
+        >>> [([name for name, _ in group["params"]], group["constraint"]) for group in groups]
+        [(['weight'], KSparsePolytope(k=2, radius=0.5)), (['bias'], Unconstrained())]
     """
     if unconstrained not in ("none", "norm_and_bias"):
         raise ValueError(f"unconstrained must be none or norm_and_bias, got {unconstrained!r}")
@@ -61,7 +68,7 @@ def constrain(
 
 
 def expected_initial_norm(module: nn.Module, parameter: str) -> float:
-    """``E‖W‖₂`` of ``module``'s own initializer for one of its parameters, estimated on a copy.
+    """``E‖W‖₂`` of a module's own initializer for one of its parameters, estimated on a copy.
 
     The mean over up to 100 draws of ``reset_parameters`` under a generator of its own, the same on every rank; large
     tensors, whose norm hardly varies (its relative deviation is about ``0.45/√n``), take fewer. A module without

@@ -129,7 +129,7 @@ class LpBall(SizedConstraint):
                 magnitude = x.double().abs()
                 z = magnitude.reshape(-1).sort(descending=True).values
                 excess = (z.cumsum(0) - radius) / torch.arange(1, z.numel() + 1, device=x.device)
-                # At least one entry stays, also where the radius is lost beside it: 1e30 − 1 = 1e30.
+                # At least one entry stays, even where rounding swallows the radius: 1e30 − 1 = 1e30.
                 threshold = excess[(z > excess).sum().clamp(min=1) - 1].clamp(min=0)
                 return x.sign() * (magnitude - threshold).clamp(min=0).to(x.dtype)
             case _:

@@ -1,9 +1,9 @@
 """Sets whose vertices are few whole filters, or matrices of low rank.
 
 They see a tensor as the matrix of its first dimension by all others: an output filter of a convolution, or an output
-neuron of a linear layer, is one row (of a transposed convolution a row is an input channel). A tensor of one dimension
-is a matrix of one column. So an LMO needs all of a tensor in its shape, which one rank then does; there is none for
-DTensors and flat partitions.
+neuron of a linear layer, is one row (for a transposed convolution, an input channel). A tensor of one dimension is a
+matrix of one column. Their LMOs need the whole tensor in its shape, on one rank; these sets are not divisible, so they
+do not work on DTensors and flat partitions.
 
 Sources: Zimmer, Spiegel, Pokutta, arXiv 2205.11921 (the group and spectral k-support balls); Halko, Martinsson, Tropp,
 arXiv 0909.4061, and Musco, Musco, arXiv 1504.05477 (leading singular vectors from powers of a random block).
@@ -36,11 +36,22 @@ _FLOPS_A_PASS = 16.0
 class GroupKSupportBall(TopKConstraint):
     """``conv{v : at most K rows nonzero, ‖v‖₂ ≤ r}``.
 
-    LMO: the K rows of largest L2 norm (ties: the lowest row), together scaled to norm r, with the sign turned.
+    LMO: the K rows of largest L2 norm (ties: the lowest row), together scaled to norm r, with the opposite sign.
     Gauge: the k-support norm of the vector of row norms, over r. L2 diameter ``2·r``.
 
-    K is given as ``k``, or as the fraction ``k_frac`` of a tensor's rows, at least ``k_min``. Over a tensor of one
-    dimension this is :class:`~sfw_dist.KSupportBall`.
+    Over a tensor of one dimension this is :class:`~sfw_dist.KSupportBall`.
+
+    Args:
+        k, k_frac, k_min: K, or a fraction of the tensor's rows, at least ``k_min``.
+        radius, diameter, tau: exactly one of the three, see :class:`~sfw_dist.constraints.base.SizedConstraint`.
+
+    Raises:
+        ValueError: an argument outside its domain.
+
+    Example:
+        >>> GroupKSupportBall(k=1, radius=5.0).lmo(torch.tensor([[3.0, -4.0], [1.0, 1.0]]))
+        tensor([[-3.,  4.],
+                [ 0.,  0.]])
     """
 
     kind = "group_k_support"
@@ -88,7 +99,7 @@ class _Spectral(SizedConstraint):
     * ``svd="auto"``: exact up to 1,024 rows or columns, and where the powers would be half of the space or more.
 
     Repeated steps, and runs on any number of ranks, agree to the bit where linear algebra does: on the same processor,
-    with the same number of threads a rank. Vertices are dense, also on the wire.
+    with the same number of threads a rank. Vertices are sent dense.
     """
 
     def __init__(self, *, svd: SVD = "auto", **arguments: Any) -> None:
@@ -139,8 +150,20 @@ class _Spectral(SizedConstraint):
 class NuclearBall(_Spectral):
     """``{V : ‖V‖_* ≤ r}``, the sum of the singular values; the hull of the matrices of rank 1 and Frobenius norm r.
 
-    LMO: ``−r·u₁·v₁ᵀ``, of the largest singular value. Gauge: ``Σσ_i/r``. L2 diameter ``2·r``. Of a tensor of one
-    dimension it is the L2 ball. ``svd`` as for :class:`SpectralKSupportBall`.
+    LMO: ``−r·u₁·v₁ᵀ``, for the largest singular value. Gauge: ``Σσ_i/r``. L2 diameter ``2·r``. Over a tensor of one
+    dimension it is the L2 ball.
+
+    Args:
+        svd: how singular vectors are found, see :class:`SpectralKSupportBall`.
+        radius, diameter, tau: exactly one of the three, see :class:`~sfw_dist.constraints.base.SizedConstraint`.
+
+    Raises:
+        ValueError: an argument outside its domain.
+
+    Example:
+        >>> vertex = NuclearBall(radius=1.0).lmo(torch.diag(torch.tensor([2.0, 1.0])))
+        >>> [round(x) for x in vertex.diagonal().tolist()]
+        [-1, 0]
     """
 
     kind = "nuclear"
@@ -155,11 +178,21 @@ class NuclearBall(_Spectral):
 class SpectralKSupportBall(_Spectral, TopKConstraint):
     """``conv{V : rank V ≤ K, ‖V‖_F ≤ r}``.
 
-    LMO: the K leading singular triplets, scaled to Frobenius norm r, with the sign turned. Gauge: the k-support norm
+    LMO: the K leading singular triplets, scaled to Frobenius norm r, with the opposite sign. Gauge: the k-support norm
     of the singular values, over r. L2 diameter ``2·r``.
 
-    K is given as ``k``, or as the fraction ``k_frac`` of the greatest rank that a tensor can have, at least ``k_min``.
-    Args ``svd``: how singular vectors are found, ``"exact"``, ``"power"``, or ``"auto"``: exact where it is quick.
+    Args:
+        k, k_frac, k_min: K, or a fraction of the greatest rank that the tensor can have, at least ``k_min``.
+        svd: how singular vectors are found: ``"exact"``, ``"power"``, or ``"auto"``: exact where it is quick.
+        radius, diameter, tau: exactly one of the three, see :class:`~sfw_dist.constraints.base.SizedConstraint`.
+
+    Raises:
+        ValueError: an argument outside its domain.
+
+    Example:
+        >>> vertex = SpectralKSupportBall(k=2, radius=5.0).lmo(torch.diag(torch.tensor([4.0, 3.0, 1.0])))
+        >>> [round(x) for x in vertex.diagonal().tolist()]
+        [-4, -3, 0]
     """
 
     kind = "spectral_k_support"

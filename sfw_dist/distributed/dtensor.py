@@ -1,4 +1,4 @@
-"""DTensors: which meshes they lie on, and which entries of the whole this rank has."""
+"""DTensors: which meshes they lie on, and which entries of the whole tensor this rank has."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def full_tensor(x: Tensor) -> Tensor:
 
 
 def copy_entries(target: Tensor, source: Tensor) -> None:
-    """Copy a tensor into one of the same shape, of which this rank may have a part; the source may be a DTensor too."""
+    """Copy a tensor into one of the same shape; either may be a DTensor."""
     if isinstance(target, DTensor) and not isinstance(source, DTensor):
         source = Block.of(target).of_whole(source)
     to_local(target).copy_(to_local(source))

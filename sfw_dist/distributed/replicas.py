@@ -22,6 +22,9 @@ def verify_replicas(tensors: Mapping[str, Tensor], process_group: dist.ProcessGr
 
     Raises:
         RuntimeError: on every rank of the group, with the first tensors that differ and the ranks on which they do.
+
+    Example:
+        >>> verify_replicas(dict(torch.nn.Linear(2, 2).named_parameters()))  # one process has nothing to compare
     """
     if not (dist.is_available() and dist.is_initialized()) or not tensors:
         return
@@ -40,7 +43,7 @@ def verify_replicas(tensors: Mapping[str, Tensor], process_group: dist.ProcessGr
     names = "; ".join(found[:3]) + (" …" if len(found) > 3 else "")
     raise RuntimeError(
         f"replicas differ from rank {members[0]}'s: {names}: something changed them outside of the optimizer; "
-        "go on from the last checkpoint"
+        "resume from the last checkpoint"
     )
 
 

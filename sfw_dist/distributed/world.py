@@ -1,4 +1,4 @@
-"""The ranks of this run: who we are, and the few things ranks agree on outside the optimizer."""
+"""The ranks of this run, and the few things they agree on outside the optimizer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class World:
 
     @property
     def main(self) -> bool:
-        """Whether this rank writes the files and speaks to the user."""
+        """Whether this rank writes the files and prints to the user."""
         return self.rank == 0
 
 
@@ -53,7 +53,7 @@ def joined_world() -> Iterator[World]:
 
 
 def any_rank(flag: bool, world: World) -> bool:
-    """Whether ``flag`` is set on any rank; the same answer on every rank."""
+    """Whether ``flag`` is set on any rank; the same result on every rank."""
     if world.size == 1:
         return flag
     votes = torch.tensor([flag], dtype=torch.int32, device=world.device)

@@ -1,8 +1,8 @@
 """Sums whose last bits depend on nothing but the numbers.
 
 A parallel sum splits a tensor by the number of threads, so its rounding changes with ``OMP_NUM_THREADS``, and a step
-size made from it too: replicas would drift apart. Here every sum is a tree of a fixed form, in float64, which other
-code can repeat to the bit (``fused/step.cpp``), and of which ranks can each make a part::
+size computed from it too: replicas would drift apart. Here every sum is a tree of a fixed form, in float64. Compiled
+code repeats it to the bit (``optim/kernels/cpu_step.cpp``), and ranks can each compute a part of it::
 
     row      8,192 entries = 512 vectors of 16 lanes; adjacent vectors are added, then adjacent sums … to one vector,
              whose lanes are then added in the same way

@@ -1,4 +1,4 @@
-"""Optimizers beside SFW that keep each tensor in its convex set: Frank-Wolfe with AdaGrad's metric, projected SGD.
+"""Baselines that keep each tensor in its convex set: Frank-Wolfe with AdaGrad's metric, and projected SGD.
 
 They take the same param groups as :class:`~sfw_dist.SFW`, sets from :func:`~sfw_dist.constrain` included. Their work is
 not divided over ranks: after DistributedDataParallel's all-reduce every rank has the same gradients and does the same,
@@ -147,6 +147,16 @@ class AdaGradSFW(ConstrainedOptimizer):
         inner_steps: LMOs a step, at least 1.
         delta: δ > 0, which keeps H positive.
         weight_decay: L2 penalty ≥ 0 of the unconstrained tensors.
+
+    Raises:
+        ValueError: an option outside its domain, a set that is not bound, or DTensors.
+
+    Example:
+        >>> from sfw_dist import KSparsePolytope, constrain
+        >>> net = torch.nn.Linear(3, 2)
+        >>> optimizer = AdaGradSFW(constrain(net, KSparsePolytope(k=2, tau=15.0)), lr=0.01)
+        >>> net(torch.ones(4, 3)).square().mean().backward()
+        >>> optimizer.step()
     """
 
     def __init__(
@@ -210,6 +220,16 @@ class ProjectedSGD(ConstrainedOptimizer):
         lr: learning rate > 0.
         momentum: ρ in [0, 1).
         weight_decay: L2 penalty ≥ 0 of all tensors.
+
+    Raises:
+        ValueError: an option outside its domain, a set without a projection, or DTensors.
+
+    Example:
+        >>> from sfw_dist import LpBall, constrain
+        >>> net = torch.nn.Linear(3, 2)
+        >>> optimizer = ProjectedSGD(constrain(net, LpBall(2, tau=2.0)), lr=0.05)
+        >>> net(torch.ones(4, 3)).square().mean().backward()
+        >>> optimizer.step()
     """
 
     def __init__(

@@ -31,6 +31,17 @@ def reduce_to_owner(optimizer: "SFW", bucket: dist.GradBucket) -> torch.futures.
 
     Raises:
         UserError: a parameter that the optimizer does not have, or one built with ``replicate_momentum``.
+
+    Example:
+        >>> from sfw_dist import SFW, KSparsePolytope, constrain
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> net = torch.nn.Linear(3, 2)
+        >>> optimizer = SFW(constrain(net, KSparsePolytope(k=2, tau=15.0)))
+        >>> ddp = torch.nn.parallel.DistributedDataParallel(net)
+        >>> ddp.register_comm_hook(optimizer, reduce_to_owner)
+        >>> ddp(torch.ones(4, 3)).sum().backward()
+        >>> optimizer.step()
+        >>> dist.destroy_process_group()
     """
     return optimizer.on_bucket(bucket)
 

@@ -7,9 +7,10 @@
 
 ZeRO gives the optimizer a slice of all tensors laid end to end, in which a tensor may begin or end anywhere;
 :func:`adopt` tells SFW where (:mod:`sfw_dist.optim.sharding.zero`). From equal gradients the weights are those of one
-process. Where DeepSpeed's ways differ from DDP's: a parameter without gradient gets one of 0, and moves on its
+process. DeepSpeed differs from DDP: a parameter without gradient gets one of 0, which updates its
 momentum; a gradient that is not finite skips the step, on all ranks; frozen parameters have no momentum. Its ``bf16``
-rounds all parameters, which BatchNorm refuses beside its float32 statistics: such networks take its ``torch_autocast``.
+rounds all parameters, which BatchNorm refuses because its statistics are float32: use
+``torch_autocast`` for such networks.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def initialize(model: nn.Module, optimizer: SFW | SGD, config: Mapping[str, Any]
     """``deepspeed.initialize`` for a model that SFW trains; collective.
 
     Sets what SFW needs: ``zero_allow_untested_optimizer``, and no gradient clipping where the configuration does not
-    ask for it (DeepSpeed's own default is 1.0). Build learning-rate schedulers after it, for it joins param groups.
+    ask for it (DeepSpeed's own default is 1.0). Build learning-rate schedulers
+    after it, because it merges param groups.
 
     Args:
         model: not wrapped; rank 0's parameters are what training starts from.

@@ -1,6 +1,4 @@
-"""The loss after SFW's first step, and its derivatives by one scale a tensor; for
-:mod:`sfw_dist.optim.initialization`.
-"""
+"""The loss after SFW's first step and its derivatives by one scale a tensor, for SFW-Init."""
 
 from __future__ import annotations
 
@@ -27,7 +25,7 @@ Loss = Callable[[Any, Tensor], Tensor]
 
 @dataclass
 class Start:
-    """A tensor before its first step, and what that depends on beside its gradient."""
+    """A tensor before its first step, and all that the step depends on except the gradient."""
 
     name: str
     parameter: Tensor
@@ -72,7 +70,7 @@ class FirstStep:
         """The loss over all ranks, and its derivatives by the scales, float64 ``(tensors,)`` on the host; collective.
 
         The chain rule in three pieces, so that between them the ranks' means can be taken, and that no more than one
-        graph through the model is kept beside the one that is at work.
+        graph through the model is kept besides the one in use.
         """
         theta = [(t.start * scale).requires_grad_() for t, scale in zip(self.tensors, scales.tolist(), strict=True)]
         g = grad(self._loss(theta, s0), theta, create_graph=True, allow_unused=True, materialize_grads=True)

@@ -51,7 +51,7 @@ def sfw_init(
         d  ← clamp(∂(L(θ'; S₁)/η)/∂s, −1, 1)         through θ, g and γ; v counts as constant
         s  ← max(s − Adam(d), floor)                 of step size κ, with bias correction and ε = 1e-8
 
-    and at last ``w ← s·w``, where a tensor outside its set is scaled into it by its gauge.
+    and finally ``w ← s·w``, with a tensor outside its set divided by its gauge.
 
     A tensor of zeros keeps its scale, but takes part in the step. So does an unconstrained tensor: its step is SGD's,
     ``θ' ← θ − lr·(g + weight_decay·θ)``, and its scale is learned. Frozen tensors stay as they are.
@@ -77,6 +77,14 @@ def sfw_init(
 
     Returns:
         The factor on each tensor, by its name in the model.
+
+    Example:
+        >>> from sfw_dist import KSparsePolytope, constrain
+        >>> net = nn.Linear(3, 2)
+        >>> batches = [(torch.randn(4, 3), torch.randint(2, (4,))) for _ in range(3)]
+        >>> groups = constrain(net, KSparsePolytope(k=2, tau=15.0))
+        >>> sorted(sfw_init(net, nn.functional.cross_entropy, batches, groups, steps=2))
+        ['bias', 'weight']
 
     Raises:
         UserError: an argument outside its domain, a parameter that is not the model's or not whole, no batches, or a

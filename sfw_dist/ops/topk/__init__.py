@@ -1,8 +1,8 @@
 """Exact selection of the K entries of largest magnitude, the heart of the sparse LMOs.
 
 :func:`select` is the entry point for a whole tensor, :mod:`sfw_dist.ops.topk.sharded` for one whose parts lie with
-several ranks. The answer is the same on every device, at any number of threads or ranks: ties at the K-th magnitude go
-to the lowest flat index. The kernels of :mod:`sfw_dist.optim.kernels` select by themselves, and alike.
+several ranks. The result is the same on every device, at any number of threads or ranks: ties at the K-th magnitude go
+to the lowest flat index. The kernels of :mod:`sfw_dist.optim.kernels` make the same selection by themselves.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def select(x: Tensor, k: int) -> Tensor:
     """Flat indices of the ``k`` entries of largest ``|x|``; ties go to the lowest index.
 
     Args:
-        x: any shape and memory format; indices count in row-major order of the shape. No NaN: the answer would be
+        x: any shape and memory format; indices count in row-major order of the shape. No NaN: the result would be
             meaningless (callers check the norm).
         k: in ``[0, x.numel()]``.
 

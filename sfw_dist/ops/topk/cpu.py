@@ -27,7 +27,7 @@ def select(x: Tensor, k: int) -> Tensor:
     keys = x.detach().abs().contiguous().flatten().view(_BITS[x.dtype]).numpy()
     kth = np.partition(keys, n - k)[n - k]
     chosen = np.flatnonzero(keys >= kth)
-    if chosen.size > k:  # more entries tie at the K-th magnitude than there is room for: the last of them go
+    if chosen.size > k:  # more entries tie at the K-th magnitude than are wanted: drop the last of them
         ties = np.flatnonzero(keys[chosen] == kth)
         chosen = np.delete(chosen, ties[k - chosen.size :])
     return torch.from_numpy(chosen)

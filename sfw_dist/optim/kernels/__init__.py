@@ -1,4 +1,4 @@
-"""The step of all tensors of a rank together, in few passes over memory: the same answers as ``step``."""
+"""Compiled kernels: the step of all tensors of a rank together, in few passes over memory, as ``update`` defines it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sfw_dist.optim.kernels.interface import Kernel, KernelShard
 
 
 def kernel_for(device: torch.device) -> Callable[[Sequence[KernelShard]], Kernel] | None:
-    """What steps tensors on a device, if there is a compiler for it; imported only now, for not all have Triton."""
+    """The kernel class for a device, or ``None``; imported only when asked for, because Triton may be missing."""
     if device.type == "cpu":
         from sfw_dist.optim.kernels import cpu
 

@@ -103,7 +103,7 @@ class CPUKernel:
         """Of the shard's first entry: in the tensor, or in a copy where memory is not row-major (channels_last)."""
         shard = self._shards[index]
         if not x.is_contiguous():
-            # One copy a parameter, of which all shards are parts.
+            # One copy a parameter, shared by all its shards.
             key = (what, id(shard.parameter))
             if key not in self._staged:
                 self._staged[key] = torch.empty_like(x, memory_format=torch.contiguous_format)

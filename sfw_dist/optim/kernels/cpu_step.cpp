@@ -12,8 +12,8 @@
 //
 // and apply_update() then updates all tensors                                                                   8 bytes
 //
-// The bracket is where the K-th magnitude was a step ago, as wide as it lately moved. It decides how fast the answer is
-// found and never what it is.
+// The bracket is where the K-th magnitude was a step ago, as wide as it lately moved. It decides how fast the K-th
+// magnitude is found, never what it is.
 
 #include <omp.h>
 
@@ -196,7 +196,7 @@ void store(Float16* x, Floats v) {
     for (int i = 0; i < 16; i++) x[i] = Float16(v[i]);
 }
 
-// A block of 64 entries, of which a tensor's last may have fewer; it is worked on in a copy, padded with zeros.
+// A block of 64 entries; a tensor's last may have fewer, and is worked on in a copy padded with zeros.
 template <class T>
 struct Block {
     T* memory;
@@ -254,7 +254,7 @@ Doubles product_sum(const Doubles* x, const Doubles* y) {  // of four vectors
            multiply_add(x[3], y[3], multiply_add(x[2], y[2], zero));
 }
 
-// A sum in the order of reduction.py: adjacent vectors of 16 lanes are added, then adjacent sums, and so on; at last
+// A sum in the order of pairwise_sum.py: adjacent vectors of 16 lanes are added, then adjacent sums, and so on; at last
 // the lanes likewise. Products of two float32 are exact in float64, so nothing else is rounded.
 struct RowSum {
     Doubles lanes[BLOCKS + 1];
@@ -525,13 +525,13 @@ void count_above(const Task& t, const Scratch& s, int64_t row, int32_t kth) {
     s.counts[2 * (t.row + row) + 1] = at;
 }
 
-// The first entries at the K-th magnitude, as many as there is room for.
-void mark_ties(const Task& t, const Scratch& s, int32_t kth, int64_t room) {
-    for (int64_t row = 0; row < rows_of(t) && room > 0; row++) {
+// The first entries at the K-th magnitude, as many as are still wanted.
+void mark_ties(const Task& t, const Scratch& s, int32_t kth, int64_t left_over) {
+    for (int64_t row = 0; row < rows_of(t) && left_over > 0; row++) {
         if (s.counts[2 * (t.row + row) + 1] == 0) continue;
         const int64_t end = std::min(t.n, (row + 1) * ROW);
-        for (int64_t i = row * ROW; i < end && room > 0; i++)
-            if (magnitude(t.m[i]) == kth) mark(t, s, i), room--;
+        for (int64_t i = row * ROW; i < end && left_over > 0; i++)
+            if (magnitude(t.m[i]) == kth) mark(t, s, i), left_over--;
     }
 }
 
@@ -539,7 +539,7 @@ void mark_ties(const Task& t, const Scratch& s, int32_t kth, int64_t room) {
 void search(Task& t, Scratch& s) {
     const int64_t rows = rows_of(t);
     int64_t* mine = s.histogram + (omp_get_thread_num() + 1) * BINS;
-    int64_t room = t.support;  // for what lies at or below the prefix
+    int64_t left_over = t.support;  // for what lies at or below the prefix
     int32_t prefix = 0;
     for (int level = 0; level < 3; level++) {
         std::fill_n(mine, BINS, 0);
@@ -550,8 +550,8 @@ void search(Task& t, Scratch& s) {
         for (;; bin--) {
             int64_t here = 0;
             for (int thread = 1; thread <= omp_get_num_threads(); thread++) here += s.histogram[thread * BINS + bin];
-            if (here >= room || bin == 0) break;
-            room -= here;
+            if (here >= left_over || bin == 0) break;
+            left_over -= here;
         }
         prefix = prefix << BITS[level] | bin;
 #pragma omp barrier
@@ -561,7 +561,7 @@ void search(Task& t, Scratch& s) {
 #pragma omp single
     {
         t.bound = prefix + 1;
-        if (prefix > 0) mark_ties(t, s, prefix, room);
+        if (prefix > 0) mark_ties(t, s, prefix, left_over);
         found(t, prefix);
     }
 }
@@ -635,7 +635,7 @@ void products_row(const Task& t, const Scratch& s, int64_t row) {
     s.sums[3 * (t.row + row) + 2] = gap.total(blocks);
 }
 
-// Each row's first nonzero; and what the slot has room for beyond the last one.
+// Each row's first nonzero; and what the slot has space for beyond the last one.
 void lay_out(const Task& t, const Scratch& s) {
     int64_t before = 0;
     for (int64_t row = 0; row < rows_of(t); row++) {

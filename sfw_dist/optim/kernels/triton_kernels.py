@@ -83,7 +83,7 @@ INFINITY = tl.constexpr(0x7F800000)
 
 @triton.jit
 def momentum_kernel(rows, shards, steps, state, histogram, ROW: tl.constexpr):
-    """``m ← ρ·m + (1 − ρ)·g`` and the highest bits of the K-th magnitude; an unconstrained shard's whole answer."""
+    """``m ← ρ·m + (1 − ρ)·g`` and the highest bits of the K-th magnitude; all of an unconstrained shard's part."""
     shard, start, left = row_of_program(rows, shards, ROW)
     table = shards + shard * COLUMNS
     step = steps + shard * STEP

@@ -17,8 +17,8 @@ from sfw_dist.optim.vertex_codec import STATS_BYTES
 
 # Columns of the shards, int64 (shards, COLUMNS).
 TYPE = tl.constexpr(0)  # of the parameter
-WRITTEN = tl.constexpr(1)  # address of the slot where the answer goes, 0 if another rank gives it
-READ = tl.constexpr(2)  # address of the slot where the answer is found
+WRITTEN = tl.constexpr(1)  # address of the slot where the vertex is written, 0 if another rank computes it
+READ = tl.constexpr(2)  # address of the slot where the vertex is read
 N = tl.constexpr(3)
 K = tl.constexpr(4)
 HOW = tl.constexpr(5)

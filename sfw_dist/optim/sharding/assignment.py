@@ -1,6 +1,6 @@
 """Which rank owns which shard, and where its vertex lies in the communication buffer.
 
-Pure Python: every rank computes the same answer from names, sizes and costs alone, and compares it by hash.
+Pure Python: every rank computes the same assignment from names, sizes and costs alone, and compares it by hash.
 
     rank 0's segment            rank 1's segment                 one buffer of world_size equal segments,
     ┌────────┬────────┬─────┐   ┌──────────────┬───────────┐     filled by one all-gather; a segment holds

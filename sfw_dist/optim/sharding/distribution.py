@@ -24,7 +24,7 @@ Groups = Sequence[dict[str, Any]]
 
 
 class Distribution:
-    """The distributors of an optimizer's tensors, planned anew when its groups or sets change.
+    """The distributors of an optimizer's tensors, planned again when its groups or sets change.
 
     Tensors that every rank has whole are assigned to owners and stepped by one :class:`ReplicatedDistributor`; DTensors
     by a :class:`ShardedDistributor` for each mesh. Flat buffers take the place of both after :meth:`adopt`.

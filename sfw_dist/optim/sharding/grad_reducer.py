@@ -1,4 +1,4 @@
-"""Reduces the gradients of DDP's buckets to their owners, while the backward pass goes on."""
+"""Reduces the gradients of DDP's buckets to their owners, while the backward pass is running."""
 
 from __future__ import annotations
 

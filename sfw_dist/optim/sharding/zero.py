@@ -1,4 +1,4 @@
-"""Where ZeRO keeps the entries of a model's tensors, and whole tensors out of it and into it.
+"""Where ZeRO keeps the entries of a model's tensors, and how to gather whole tensors and load them.
 
 ZeRO, stages 1 and 2, lays the tensors of a param group into one flat buffer, pads it, and cuts it into one partition a
 rank; the optimizer gets the float32 copy of this rank's. The model's parameters are views of the buffer: from them
@@ -126,7 +126,7 @@ def whole(segment: FlatSegment, entries: Tensor, process_group: dist.ProcessGrou
 
 @torch.no_grad()
 def gather_tensors(engine: Any) -> dict[str, Tensor]:
-    """Everything that training goes on from, whole and on the CPU, the same on every rank; collective.
+    """Everything that training resumes from, whole and on the CPU, the same on every rank; collective.
 
     ``model.NAME`` as :func:`gather_model` has them, ``optimizer.momentum_buffer.NAME`` and ``optimizer.step.NAME``.
     """
@@ -183,7 +183,7 @@ def load_tensors(engine: Any, tensors: Mapping[str, Tensor]) -> None:
         found = tuple(tensors[f"model.{name}"].shape) if f"model.{name}" in tensors else "absent"
         if found != tuple(tensor.shape):
             raise ValueError(f"{name} is {found} among the tensors, {tuple(tensor.shape)} here: load the same model's")
-    # In bf16 these are rounded; what is trained is then made anew from the float32 copies.
+    # In bf16 these are rounded; the trained weights are restored from the float32 copies below.
     for name, tensor in own.items():
         tensor.copy_(tensors[f"model.{name}"])
     if engine.optimizer is optimizer:
