@@ -53,11 +53,11 @@ slurm-packages:
 
 demo: setup
 	python -m sfw_dist.data prepare digits --root $(DATA)
-	@for name in digits_cnn digits_cnn_sgd; do \
-	  python -m launch.local --config configs/$$name.yaml --nproc 2 --resume auto --runs_dir $(RUNS) --data.root $(DATA) || exit $$?; \
-	  python -m sfw_dist.evaluate $(RUNS)/$$name || exit $$?; \
+	@for name in sfw sgd; do \
+	  python -m launch.local --config configs/digits/$$name.yaml --nproc 2 --resume auto --runs_dir $(RUNS) --data.root $(DATA) || exit $$?; \
+	  python -m sfw_dist.evaluate $(RUNS)/digits_$$name || exit $$?; \
 	done
-	@python -m sfw_dist.report $(RUNS)/digits_cnn $(RUNS)/digits_cnn_sgd
+	@python -m sfw_dist.report $(RUNS)/digits_sfw $(RUNS)/digits_sgd
 
 test: setup
 	python -m pytest

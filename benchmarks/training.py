@@ -34,7 +34,7 @@ from sfw_dist.data.loading import Normalize, open_loader
 from sfw_dist.distributed.world import World
 from sfw_dist.files import write_json
 from sfw_dist.models import build_model
-from sfw_dist.train.strategies.ddp import DDPEngine
+from sfw_dist.train.strategies.ddp import DDPStrategy
 
 CLASSES = 10
 
@@ -80,20 +80,20 @@ def ours(data: DataConfig, precision: str, compiled: bool) -> tuple[Callable[[Ti
         model=ModelConfig("resnet18"),
         train=TrainConfig(precision=precision, channels_last=True, compile=compiled),  # type: ignore[arg-type]
     )
-    engine = DDPEngine(build_model("resnet18", num_classes=CLASSES), config, World(0, 1, 0, torch.device("cpu")))
+    strategy = DDPStrategy(build_model("resnet18", num_classes=CLASSES), config, World(0, 1, 0, torch.device("cpu")))
     loader = open_loader(data, "train", seed=0)
     normalize = Normalize(MEAN, STD)
     batches = endless(lambda: loader)
     in_optimizer: list[float] = []
-    engine.optimizer.register_step_pre_hook(lambda *_: in_optimizer.append(-time.perf_counter()))
-    engine.optimizer.register_step_post_hook(lambda *_: in_optimizer.append(time.perf_counter()))
+    strategy.optimizer.register_step_pre_hook(lambda *_: in_optimizer.append(-time.perf_counter()))
+    strategy.optimizer.register_step_post_hook(lambda *_: in_optimizer.append(time.perf_counter()))
 
     def step(times: Times) -> None:
         in_optimizer.clear()
         began = time.perf_counter()
         images, labels = next(batches)
         fetched = time.perf_counter()
-        engine.train_step(normalize(images), labels)
+        strategy.train_step(normalize(images), labels)
         add(times, time.perf_counter() - began, fetched - began, sum(in_optimizer))
 
     what = f"ours: {precision}, channels_last, {loader.description.partition(',')[0]}, SFW"

@@ -1,1 +1,1 @@
-"""Studies: trainings by seeds, pruned, measured and drawn; results/ is made by them."""
+"""Studies: trainings with several seeds, pruned, measured and drawn. They make results/."""

@@ -11,13 +11,13 @@ A study is a YAML file:
     sparsities: "0,0.1:0.9:0.1,0.91:0.99:0.01"  # as --sparsities of sfw_dist.evaluate; drops are measured from 0
     arguments: {data.root: data}                # of every arm; may be left out, as an arm's own
     arms:
-      sfw: {label: SFW, config: configs/digits_cnn.yaml}
-      sgd: {label: SGD, config: configs/digits_cnn_sgd.yaml, arguments: {optimizer.lr: 0.1}}
+      sfw: {label: SFW, config: configs/digits/sfw.yaml}
+      sgd: {label: SGD, config: configs/digits/sgd.yaml, arguments: {optimizer.lr: 0.1}}
 
-Each arm and seed is one run, <study>-<arm>-s<seed>, whose output goes to a log beside its folder. What is done is not
-done again: start the study once more, and it goes on. --out receives runs.csv and all that --draw makes of it
-(summary.csv, table.md, the figures that suit it: curve.png, compression.png, bars.png), the study, commands.txt,
-and in logs/ each run's config.yaml and metrics.jsonl.
+Each arm and seed is one run, <study>-<arm>-s<seed>, whose output goes to a log next to its folder. A study that was
+interrupted resumes when it is started again: finished runs are not repeated. --out receives runs.csv, the study's file,
+commands.txt, and what --draw makes of runs.csv: summary.csv, table.md and the figures that suit it (curve.png,
+compression.png, bars.png).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pathlib import Path
 from types import FrameType
 
 from experiments.figures import FIGURES, draw_all
-from experiments.runs import Outcome, Planned, check, cores, pending, run_all
+from experiments.runs import Outcome, PlannedRun, check, cores, pending, run_all
 from experiments.study import Study, read_study
 from experiments.tables import Row, markdown, read_rows, rows_csv, summarise, summary_csv
 from sfw_dist.errors import UserError, reports_user_errors
@@ -39,20 +39,15 @@ from sfw_dist.files import make_folder, replacing, write_text
 from sfw_dist.report.runs import Run, read_runs
 
 
-def gather(study: Study, runs: Sequence[Planned], out: Path) -> None:
-    """Write ``runs.csv``, the study, the commands and the logs of finished runs into ``out``."""
+def gather(study: Study, runs: Sequence[PlannedRun], out: Path) -> None:
+    """Write ``runs.csv``, the study's file and the commands of finished runs into ``out``."""
     make_folder(out)
     write_text(out / "runs.csv", rows_csv([row for run in runs for row in _rows(study, run)]))
     write_text(out / f"{study.name}.yaml", study.text)
     write_text(out / "commands.txt", "".join(f"{line}\n" for run in runs for line in run.commands_run()))
-    for run in runs:
-        make_folder(out / "logs" / run.name)
-        for name in ("config.yaml", "metrics.jsonl"):
-            if (run.folder / name).is_file():
-                _write(out / "logs" / run.name / name, (run.folder / name).read_bytes())
 
 
-def _rows(study: Study, planned: Planned) -> list[Row]:
+def _rows(study: Study, planned: PlannedRun) -> list[Row]:
     (run,) = read_runs([planned.folder])
     epochs = run.epochs()
     validation = epochs[-1].get("validation_top1") if epochs else None
@@ -82,10 +77,11 @@ def _recalibrated(run: Run, sparsity: float) -> float | None:
 
 
 def draw(out: Path, title: str | None = None) -> None:
-    """Write the summary, the table and the figures of ``out/runs.csv`` beside it.
+    """Write the summary, the table and the figures of ``out/runs.csv`` next to it.
 
     Args:
-        title: default: that of the study's copy in ``out``, or the study's name where there is no copy.
+        out: folder of the results.
+        title: by default that of the study's copy in ``out``, or the study's name if there is no copy.
     """
     rows = read_rows(out / "runs.csv")
     copy = out / f"{rows[0].study}.yaml"
@@ -105,8 +101,13 @@ def _write(path: Path, content: bytes) -> None:
         file.write(content)
 
 
-def run_study(study: Study, runs: Sequence[Planned], jobs: int) -> None:
+def run_study(study: Study, runs: Sequence[PlannedRun], jobs: int) -> None:
     """Train and measure what is missing.
+
+    Args:
+        study: the study.
+        runs: its runs.
+        jobs: runs at a time.
 
     Raises:
         UserError: a run's arguments are wrong, its folder holds another run, or it failed, after all others ended.
@@ -119,7 +120,7 @@ def run_study(study: Study, runs: Sequence[Planned], jobs: int) -> None:
     if failed:
         named = ", ".join(f"{run.name} (see {run.log})" for run in failed)
         raise UserError(
-            f"{len(failed)} of {len(unfinished)} runs failed: {named}: mend that, then start the study again"
+            f"{len(failed)} of {len(unfinished)} runs failed: {named}: correct that, then start the study again"
         )
 
 
@@ -127,9 +128,12 @@ def _stop(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-@reports_user_errors
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.run_study",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("study", nargs="?", type=Path, metavar="STUDY", help="YAML file of the study")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
     parser.add_argument(
@@ -138,43 +142,48 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--jobs", type=int, default=1, metavar="N", help="runs at a time, which share the cores (default: 1)"
     )
-    parser.add_argument("--only", metavar="ARM[,ARM]", help="run, gather and draw these arms alone (default: all)")
-    parser.add_argument("--draw", action="store_true", help="only draw anew what runs.csv in --out holds")
-    arguments = parser.parse_args(argv)
+    parser.add_argument("--only", metavar="ARM[,ARM]", help="run, gather and draw only these arms (default: all)")
+    parser.add_argument("--draw", action="store_true", help="only draw again what runs.csv in --out holds")
+    return parser
 
-    if arguments.draw:
-        if arguments.study or arguments.only:
-            what = arguments.study or f"--only {arguments.only}"
-            raise UserError(f"{what} with --draw: it draws all of {arguments.out / 'runs.csv'}, so leave that out")
-        draw(arguments.out)
+
+@reports_user_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; the exit status."""
+    options = _parser().parse_args(argv)
+    if options.draw:
+        if options.study or options.only:
+            what = options.study or f"--only {options.only}"
+            raise UserError(f"{what} with --draw: it draws all of {options.out / 'runs.csv'}, so leave that out")
+        draw(options.out)
         return 0
-    if arguments.study is None:
+    if options.study is None:
         raise UserError(
             "no study given: name its file, as in experiments/studies/digits_ablations.yaml, or give --draw"
         )
-    if not 1 <= arguments.jobs <= cores():
-        raise UserError(f"--jobs {arguments.jobs}: each needs a core, so take 1 to {cores()}")
-    study = read_study(arguments.study)
-    if arguments.only:
-        study = study.only(arguments.only.split(","))
+    if not 1 <= options.jobs <= cores():
+        raise UserError(f"--jobs {options.jobs}: each needs a core, so take 1 to {cores()}")
+    study = read_study(options.study)
+    if options.only:
+        study = study.only(options.only.split(","))
     runs = [
-        Planned(study, arm, seed, arguments.runs_dir, threads=cores() // arguments.jobs)
+        PlannedRun(study, arm, seed, options.runs_dir, threads=cores() // options.jobs)
         for seed in study.seeds  # every arm has one seed before any has two
         for arm in study.arms
     ]
     before = signal.signal(signal.SIGTERM, _stop)
     try:
-        run_study(study, runs, arguments.jobs)
+        run_study(study, runs, options.jobs)
     except KeyboardInterrupt:
-        again = shlex.join(["python", *sys.argv] if argv is None else ["python", "experiments/run_study.py", *argv])
-        print(f"interrupted: every run keeps what it saved\ngo on with: {again}", file=sys.stderr)
+        again = shlex.join(["python", "-m", "experiments.run_study", *(sys.argv[1:] if argv is None else argv)])
+        print(f"interrupted: every run keeps what it saved\nresume with: {again}", file=sys.stderr)
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)
     by_arm = sorted(runs, key=lambda run: study.arms.index(run.arm))
-    gather(study, by_arm, arguments.out)
-    draw(arguments.out, study.title)
-    print((arguments.out / "table.md").read_text())
+    gather(study, by_arm, options.out)
+    draw(options.out, study.title)
+    print((options.out / "table.md").read_text())
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The runs of a study: their commands, what of them is done already, and several of them at a time."""
+"""The runs of a study: their commands, which of them are left to run, and running several at a time."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ class Outcome(Enum):
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedRun:
     """One arm with one seed."""
 
     study: Study
     arm: Arm
     seed: int
     runs_dir: Path
-    threads: int  # that it computes with and, unless the study says otherwise, reads data with
+    threads: int  # for computing and, unless the study says otherwise, for reading data
 
     @property
     def name(self) -> str:
@@ -58,62 +58,62 @@ class Planned:
         return self.runs_dir / f"{self.name}.log"
 
     def settings(self) -> list[str]:
-        """What the training is told, without the command itself."""
+        """Return the options of the training's command."""
         own = {"seed": self.seed, "runs_dir": str(self.runs_dir), "name": self.name}
         dotted = own | {"data.workers": self.threads} | self.arm.arguments
-        pairs = [(f"--{key}", _written(value)) for key, value in dotted.items()]
+        pairs = [(f"--{key}", _as_text(value)) for key, value in dotted.items()]
         return ["--config", self.arm.config, *(part for pair in pairs for part in pair)]
 
     def train_command(self) -> list[str]:
-        """Begins the training, or goes on with it."""
+        """Return the command that starts the training, or resumes it."""
         return ["python", "-m", "sfw_dist.train", *self.settings(), "--resume", "auto"]
 
     def evaluate_command(self, sparsities: str | None = None) -> list[str]:
-        """Prunes and measures; without ``sparsities``, the study's."""
+        """Return the command that prunes and measures; ``sparsities`` defaults to the study's."""
         chosen = self.study.sparsities_text if sparsities is None else sparsities
         return ["python", "-m", "sfw_dist.evaluate", str(self.folder), "--sparsities", chosen]
 
     def commands_run(self) -> list[str]:
-        """The different commands in the log, in order; of a run that has no log, those that would make it."""
+        """Return the distinct commands in the run's log, in order; without a log, those that would make it."""
         if not self.log.is_file():
             return [self.shown(command) for command in (self.train_command(), self.evaluate_command())]
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
         return list(dict.fromkeys(line.removeprefix(SHOWN) for line in lines if line.startswith(SHOWN)))
 
     def shown(self, command: Sequence[str]) -> str:
-        """A command as one would type it."""
+        """Return a command as one would type it."""
         return f"OMP_NUM_THREADS={self.threads} {shlex.join(command)}"
 
 
-def _written(value: Any) -> str:
-    """A value as the command line takes it: text as it is, all else as YAML in one line."""
+def _as_text(value: Any) -> str:
+    """A value as the command line takes it: text as it is, everything else as YAML in one line."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def cores() -> int:
-    """Those that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
-def check(runs: Sequence[Planned]) -> None:
-    """Find what is wrong before the first run begins.
+def check(runs: Sequence[PlannedRun]) -> None:
+    """Check all runs before the first one starts.
 
     Raises:
-        UserError: settings that the training would refuse, or a folder that holds a run with others.
+        UserError: options that the training would refuse, or a folder that holds a run with other settings.
     """
     for run in runs:
         try:
-            config, _ = parse_run(run.settings(), description="", examples="")
+            config, _ = parse_run(run.settings())
         except UserError as error:
             raise UserError(f"arm {run.arm.name}: {error}") from None
         folder = RunFolder(run.folder)
         difference = first_difference(config, load_config(folder.config)) if folder.config.is_file() else None
         if difference:
-            raise UserError(f"{run.folder} is of another study ({difference}): choose another --runs-dir")
+            raise UserError(f"{run.folder} holds a run with other settings ({difference}): choose another --runs-dir")
 
 
-def pending(run: Planned) -> list[list[str]]:
-    """The commands that are left to run."""
+def pending(run: PlannedRun) -> list[list[str]]:
+    """Return the commands of a run that are left."""
     folder = RunFolder(run.folder)
     if not folder.weights.is_file():
         return [run.train_command(), run.evaluate_command()]
@@ -121,25 +121,25 @@ def pending(run: Planned) -> list[list[str]]:
     missing = [s for s in sparsities if not (folder.prune / f"s{s:.4f}.json").is_file()]
     if not missing:
         return []
-    # A study that has grown measures what is new alone.
+    # A study to which sparsities were added measures only the new ones.
     return [run.evaluate_command(None if missing == sparsities else ",".join(map(str, missing)))]
 
 
 class Children:
-    """Processes that threads wait for, and that are all asked to stop at once."""
+    """Child processes that threads wait for, and that can all be stopped at once."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._live: set[subprocess.Popen[bytes]] = set()
+        self._running: set[subprocess.Popen[bytes]] = set()
         self.stopping = False
 
     def run(self, command: Sequence[str], threads: int, log: Path) -> int | None:
-        """The exit status of a command whose output is added to ``log``; None: it was not begun."""
+        """Run a command, append its output to ``log``, and return its exit status; None if :meth:`stop` came first."""
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         with self._lock, log.open("ab") as file:
             if self.stopping:
                 return None
-            # A group of its own: a terminal's ctrl-C would reach it beside ours, and twice is not once.
+            # A process group of its own: a terminal's ctrl-C would reach the child directly, in addition to our SIGINT.
             child = subprocess.Popen(
                 [sys.executable, *command[1:]],
                 env=environment,
@@ -148,31 +148,31 @@ class Children:
                 stderr=subprocess.STDOUT,
                 process_group=0,
             )
-            self._live.add(child)
+            self._running.add(child)
         status = child.wait()
         with self._lock:
-            self._live.discard(child)
+            self._running.discard(child)
         return status
 
     def stop(self) -> None:
-        """Have them save and end, and begin no more."""
+        """Ask all children to save and end, and start no more."""
         with self._lock:
             self.stopping = True
-            for child in self._live:
+            for child in self._running:
                 child.send_signal(signal.SIGINT)
 
 
-def run_all(runs: Sequence[Planned], jobs: int) -> dict[Planned, Outcome]:
-    """What is pending of each run, ``jobs`` of them at a time; one that fails leaves the others be.
+def run_all(runs: Sequence[PlannedRun], jobs: int) -> dict[PlannedRun, Outcome]:
+    """Run what is pending of each run, ``jobs`` of them at a time; one that fails does not stop the others.
 
     Raises:
         KeyboardInterrupt: after those that were running have saved and ended.
     """
     children = Children()
-    outcomes: dict[Planned, Outcome] = {}
+    outcomes: dict[PlannedRun, Outcome] = {}
     began = time.monotonic()
     with ThreadPoolExecutor(jobs) as pool:
-        futures: dict[Future[tuple[Outcome, float]], Planned] = {}
+        futures: dict[Future[tuple[Outcome, float]], PlannedRun] = {}
         try:
             for run in runs:
                 futures[pool.submit(_run, run, children)] = run
@@ -190,12 +190,12 @@ def run_all(runs: Sequence[Planned], jobs: int) -> dict[Planned, Outcome]:
     return outcomes
 
 
-def _run(run: Planned, children: Children) -> tuple[Outcome, float]:
-    """One run from where it is to its end, and the seconds that took."""
+def _run(run: PlannedRun, children: Children) -> tuple[Outcome, float]:
+    """Run the pending commands of one run; how it ended, and the seconds that took."""
     if children.stopping:
         return Outcome.STOPPED, 0.0
     began = time.monotonic()
-    print(f"begun {run.name}\n", end="", flush=True)  # one piece: threads print between two
+    print(f"started {run.name}\n", end="", flush=True)  # one write: threads would print between two
     make_folder(run.runs_dir)
     for command in pending(run):
         with run.log.open("a", encoding="utf-8") as file:

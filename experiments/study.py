@@ -1,4 +1,4 @@
-"""The file of a study, read and checked."""
+"""Reads and checks the file of a study."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from sfw_dist.pruning.sparsities import parse_sparsities
 KEYS = ("title", "seeds", "sparsities", "arguments", "arms")
 ARM_KEYS = ("label", "config", "arguments")
 OPTIONAL = ("arguments",)
-OURS = ("config", "seed", "runs_dir", "name", "resume")
-"""Options of the training that a study sets itself."""
+SET_BY_STUDY = ("config", "seed", "runs_dir", "name", "resume")
+"""Options of the training that the study sets itself."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,15 @@ class Study:
         return parse_sparsities(self.sparsities_text)
 
     def only(self, names: Sequence[str]) -> Study:
-        """The study with these arms alone. Raises :class:`UserError` if it lacks one."""
+        """Return the study with only these arms.
+
+        Raises:
+            UserError: the study has no arm of that name.
+        """
         known = [arm.name for arm in self.arms]
         for name in names:
             if name not in known:
-                raise UserError(f"--only {name}: no such arm, choose of {', '.join(known)}")
+                raise UserError(f"--only {name}: no such arm, choose from {', '.join(known)}")
         return replace(self, arms=tuple(arm for arm in self.arms if arm.name in names))
 
 
@@ -59,7 +63,7 @@ def read_study(path: Path) -> Study:
     """Read a study's file.
 
     Raises:
-        UserError: it cannot be read, lacks a key or has one too many, or a value is not what it must be.
+        UserError: the file cannot be read, lacks a key, has an unknown one, or a value outside its domain.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -71,7 +75,9 @@ def read_study(path: Path) -> Study:
     tree = _mapping(tree, KEYS, str(path))
     arms = tree["arms"]
     if not isinstance(arms, dict) or not arms:
-        raise UserError(f"{path}: arms is {arms!r}: write one as 'sfw: {{label: SFW, config: configs/x.yaml}}'")
+        raise UserError(
+            f"{path}: arms is {arms!r}: write one as 'sfw: {{label: SFW, config: configs/digits/sfw.yaml}}'"
+        )
     shared = _arguments(tree, str(path))
     return Study(
         name=_name(path.stem, str(path)),
@@ -84,7 +90,7 @@ def read_study(path: Path) -> Study:
 
 
 def _mapping(value: Any, keys: Sequence[str], where: str) -> dict[str, Any]:
-    """``value``, if it is a mapping that has all of these keys, but for the optional ones, and no other."""
+    """Return ``value`` if it is a mapping with all of these keys, except optional ones, and no other."""
     if not isinstance(value, dict):
         raise UserError(f"{where} is {value!r}: write 'key: value' lines with {', '.join(keys)}")
     for key in value:
@@ -126,7 +132,7 @@ def _arguments(tree: dict[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise UserError(f"{where}: arguments is {value!r}: write it as {{optimizer.lr: 0.1}}")
     for key, setting in value.items():
-        if key in OURS:
+        if key in SET_BY_STUDY:
             raise UserError(f"{where}: the study sets {key} itself: remove it from arguments")
         if isinstance(setting, dict):
             raise UserError(f"{where}: {key} is {setting!r}: write each setting by its dotted name, as optimizer.lr")

@@ -1,6 +1,6 @@
-"""Cancel all jobs of runs that wait or run. What they have written stays, and `launch.retry` goes on from it.
+"""Cancel all waiting and running jobs of runs. What they have written is kept, and `launch.retry` resumes from it.
 
-python -m launch.cancel runs/digits_cnn
+python -m launch.cancel runs/digits_sfw
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from sfw_dist.errors import UserError, command_imports, reports_user_errors
 
 with command_imports("launch.cancel", "slurm"):
-    from launch.slurm import cancel, live
+    from launch.slurm import active_jobs, cancel
     from launch.submission import submissions
     from sfw_dist.train.run_folder import RunFolder
 
@@ -24,16 +24,25 @@ _PATIENCE = 120.0
 
 
 def cancel_run(run: RunFolder) -> list[str]:
-    """Cancel, and wait until nothing is left; the jobs there were. Raises :class:`UserError`."""
+    """Cancel a run's jobs, and wait until they have ended.
+
+    Returns:
+        The ids of the cancelled jobs.
+
+    Raises:
+        UserError: jobs have not ended after two minutes.
+    """
     ids = [job for submission in submissions(run) for job in submission.jobs]
-    found = live(ids) if ids else []
+    found = active_jobs(ids) if ids else []
     if not found:
         return []
     cancel(found)
     until = time.monotonic() + _PATIENCE
-    while left := live(ids):
+    while left := active_jobs(ids):
         if time.monotonic() > until:
-            raise UserError(f"{', '.join(left)} still there {_PATIENCE:g} s after scancel: ask the cluster's operators")
+            raise UserError(
+                f"{', '.join(left)} have not ended {_PATIENCE:g} s after scancel: ask the cluster's operators"
+            )
         time.sleep(0.5)
     return found
 
@@ -54,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(found))
     else:
         for path, jobs in found.items():
-            print(f"{path}: " + (f"cancelled {', '.join(jobs)}" if jobs else "nothing waits or runs"))
+            print(f"{path}: " + (f"cancelled {', '.join(jobs)}" if jobs else "no jobs wait or run"))
     return 0
 
 

@@ -14,22 +14,22 @@ _VERBS = {
     "submit": ("launch.train", "submit a training to a cluster, with --chain its pruning and report too"),
     "prune-array": ("launch.prune_array", "prune a trained network as an array of jobs"),
     "collect": ("launch.collect", "merge what an array wrote, and list what is missing"),
-    "status": ("launch.status", "show how runs and their jobs are"),
+    "status": ("launch.status", "show the state of runs and their jobs"),
     "cancel": ("launch.cancel", "cancel the jobs of runs"),
     "retry": ("launch.retry", "submit again what has failed"),
     "data": ("sfw_dist.data.__main__", "prepare or verify a data set"),
 }
 
 _EXAMPLES = """examples:
-  sfw-dist local --config configs/digits_cnn.yaml --nproc 2
-  sfw-dist evaluate runs/digits_cnn
-  sfw-dist submit --config configs/digits_cnn.yaml --cluster configs/cluster/example.yaml --chain
-  sfw-dist report runs/digits_cnn runs/digits_cnn_sgd
+  sfw-dist local --config configs/digits/sfw.yaml --nproc 2
+  sfw-dist evaluate runs/digits_sfw
+  sfw-dist submit --config configs/digits/sfw.yaml --cluster configs/cluster/example.yaml --chain
+  sfw-dist report runs/digits_sfw runs/digits_sgd
 """
 
 
 def main() -> int:
-    """Hand the arguments after VERB to its command, which has its own --help."""
+    """Run the command of VERB with the arguments after it; the exit status."""
     verbs = "\n".join(f"  {verb:13}{about}" for verb, (_, about) in _VERBS.items())
     parser = argparse.ArgumentParser(
         prog="sfw-dist",

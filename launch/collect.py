@@ -1,7 +1,7 @@
-"""Merge what a pruning array wrote into one CSV, one JSON and the report, and say what is missing.
+"""Merge what a pruning array wrote into one CSV, one JSON and the report, and list what is missing.
 
-    python -m launch.collect runs/digits_cnn
-    python -m launch.collect runs/digits_cnn --json
+    python -m launch.collect runs/digits_sfw
+    python -m launch.collect runs/digits_sfw --json
 
 The exit status is 1 when anything is missing; `python -m launch.retry RUN` submits only that.
 """

@@ -1,7 +1,7 @@
 """What runs inside a job: a training that requeues itself, a task of the pruning array, the collection of results.
 
-Handlers only take note. Ranks agree at a step that it is time to stop, all save, and rank 0 asks Slurm to run the job
-again. It resumes from the newest complete checkpoint, to the weights of a run that was never interrupted.
+Signal handlers only set a flag. After a step the ranks agree to stop, all save, and rank 0 asks Slurm to run the job
+again. It resumes from the newest complete checkpoint, and ends with the weights of a run that was never interrupted.
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ from sfw_dist.distributed.world import joined_world
 from sfw_dist.errors import UserError
 from sfw_dist.evaluate.sweep import evaluate
 from sfw_dist.train.run_folder import RunFolder
-from sfw_dist.train.signals import Interrupt
-from sfw_dist.train.trainer import train
+from sfw_dist.train.signals import SignalHandler
+from sfw_dist.train.trainer import INTERRUPTED, train
 
-_INTERRUPTED = 130
 _FIRST_PORT, _PORTS = 15000, 17000  # below the ephemeral range
 
 
@@ -38,11 +37,11 @@ class TrainJob:
     config: Config
 
     def __call__(self) -> None:
-        with Interrupt() as interrupt:
+        with SignalHandler() as signals:
             os.environ.update(rank_environment(os.environ))
             with joined_world() as world:
-                status = train(self.config, world, resume=True, interrupt=interrupt)
-        if status == _INTERRUPTED and interrupt.preempted:
+                status = train(self.config, world, resume=True, signals=signals)
+        if status == INTERRUPTED and signals.preempted:
             requeue(first=world.main)
         if status:
             sys.exit(status)
@@ -72,7 +71,7 @@ class PruneJob:
 
 @dataclass
 class CollectJob:
-    """The end of a chain."""
+    """The end of a chain: merge what the array wrote, and draw the report."""
 
     run: Path
 
@@ -83,14 +82,14 @@ class CollectJob:
 
 
 def rank_environment(slurm: Mapping[str, str]) -> dict[str, str]:
-    """What torch.distributed reads, from what Slurm gives to each task of a job; nothing outside Slurm."""
+    """Return the variables that torch.distributed reads, from those of a Slurm task; none outside Slurm."""
     if "SLURM_PROCID" not in slurm:
         return {}
     hosts = subprocess.run(
         ["scontrol", "show", "hostnames", slurm["SLURM_JOB_NODELIST"]], capture_output=True, text=True, check=True
     ).stdout.split()
     tasks_per_node = int(slurm["SLURM_NTASKS"]) // int(slurm["SLURM_JOB_NUM_NODES"])
-    # Another port after a requeue: the old one may still be held.
+    # Another port after a requeue: the old one may still be in use.
     port = (int(slurm["SLURM_JOB_ID"]) * 31 + int(slurm.get("SLURM_RESTART_COUNT", "0")) * 101) % _PORTS
     return {
         "RANK": slurm["SLURM_PROCID"],
@@ -103,15 +102,22 @@ def rank_environment(slurm: Mapping[str, str]) -> dict[str, str]:
 
 
 def requeue(first: bool = True) -> None:
-    """Have Slurm run this job again, and wait for the end of this attempt. ``first``: whether this rank asks for it."""
+    """Have Slurm run this job again, and wait until it ends this attempt.
+
+    Args:
+        first: whether this rank asks Slurm; one rank does.
+
+    Raises:
+        UserError: Slurm did not end the attempt in two minutes.
+    """
     if first:
         job = os.environ["SLURM_JOB_ID"]
         if "SLURM_ARRAY_TASK_ID" in os.environ:
-            # The last element's own id is the array's: with that, all elements would start anew.
+            # The last element's own id is the array's, which would requeue all elements.
             job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
         subprocess.run(["scontrol", "requeue", job], check=True)
     time.sleep(120)  # Slurm ends the step long before
-    raise UserError("Slurm did not requeue the job: go on with python -m launch.retry RUN")
+    raise UserError("Slurm did not requeue the job: resume with python -m launch.retry RUN")
 
 
 class _PreemptedError(Exception):
@@ -123,7 +129,7 @@ def _preempted(number: int, frame: FrameType | None) -> None:
 
 
 def main() -> int:
-    """One task of a local array, in a process of its own."""
+    """Run one task of a local array; it has a process of its own."""
     parser = argparse.ArgumentParser(prog="python -m launch.job", description="Run one task of a submitted array.")
     parser.add_argument("run", type=Path)
     parser.add_argument("submission", type=Path)

@@ -1,10 +1,10 @@
 """Train on several ranks of this machine.
 
-    python -m launch.local --config configs/digits_cnn.yaml --nproc 2
-    python -m launch.local --config configs/digits_cnn.yaml --nproc 2 --optimizer.lr 0.5 --name digits_lr05
+    python -m launch.local --config configs/digits/sfw.yaml --nproc 2
+    python -m launch.local --config configs/digits/sfw.yaml --nproc 2 --optimizer.lr 0.5 --name digits_lr05
 
-The ranks are those of ``torchrun --standalone``, with its environment variables. What differs is how it ends: bad input
-stays one line with exit status 2, and after ctrl-C the last line is how to go on.
+The ranks get the environment variables of ``torchrun --standalone``. The difference is in how it ends: bad input is one
+line with exit status 2, and after ctrl-C the last line is the command that resumes.
 """
 
 from __future__ import annotations
@@ -22,32 +22,38 @@ from sfw_dist.errors import UserError, command_imports, reports_user_errors
 with command_imports("launch.local", "train"):
     from torch.distributed import TCPStore
 
-    from sfw_dist.config import parse_run
-    from sfw_dist.train.__main__ import add_options
-    from sfw_dist.train.trainer import check_input
+    from sfw_dist.config import add_resume_option, parse_run
+    from sfw_dist.train.inputs import check_input
 
 _EXAMPLES = "\n".join((__doc__ or "").split("\n\n")[1].splitlines())
-# How long the other ranks may take to end by themselves once one has failed: they wait for it in a collective.
+# Until the other ranks are killed once one has failed: they wait for it in a collective.
 _GRACE_SECONDS = 10.0
 
 
 def run_ranks(nproc: int, command: Sequence[str]) -> int:
-    """Run ``command`` as ``nproc`` ranks and wait; 0, or the exit status of the first rank that failed.
+    """Run a command as several ranks of this machine, and wait for them.
 
-    SIGINT (which a terminal sends to the ranks too) and SIGTERM (which is passed on) are left to the ranks.
+    The ranks handle SIGINT, which a terminal sends to them too, and SIGTERM, which is passed on to them.
+
+    Args:
+        nproc: number of ranks.
+        command: what each rank runs.
+
+    Returns:
+        0, or the exit status of the first rank that failed, 128 plus the number of a signal that ended it.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     threads = max(1, len(os.sched_getaffinity(0)) // nproc)
     shared = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is here, rank 0 need not open one
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # this process has the store, so rank 0 opens none
         "WORLD_SIZE": str(nproc),
         "LOCAL_WORLD_SIZE": str(nproc),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
     }
     ranks: list[subprocess.Popen[bytes]] = []
-    # Handlers, not SIG_IGN, which the ranks would inherit; and before the first rank starts.
+    # Handlers, not SIG_IGN, which the ranks would inherit; set before the first rank starts.
     before = {
         signal.SIGINT: signal.signal(signal.SIGINT, lambda number, frame: None),
         signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, frame: _send(ranks, signal.SIGTERM)),
@@ -94,8 +100,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, arguments = parser.parse_known_args(argv)
     if options.nproc < 1:
         raise UserError(f"--nproc must be at least 1, got {options.nproc}: write 2 for two ranks")
-    config, training = parse_run(arguments, description="", examples="", add_options=add_options)
-    check_input(config, options.nproc - 1, options.nproc, resume=training.resume == "auto")  # the emptiest share
+    config, training = parse_run(arguments, add_options=add_resume_option)
+    check_input(
+        config, options.nproc - 1, options.nproc, resume=training.resume == "auto"
+    )  # the last rank has the least data
     return run_ranks(options.nproc, [sys.executable, "-m", "sfw_dist.train", *arguments])
 
 

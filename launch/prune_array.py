@@ -1,8 +1,8 @@
 """Prune a trained network to many sparsities as an array of jobs.
 
-    python -m launch.prune_array runs/digits_cnn --cluster configs/cluster/example.yaml --parallelism 8
-    python -m launch.prune_array runs/digits_cnn --sparsities 0.5,0.9:0.99:0.01 --per-task 3 --dry-run
-    python -m launch.prune_array runs/digits_cnn --cluster local --parallelism 2
+    python -m launch.prune_array runs/digits_sfw --cluster configs/cluster/example.yaml --parallelism 8
+    python -m launch.prune_array runs/digits_sfw --sparsities 0.5,0.9:0.99:0.01 --per-task 3 --dry-run
+    python -m launch.prune_array runs/digits_sfw --cluster local --parallelism 2
 
 Each task writes its results whole and then marks itself complete; `python -m launch.collect RUN` merges them.
 """
@@ -22,7 +22,7 @@ from sfw_dist.errors import UserError, command_imports, reports_user_errors
 
 with command_imports("launch.prune_array", "slurm"):
     from launch.job import PruneJob
-    from launch.slurm import ClusterConfig, Wanted, add_cluster_options, read_cluster, script
+    from launch.slurm import ClusterConfig, JobRequest, add_cluster_options, read_cluster, script
     from launch.submission import Submission
     from sfw_dist.config import load_config
     from sfw_dist.pruning.one_shot import Kind
@@ -56,8 +56,8 @@ def submit_array(
     jobs = [PruneJob(run.path, submission.folder, task) for task in range(len(tasks))]
     match cluster.kind:
         case "slurm":
-            wanted = Wanted(f"prune-{run.path.name}", after=after)
-            submission.submit(wanted, jobs)
+            request = JobRequest(f"prune-{run.path.name}", after=after)
+            submission.submit(request, jobs)
         case "local":
             with ThreadPoolExecutor(cluster.parallelism) as pool:
                 list(pool.map(lambda task: _run_task(run, submission, task), range(len(tasks))))
@@ -107,8 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = parse_sparsities(options.sparsities) if options.sparsities else load_config(run.config).prune.sparsities
     tasks = group(chosen, options.per_task)
     if options.dry_run:
-        wanted = Wanted(f"prune-{run.path.name}")
-        print(script(run.submissions.absolute() / "DRY_RUN", cluster, wanted, len(tasks)))
+        request = JobRequest(f"prune-{run.path.name}")
+        print(script(run.submissions.absolute() / "DRY_RUN", cluster, request, len(tasks)))
         return 0
     if (options.recalibrate or 0) < 0:
         raise UserError(f"--recalibrate must be at least 0, got {options.recalibrate}: write 50, or 0 for none")

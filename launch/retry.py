@@ -1,7 +1,7 @@
-"""Submit again what has failed of a run: its training, which resumes, or the pruning tasks that are missing.
+"""Submit again what has failed of a run: its training, which resumes, or the missing pruning tasks.
 
-python -m launch.retry runs/digits_cnn
-python -m launch.retry runs/digits_cnn --cluster configs/cluster/example.yaml --cluster.time 240
+python -m launch.retry runs/digits_sfw
+python -m launch.retry runs/digits_sfw --cluster configs/cluster/example.yaml --cluster.time 240
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sfw_dist.errors import UserError, command_imports, reports_user_errors
 with command_imports("launch.retry", "slurm"):
     from launch.collect import unfinished
     from launch.prune_array import submit_array
-    from launch.slurm import ClusterConfig, add_cluster_options, live, read_cluster
+    from launch.slurm import ClusterConfig, active_jobs, add_cluster_options, read_cluster
     from launch.submission import Submission, submissions
     from launch.train import submit_training
     from sfw_dist.config import load_config
@@ -28,11 +28,22 @@ _EXAMPLES = "\n".join((__doc__ or "").split("\n\n")[1].splitlines())
 
 
 def retry(run: RunFolder, cluster: ClusterConfig | None = None) -> list[Submission]:
-    """Submit what is missing and neither waits nor runs; ``cluster`` defaults to that of the last submission."""
+    """Submit a run's failed training, or its missing pruning tasks.
+
+    Args:
+        run: the run's folder.
+        cluster: where; by default the cluster of the last submission.
+
+    Returns:
+        The new submissions; none if nothing is missing.
+
+    Raises:
+        UserError: nothing was submitted before, or jobs still wait or run.
+    """
     found = submissions(run)
     if not found:
         raise UserError(f"nothing was submitted for {run.path}: python -m launch.train or launch.prune_array")
-    if live([job for submission in found for job in submission.jobs]):
+    if active_jobs([job for submission in found for job in submission.jobs]):
         raise UserError(f"jobs of {run.path} still wait or run: see python -m launch.status {run.path}")
     cluster = cluster or found[-1].cluster
     trainings = [submission for submission in found if submission.what == "train"]

@@ -1,4 +1,4 @@
-"""The cluster: its settings, and the one place that knows submitit and Slurm's commands."""
+"""The cluster: its settings, and the only module that uses submitit and Slurm's commands."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from sfw_dist.errors import UserError
 
 SUBMITIT_COMMAND = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit"
 LEAST_SLURM_ARRAY = 1001
-"""Slurm's default MaxArraySize, where the site does not tell: indices go to one less."""
+"""Slurm's default MaxArraySize, used if the site's is unknown; the largest index is one less."""
 
 
 @dataclass
 class ClusterConfig:
-    """Where and with what jobs run."""
+    """Where jobs run, and with which resources."""
 
     kind: Literal["slurm", "local", "debug"] = "slurm"
-    """slurm; local: processes of this machine, here and now; debug: this very process."""
+    """slurm; local: processes of this machine, started at once; debug: this process itself."""
     partition: str | None = None
     """Slurm's partition; likewise account, qos and constraint."""
     account: str | None = None
     qos: str | None = None
     constraint: str | None = None
     time: int = 60
-    """Minutes that a job may take; a training that needs more is requeued and goes on."""
+    """Minutes that a job may take; a training that needs more is requeued and resumes."""
     nodes: int = 1
     """Nodes of the training."""
     gpus_per_node: int = 0
@@ -69,12 +69,12 @@ class ClusterConfig:
 
     @property
     def ranks(self) -> int:
-        """Of the training, on all nodes."""
+        """Number of ranks of a training, over all nodes."""
         return self.nodes * (self.gpus_per_node or self.ranks_per_node)
 
 
 def add_cluster_options(parser: argparse.ArgumentParser) -> None:
-    """``--cluster FILE`` and ``--cluster.KEY VALUE``."""
+    """Add ``--cluster FILE`` and ``--cluster.KEY VALUE``."""
     parser.add_argument(
         "--cluster", metavar="FILE", default="local", help="YAML of the cluster, or local or debug (default: local)"
     )
@@ -83,7 +83,11 @@ def add_cluster_options(parser: argparse.ArgumentParser) -> None:
 
 
 def read_cluster(options: argparse.Namespace) -> ClusterConfig:
-    """The settings that :func:`add_cluster_options` parsed. Raises :class:`UserError`."""
+    """Read the cluster's settings from the options of :func:`add_cluster_options`.
+
+    Raises:
+        UserError: the file cannot be read, or a setting is unknown or has a bad value.
+    """
     where = options.cluster
     tree = {"kind": where} if where in ("local", "debug") else read_yaml(Path(where))
     given = {known.name: getattr(options, f"cluster.{known.name}") for known in fields(ClusterConfig)}
@@ -99,33 +103,33 @@ def read_cluster(options: argparse.Namespace) -> ClusterConfig:
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What one submission asks of Slurm beside the cluster's settings."""
+class JobRequest:
+    """What one submission asks of Slurm in addition to the cluster's settings."""
 
     name: str
     training: bool = False
-    """On all ranks; else one task, with one GPU where the cluster has them."""
+    """True: all ranks of a training. False: one task, with one GPU if the cluster has GPUs."""
     after: str | None = None
-    """A dependency, as in ``afterok:12``."""
+    """Slurm dependency, as in ``afterok:12``."""
 
 
-def sbatch_parameters(cluster: ClusterConfig, wanted: Wanted) -> dict[str, Any]:
-    """submitit's parameters."""
-    gpus = cluster.gpus_per_node if wanted.training else min(cluster.gpus_per_node, 1)
+def sbatch_parameters(cluster: ClusterConfig, request: JobRequest) -> dict[str, Any]:
+    """Return submitit's parameters for a job."""
+    gpus = cluster.gpus_per_node if request.training else min(cluster.gpus_per_node, 1)
     more: dict[str, Any] = {"requeue": True}
-    if wanted.after:
-        # Without the second a job waits for ever for one that has failed.
-        more |= {"dependency": wanted.after, "kill-on-invalid-dep": "yes"}
+    if request.after:
+        # Without kill-on-invalid-dep a job waits for ever for one that has failed.
+        more |= {"dependency": request.after, "kill-on-invalid-dep": "yes"}
     setup = [f"export {key}={shlex.quote(str(value))}" for key, value in cluster.env.items()]
     parameters = {
-        "job_name": wanted.name,
+        "job_name": request.name,
         "partition": cluster.partition,
         "account": cluster.account,
         "qos": cluster.qos,
         "constraint": cluster.constraint,
         "time": cluster.time,
-        "nodes": cluster.nodes if wanted.training else 1,
-        "ntasks_per_node": (cluster.gpus_per_node or cluster.ranks_per_node) if wanted.training else 1,
+        "nodes": cluster.nodes if request.training else 1,
+        "ntasks_per_node": (cluster.gpus_per_node or cluster.ranks_per_node) if request.training else 1,
         "gpus_per_node": gpus or None,
         "cpus_per_task": cluster.cpus_per_rank,
         "mem": f"{cluster.mem_gb:g}GB" if cluster.mem_gb else None,
@@ -141,25 +145,37 @@ def sbatch_parameters(cluster: ClusterConfig, wanted: Wanted) -> dict[str, Any]:
     return {key: value for key, value in parameters.items() if value is not None}
 
 
-def script(folder: Path, cluster: ClusterConfig, wanted: Wanted, tasks: int) -> str:
-    """The sbatch script that :func:`submit` would send; needs no Slurm."""
-    parameters = sbatch_parameters(cluster, wanted)
+def script(folder: Path, cluster: ClusterConfig, request: JobRequest, tasks: int) -> str:
+    """Return the sbatch script that :func:`submit` would send; needs no Slurm."""
+    parameters = sbatch_parameters(cluster, request)
     count = tasks if tasks > 1 else None
     return _make_sbatch_string(f"{SUBMITIT_COMMAND} {shlex.quote(str(folder))}", folder, map_count=count, **parameters)
 
 
-def submit(folder: Path, cluster: ClusterConfig, wanted: Wanted, calls: Sequence[Callable[[], object]]) -> list[str]:
-    """Submit ``calls``, several as arrays no larger than the site allows; a job id for each, like ``12`` or ``12_0``.
+def submit(
+    folder: Path, cluster: ClusterConfig, request: JobRequest, calls: Sequence[Callable[[], object]]
+) -> list[str]:
+    """Submit calls as jobs; several become arrays, no larger than the site allows.
 
-    Raises :class:`UserError` with Slurm's reason when it refuses; nothing is submitted then.
+    Args:
+        folder: for submitit's files.
+        cluster: where jobs run, and with which resources.
+        request: the kind of job.
+        calls: what the jobs run, one each.
+
+    Returns:
+        A job id for each call, like ``12`` or ``12_0``.
+
+    Raises:
+        UserError: Slurm refuses, with its reason; nothing is submitted then.
     """
     if shutil.which("sbatch") is None:
         raise UserError("sbatch was not found: run this where Slurm is, or take --cluster local")
     limit = max_array_size()
     ids: list[str] = []
     with outside_jobs():
-        executor = SlurmExecutor(folder, max_num_timeout=1000)  # ours decides when to give up, not submitit
-        executor.update_parameters(**sbatch_parameters(cluster, wanted))
+        executor = SlurmExecutor(folder, max_num_timeout=1000)  # retries are decided by launch.job, not by submitit
+        executor.update_parameters(**sbatch_parameters(cluster, request))
         try:
             for start in range(0, len(calls), limit):
                 with executor.batch():
@@ -169,12 +185,12 @@ def submit(folder: Path, cluster: ClusterConfig, wanted: Wanted, calls: Sequence
             if ids:  # the arrays before the one that was refused
                 cancel(ids)
             reason = " ".join(str(getattr(error, "stderr", None) or error).split())[-300:]
-            raise UserError(f"Slurm refused {wanted.name} ({reason}): correct the settings of --cluster") from None
+            raise UserError(f"Slurm refused {request.name} ({reason}): correct the settings of --cluster") from None
     return ids
 
 
 def max_array_size() -> int:
-    """Tasks that an array of this site may have."""
+    """Return how many tasks an array of this site may have."""
     for line in slurm(["scontrol", "show", "config"]).splitlines():
         if line.startswith("MaxArraySize"):
             return max(int(line.partition("=")[2]) - 1, 1)
@@ -183,10 +199,10 @@ def max_array_size() -> int:
 
 @contextmanager
 def outside_jobs() -> Iterator[None]:
-    """Without what an enclosing job or rank left in the environment: a job submitted from it would inherit that."""
-    ours = ("SLURM_", "SBATCH_", "SRUN_", "SUBMITIT_", "TORCHELASTIC_")
+    """Hide the environment variables of an enclosing job or rank, which a job submitted from it would inherit."""
+    prefixes = ("SLURM_", "SBATCH_", "SRUN_", "SUBMITIT_", "TORCHELASTIC_")
     ranks = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    hidden = {k: v for k, v in os.environ.items() if (k.startswith(ours) and k != "SLURM_CONF") or k in ranks}
+    hidden = {k: v for k, v in os.environ.items() if (k.startswith(prefixes) and k != "SLURM_CONF") or k in ranks}
     for key in hidden:
         del os.environ[key]
     try:
@@ -196,7 +212,7 @@ def outside_jobs() -> Iterator[None]:
 
 
 def slurm(command: Sequence[str]) -> str:
-    """The output of one of Slurm's commands; empty when it fails, as on a cluster without accounting."""
+    """Return the output of a Slurm command; empty if it fails, as sacct does on a cluster without accounting."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
@@ -205,7 +221,7 @@ def slurm(command: Sequence[str]) -> str:
 
 
 def states(ids: Sequence[str]) -> dict[str, str]:
-    """Slurm's state of each job or array task that it still knows: from its queue, its accounting, or its memory."""
+    """Return the state of each job or array task that Slurm still knows, from its queue, accounting, or memory."""
     found: dict[str, str] = {}
     for row in slurm(["sacct", "-X", "--noheader", "--parsable2", "-o", "JobID,State", *_jobs(ids)]).splitlines():
         job, state = row.split("|")
@@ -227,14 +243,18 @@ def _jobs(ids: Sequence[str]) -> list[str]:
 
 
 def cancel(ids: Sequence[str]) -> None:
-    """Cancel what is left of these jobs. Raises :class:`UserError` when Slurm does not answer."""
+    """Cancel jobs that have not ended.
+
+    Raises:
+        UserError: Slurm does not answer.
+    """
     jobs = sorted({job.partition("_")[0] for job in ids})
     done = subprocess.run(["scancel", *jobs], capture_output=True, text=True)
     if done.returncode and "Invalid job id" not in done.stderr:
         raise UserError(f"scancel failed ({' '.join(done.stderr.split())}): see whether Slurm answers (sinfo)")
 
 
-def live(ids: Sequence[str]) -> list[str]:
-    """Those that wait or run."""
+def active_jobs(ids: Sequence[str]) -> list[str]:
+    """Return the ids of jobs that wait or run."""
     rows = slurm(["squeue", "--noheader", "--array", "--format=%i", "--me"]).split()
     return [job for job in ids if job in rows]

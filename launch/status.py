@@ -1,6 +1,6 @@
-"""How runs and their jobs are: one line a training and a pruning task. Reads, and changes nothing.
+"""Show the state of runs and their jobs: a line for each training and pruning task. Reads only.
 
-python -m launch.status runs/digits_cnn
+python -m launch.status runs/digits_sfw
 python -m launch.status runs/* --json
 """
 
@@ -27,7 +27,11 @@ STALLED_AFTER = 600.0
 
 
 def run_status(run: RunFolder) -> list[dict[str, Any]]:
-    """A row for the training, and for each task of the newest submission of every kind."""
+    """Return a row for the training, and for each task of the newest pruning array and collection.
+
+    Raises:
+        UserError: the folder is not a run's.
+    """
     if not (run.config.is_file() or run.submissions.is_dir()):
         raise UserError(f"{run.path} is not a run's folder: train one with python -m launch.train")
     newest = {submission.what: submission for submission in submissions(run)}
@@ -89,7 +93,7 @@ def _line(row: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m launch.status",
-        description="Show how runs and their jobs are. Reads only.",
+        description="Show the state of runs and their jobs. Reads only.",
         epilog=f"examples:\n{_EXAMPLES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

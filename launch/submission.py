@@ -1,4 +1,4 @@
-"""One folder a submission: what was submitted, from which code, and which jobs came of it."""
+"""A folder for each submission: what was submitted, from which code, and its jobs' ids."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from launch.slurm import ClusterConfig, Wanted, submit
+from launch.slurm import ClusterConfig, JobRequest, submit
 from sfw_dist.errors import UserError
 from sfw_dist.files import make_folder, write_json, write_text
 from sfw_dist.train.run_folder import RunFolder, environment
@@ -29,7 +29,7 @@ class Submission:
 
     @classmethod
     def new(cls, run: RunFolder, what: What, cluster: ClusterConfig, **record: Any) -> Submission:
-        """A fresh folder, for a job id may come again and submitit would read another job's files."""
+        """Make a new folder: job ids may be reused, and submitit would read another job's files."""
         stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
         names = (f"{stamp}_{what}{f'_{n}' if n else ''}" for n in range(1000))
         folder = next(run.submissions / name for name in names if not (run.submissions / name).exists())
@@ -50,7 +50,7 @@ class Submission:
 
     @property
     def jobs(self) -> list[str]:
-        """A job id for each task, empty where there was no Slurm."""
+        """A job id for each task; empty if the tasks ran without Slurm."""
         return list(self._record["jobs"])
 
     @property
@@ -71,34 +71,46 @@ class Submission:
         """Batches for BatchNorm; None, as in the record of an older array: the run's."""
         return self._record.get("recalibrate")
 
-    def submit(self, wanted: Wanted, calls: Sequence[Callable[[], object]]) -> None:
-        """To Slurm, a job for each call; raises :class:`UserError`, and leaves no folder, when it refuses."""
+    def submit(self, request: JobRequest, calls: Sequence[Callable[[], object]]) -> None:
+        """Submit a job for each call to Slurm.
+
+        Raises:
+            UserError: Slurm refuses; the folder is then removed.
+        """
         try:
-            self._record["jobs"] = submit(self.folder, self.cluster, wanted, calls)
+            self._record["jobs"] = submit(self.folder, self.cluster, request, calls)
         except UserError:
             shutil.rmtree(self.folder)
             for parent in (self.folder.parent, self.folder.parent.parent):
-                with contextlib.suppress(OSError):  # there is more in it
+                with contextlib.suppress(OSError):  # it is not empty
                     parent.rmdir()
             raise
         write_json(self.folder / "record.json", self._record)
 
     def finished(self, task: int) -> None:
-        """Mark a task as complete; it does so itself, last."""
+        """Mark a task as complete; the task calls this at its end."""
         write_json(self.folder / "done" / f"{task}.json", {"time": time.time()})
 
     def is_finished(self, task: int) -> bool:
         return (self.folder / "done" / f"{task}.json").is_file()
 
     def log(self, task: int) -> Path:
-        """Where the task's messages are."""
+        """Return the file with the task's messages."""
         if not self.jobs:
             return self.folder / f"task_{task}.log"
         return self.folder / f"{self.jobs[task]}_0_log.err"
 
 
 def submissions(run: RunFolder, what: What | None = None) -> list[Submission]:
-    """Oldest first. Raises :class:`UserError` for one that cannot be read."""
+    """Return a run's submissions, oldest first.
+
+    Args:
+        run: the run's folder.
+        what: only those of this kind; ``None`` for all.
+
+    Raises:
+        UserError: a submission cannot be read.
+    """
     found = []
     for path in sorted(run.submissions.glob("*/record.json"), key=lambda p: (p.stat().st_ctime_ns, p.parent.name)):
         try:
@@ -111,7 +123,7 @@ def submissions(run: RunFolder, what: What | None = None) -> list[Submission]:
 
 
 def _uncommitted() -> str:
-    """What the working tree has beyond its commit."""
+    """The difference of the working tree to its commit."""
     try:
         done = subprocess.run(["git", "diff", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
     except OSError:

@@ -1,10 +1,10 @@
 """Submit a training to a cluster, alone or with its pruning array and report.
 
-    python -m launch.train --config configs/digits_cnn.yaml --cluster configs/cluster/example.yaml --chain
-    python -m launch.train --config configs/digits_cnn.yaml --cluster configs/cluster/example.yaml --dry-run
-    python -m launch.train --config configs/digits_cnn.yaml --cluster local --ranks-per-node 2 --chain
+    python -m launch.train --config configs/digits/sfw.yaml --cluster configs/cluster/example.yaml --chain
+    python -m launch.train --config configs/digits/sfw.yaml --cluster configs/cluster/example.yaml --dry-run
+    python -m launch.train --config configs/digits/sfw.yaml --cluster local --ranks-per-node 2 --chain
 
-A training that runs out of time or is preempted saves, is requeued and goes on. All options of sfw_dist.train may
+A training that runs out of time or is preempted saves, is requeued and resumes. All options of sfw_dist.train may
 follow.
 """
 
@@ -24,37 +24,40 @@ with command_imports("launch.train", "slurm"):
     from launch.job import CollectJob, TrainJob
     from launch.local import run_ranks
     from launch.prune_array import group, submit_array
-    from launch.slurm import ClusterConfig, Wanted, add_cluster_options, read_cluster, script
+    from launch.slurm import ClusterConfig, JobRequest, add_cluster_options, read_cluster, script
     from launch.submission import Submission
-    from sfw_dist.config import Config, parse_run, save_config
+    from sfw_dist.config import Config, add_resume_option, parse_run, save_config
     from sfw_dist.files import write_text
-    from sfw_dist.train.__main__ import add_options
+    from sfw_dist.train.inputs import check_input
     from sfw_dist.train.run_folder import RunFolder
-    from sfw_dist.train.trainer import check_input
 
 _EXAMPLES = "\n".join((__doc__ or "").split("\n\n")[1].splitlines())
 
 
 def submit_training(config: Config, cluster: ClusterConfig) -> Submission:
-    """Submit to Slurm; raises :class:`UserError` when it refuses."""
+    """Submit a training to Slurm.
+
+    Raises:
+        UserError: Slurm refuses it.
+    """
     submission = Submission.new(RunFolder(config.run_dir), "train", cluster)
     write_text(submission.folder / "config.yaml", save_config(config))
-    wanted = Wanted(f"train-{config.name}", training=True)
-    submission.submit(wanted, [TrainJob(config)])
+    request = JobRequest(f"train-{config.name}", training=True)
+    submission.submit(request, [TrainJob(config)])
     return submission
 
 
 def submit_collection(run: RunFolder, cluster: ClusterConfig, after: Sequence[str]) -> Submission:
-    """Submit what lists the missing and draws the report, after the jobs ``after`` however they ended."""
+    """Submit the job that draws the report and lists what is missing, after the jobs ``after`` however they end."""
     submission = Submission.new(run, "collect", cluster)
     arrays = sorted({job.partition("_")[0] for job in after})
-    wanted = Wanted(f"collect-{run.path.name}", after=":".join(["afterany", *arrays]))
-    submission.submit(wanted, [CollectJob(run.path)])
+    request = JobRequest(f"collect-{run.path.name}", after=":".join(["afterany", *arrays]))
+    submission.submit(request, [CollectJob(run.path)])
     return submission
 
 
 def submit_chain(config: Config, cluster: ClusterConfig, per_task: int) -> list[Submission]:
-    """Training, then the pruning array if it succeeds, then the collection in any case."""
+    """Submit a training, a pruning array that starts if it succeeds, and the collection that follows in any case."""
     run = RunFolder(config.run_dir)
     training = submit_training(config, cluster)
     tasks = group(config.prune.sparsities, per_task)
@@ -63,7 +66,7 @@ def submit_chain(config: Config, cluster: ClusterConfig, per_task: int) -> list[
 
 
 def run_here(config: Config, cluster: ClusterConfig, arguments: Sequence[str], chain: bool, per_task: int) -> int:
-    """The same without Slurm: the ranks as processes of this machine, then the tasks; the exit status."""
+    """Run the same without Slurm: the ranks as processes of this machine, then the tasks; the exit status."""
     if cluster.kind == "debug":
         TrainJob(config)()
     elif status := run_ranks(cluster.ranks, [sys.executable, "-m", "sfw_dist.train", *arguments]):
@@ -78,18 +81,18 @@ def run_here(config: Config, cluster: ClusterConfig, arguments: Sequence[str], c
 
 
 def _scripts(config: Config, cluster: ClusterConfig, chain: bool, per_task: int) -> list[str]:
-    """What would be submitted, with names in place of the job ids that Slurm has not given yet."""
+    """Return the scripts that would be submitted, with names in place of job ids, which Slurm has not given yet."""
     name, tasks = config.name, len(group(config.prune.sparsities, per_task))
-    wanted = [(Wanted(f"train-{name}", training=True), 1)]
+    requests = [(JobRequest(f"train-{name}", training=True), 1)]
     if chain:
-        wanted.append((Wanted(f"prune-{name}", after="afterok:TRAIN"), tasks))
-        wanted.append((Wanted(f"collect-{name}", after="afterany:ARRAY"), 1))
+        requests.append((JobRequest(f"prune-{name}", after="afterok:TRAIN"), tasks))
+        requests.append((JobRequest(f"collect-{name}", after="afterany:ARRAY"), 1))
     folder = RunFolder(config.run_dir).submissions.absolute() / "DRY_RUN"
-    return [script(folder, cluster, each, count) for each, count in wanted]
+    return [script(folder, cluster, each, count) for each, count in requests]
 
 
 def _absolute(config: Config) -> Config:
-    """With folders that mean the same on every node, wherever the job starts."""
+    """Return the configuration with absolute folders, which mean the same on every node."""
     data = replace(config.data, root=str(Path(config.data.root).absolute()))
     return replace(config, runs_dir=str(Path(config.runs_dir).absolute()), data=data)
 
@@ -116,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object: the run and its job ids")
     options, arguments = parser.parse_known_args(argv)
     cluster = read_cluster(options)
-    config, training = parse_run(arguments, description="", examples="", add_options=add_options)
+    config, training = parse_run(arguments, add_options=add_resume_option)
     run = RunFolder(config.run_dir)
     if options.dry_run:
         print("\n".join(_scripts(config, cluster, options.chain, options.per_task)))

@@ -11,7 +11,7 @@ export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
 # export NCCL_SOCKET_IFNAME=ib0
 # export NCCL_DEBUG=WARN
 
-# The rendezvous: the first node, and another port after a requeue, for the old one may still be held. Below 32000.
+# The rendezvous: the first node, and another port after a requeue, because the old one may still be in use. Below 32000.
 MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 MASTER_PORT="$((15000 + (SLURM_JOB_ID * 31 + ${SLURM_RESTART_COUNT:-0} * 101) % 17000))"
 export MASTER_ADDR MASTER_PORT

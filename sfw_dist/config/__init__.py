@@ -3,14 +3,14 @@
 The dataclasses hold the only defaults. A YAML file overrides them, may start from another file (``base: other.yaml``,
 relative to itself), and the command line overrides the file::
 
-    python -m sfw_dist.train --config configs/digits_cnn.yaml --optimizer.lr 0.5
+    python -m sfw_dist.train --config configs/digits/sfw.yaml --optimizer.lr 0.5
 
 Unknown keys and values outside a field's domain raise :class:`~sfw_dist.errors.UserError` with the key, the value and
 the remedy.
 """
 
 from sfw_dist.config.constraint import ConstraintConfig
-from sfw_dist.config.parse import check_keys, instantiate, load_config, parse_run, read_yaml, save_config
+from sfw_dist.config.parse import add_resume_option, check_keys, load_config, parse_run, read_yaml, save_config
 from sfw_dist.config.schema import (
     Config,
     DataConfig,
@@ -23,7 +23,7 @@ from sfw_dist.config.schema import (
     TrainConfig,
     first_difference,
 )
-from sfw_dist.config.training_methods import CramConfig, GradualConfig, InitConfig, KScheduleConfig, SampledConfig
+from sfw_dist.config.training_methods import CramConfig, GMPConfig, InitConfig, KScheduleConfig, SampledConfig
 
 __all__ = [
     "Config",
@@ -32,7 +32,7 @@ __all__ = [
     "DataConfig",
     "DeepSpeedConfig",
     "FSDPConfig",
-    "GradualConfig",
+    "GMPConfig",
     "InitConfig",
     "KScheduleConfig",
     "ModelConfig",
@@ -41,9 +41,9 @@ __all__ = [
     "SampledConfig",
     "ScheduleConfig",
     "TrainConfig",
+    "add_resume_option",
     "check_keys",
     "first_difference",
-    "instantiate",
     "load_config",
     "parse_run",
     "read_yaml",

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sfw_dist.config.check import require as _require
-from sfw_dist.config.constraint import NEED_WHOLE_TENSORS, ConstraintConfig
-from sfw_dist.config.training_methods import CramConfig, GradualConfig, InitConfig, KScheduleConfig, SampledConfig
+from sfw_dist.config.constraint import ConstraintConfig
+from sfw_dist.config.training_methods import CramConfig, GMPConfig, InitConfig, KScheduleConfig, SampledConfig
 from sfw_dist.optim.update import Rescale
 from sfw_dist.pruning.one_shot import Kind
 from sfw_dist.pruning.scope import Scope
@@ -53,7 +53,7 @@ class DataConfig:
     mixup: float = 0.0
     """α of the Beta distribution that training images are mixed by, pair by pair; 0 for none."""
     cutmix: float = 0.0
-    """α of the Beta distribution of the area pasted from another image; beside mixup, each in half of the steps."""
+    """α of the Beta distribution of the area pasted from another image; with mixup too, each in half of the steps."""
     label_smoothing: float = 0.0
     """Part of each training label, in [0, 1), that is spread over all classes."""
 
@@ -77,7 +77,7 @@ class DataConfig:
             not (least and self.crop_padding),
             "data.crop_padding",
             self.crop_padding,
-            "0 beside data.random_resized_crop",
+            "0 with data.random_resized_crop",
             "leave one of them out",
         )
         _require(0 <= self.mixup < math.inf, "data.mixup", self.mixup, "at least 0", "write 0.2, or 0 for none")
@@ -91,7 +91,8 @@ class ModelConfig:
     """The network."""
 
     name: str = "cnn"
-    """cnn, cnn5, resnet18, vgg16, or torchvision/NAME for any torchvision classifier."""
+    """cnn, cnn5, resnet18, vgg16; torchvision/NAME or timm/NAME for a classifier of theirs; or package.module:function,
+    a function of num_classes and in_channels that returns your own."""
     width: float = 1.0
     """Factor on the channel counts of our own networks."""
 
@@ -101,21 +102,21 @@ class ModelConfig:
 
 @dataclass
 class OptimizerConfig:
-    """The optimizer: SFW, or one to compare it with."""
+    """The optimizer: SFW, or a baseline."""
 
     name: Literal["sfw", "sgd", "adagrad_sfw", "projected_sgd"] = "sfw"
     """sfw: stochastic Frank-Wolfe; sgd: torch.optim.SGD; adagrad_sfw: Frank-Wolfe in AdaGrad's metric; projected_sgd:
-    SGD, and the nearest point of the set after each step. All but sgd have the constraint."""
+    SGD with a projection onto the set after each step. All but sgd have the constraint."""
     lr: float = 1.0
     """Initial learning rate η; the paper's SFW takes 1.0, SGD about 0.05, AdaGrad's SFW 0.01."""
     momentum: float = 0.9
     """Momentum ρ in [0, 1)."""
     rescale: Rescale = "gradient"
-    """How the learning rate becomes a step size γ (sfw; docs/algorithm.md)."""
+    """How the learning rate is turned into a step size γ (sfw; docs/algorithm.md)."""
     weight_decay: float = 0.0
     """L2 penalty: of all tensors for sgd and projected_sgd, of the unconstrained ones for sfw and adagrad_sfw."""
     constraint: ConstraintConfig = field(default_factory=ConstraintConfig)
-    """The constraint set (all but sgd); of lp with p 1, 2 or .inf for projected_sgd."""
+    """The constraint set (all but sgd); one with a projection for projected_sgd."""
     k_schedule: KScheduleConfig = field(default_factory=KScheduleConfig)
     """K over the training (k_sparse, k_support)."""
     unconstrained: Literal["none", "norm_and_bias"] = "none"
@@ -136,22 +137,21 @@ class OptimizerConfig:
         if self.k_schedule.kind != "none":
             self._check_k_schedule()
         if self.name == "projected_sgd":
-            chosen, p = self.constraint.set, self.constraint.p
-            projects = chosen == "unconstrained" or (chosen == "lp" and p in (1, 2, math.inf))
-            given = f"{chosen} with p {p}" if chosen == "lp" else chosen
+            given = f"{self.constraint.set} ({self.constraint.build()!r})"
             domain = "a set with a projection for projected_sgd"
-            _require(projects, "optimizer.constraint.set", given, domain, "write set: lp and p: 2")
+            remedy = "write set: lp and p: 2"
+            _require(self.constraint.has_projection, "optimizer.constraint.set", given, domain, remedy)
 
     def _check_k_schedule(self) -> None:
-        beside = f" beside k_schedule.kind: {self.k_schedule.kind}"
+        context = f" with k_schedule.kind: {self.k_schedule.kind}"
         none = "or optimizer.k_schedule.kind: none"
         chosen, radius = self.constraint.set, self.constraint.radius
         constrained = self.name in ("sfw", "adagrad_sfw")
-        _require(constrained, "optimizer.name", self.name, "sfw or adagrad_sfw" + beside, f"write sfw, {none}")
-        of_k = chosen in ("k_sparse", "k_support")
-        domain = "k_sparse or k_support" + beside
-        _require(of_k, "optimizer.constraint.set", chosen, domain, f"write k_sparse, {none}")
-        domain = "absent" + beside + ", which keeps the diameter"
+        _require(constrained, "optimizer.name", self.name, "sfw or adagrad_sfw" + context, f"write sfw, {none}")
+        domain = "a set whose K counts entries" + context
+        schedules = self.constraint.schedules_k
+        _require(schedules, "optimizer.constraint.set", chosen, domain, f"write k_sparse, {none}")
+        domain = "absent" + context + ", which keeps the diameter"
         _require(radius is None, "optimizer.constraint.radius", radius, domain, f"write diameter or tau, {none}")
 
 
@@ -187,11 +187,11 @@ class TrainConfig:
     compile: bool = False
     """Compile the network with torch.compile."""
     accumulate: int = 1
-    """Pieces in which a rank's part of the batch goes through the network, one after the other, to save memory."""
+    """Micro-batches a step: a rank's part of the batch goes through the network in so many parts, to save memory."""
     log_every: int = 20
     """Steps between two train records."""
     keep_checkpoints: int = 2
-    """Newest checkpoints kept, beside the best one."""
+    """Newest checkpoints kept, in addition to the best one."""
     verify_replicas: int = 0
     """Steps between two checks that all ranks hold the same bits; 0: none."""
 
@@ -265,12 +265,12 @@ class Config:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     init: InitConfig = field(default_factory=InitConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    method: Literal["plain", "sampled", "gradual", "cram"] = "plain"
-    """plain: the optimizer's steps alone; sampled: each step trains the network pruned to a sparsity drawn for it, or
-    dense; gradual: magnitude pruning while SGD trains; cram: compression-aware steps, of two gradients each
+    method: Literal["plain", "sampled", "gmp", "cram"] = "plain"
+    """plain: the optimizer's steps only; sampled: each step trains the network pruned to a sparsity drawn for it, or
+    dense; gmp: gradual magnitude pruning while SGD trains; cram: compression-aware minimization, two gradients a step
     (docs/algorithm.md)."""
     sampled: SampledConfig = field(default_factory=SampledConfig)
-    gradual: GradualConfig = field(default_factory=GradualConfig)
+    gmp: GMPConfig = field(default_factory=GMPConfig)
     cram: CramConfig = field(default_factory=CramConfig)
     fsdp: FSDPConfig = field(default_factory=FSDPConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
@@ -283,41 +283,51 @@ class Config:
         _require(self.seed >= 0, "seed", self.seed, "at least 0", "write 0")
         if self.init.steps:
             name, kind = self.optimizer.name, self.optimizer.k_schedule.kind
-            _require(name == "sfw", "init.steps", self.init.steps, f"0 beside optimizer.name: {name}", "leave it out")
-            _require(kind == "none", "optimizer.k_schedule.kind", kind, "none beside init.steps", "leave one out")
+            _require(name == "sfw", "init.steps", self.init.steps, f"0 with optimizer.name: {name}", "leave it out")
+            _require(kind == "none", "optimizer.k_schedule.kind", kind, "none with init.steps", "leave one out")
         self._check_method()
         if self.engine != "ddp":
-            self._check_divided()
+            self._check_sharded()
 
     def _check_method(self) -> None:
-        """What goes on beside plain steps needs every gradient on every rank, and an optimizer it was tried with."""
+        """A sparse-training method needs every gradient on every rank, and an optimizer it was tried with."""
         if self.method == "plain":
             return
-        beside = f" beside method: {self.method}"
+        context = f" with method: {self.method}"
         trained, gathered = self.optimizer.name, self.optimizer.grads
-        tried = ("sgd",) if self.method == "gradual" else ("sgd", "sfw")
-        domain = " or ".join(tried) + beside
+        tried = ("sgd",) if self.method == "gmp" else ("sgd", "sfw")
+        domain = " or ".join(tried) + context
         _require(trained in tried, "optimizer.name", trained, domain, "write sgd and its lr, or method: plain")
-        _require(gathered == "all_reduce", "optimizer.grads", gathered, "all_reduce" + beside, "leave it out")
+        _require(gathered == "all_reduce", "optimizer.grads", gathered, "all_reduce" + context, "leave it out")
 
-    def _check_divided(self) -> None:
-        """What needs the whole network, or all of its gradients, on every rank."""
-        beside = f" beside engine: {self.engine}"
+    def _check_sharded(self) -> None:
+        """Refuse settings that need the whole network, or all of its gradients, on every rank."""
+        context = f" with engine: {self.engine}"
         remedy = "leave it out, or write engine: ddp"
         optimizer = self.optimizer.name
-        _require(optimizer in ("sfw", "sgd"), "optimizer.name", optimizer, "sfw or sgd" + beside, "write engine: ddp")
-        _require(self.method == "plain", "method", self.method, "plain" + beside, remedy)
+        _require(optimizer in ("sfw", "sgd"), "optimizer.name", optimizer, "sfw or sgd" + context, "write engine: ddp")
+        _require(self.method == "plain", "method", self.method, "plain" + context, remedy)
         if self.engine == "deepspeed":
             kind = self.optimizer.k_schedule.kind
-            _require(kind == "none", "optimizer.k_schedule.kind", kind, "none" + beside, remedy + " or fsdp")
+            _require(kind == "none", "optimizer.k_schedule.kind", kind, "none" + context, remedy + " or fsdp")
         _require(
-            self.optimizer.grads == "all_reduce", "optimizer.grads", self.optimizer.grads, "all_reduce" + beside, remedy
+            self.optimizer.grads == "all_reduce",
+            "optimizer.grads",
+            self.optimizer.grads,
+            "all_reduce" + context,
+            remedy,
         )
         chosen = self.optimizer.constraint.set
-        divides = optimizer != "sfw" or chosen not in NEED_WHOLE_TENSORS
-        _require(divides, "optimizer.constraint.set", chosen, "a set of entries" + beside, "write engine: ddp")
-        _require(not self.train.channels_last, "train.channels_last", True, "false" + beside, remedy)
-        _require(not self.train.compile, "train.compile", True, "false" + beside, remedy)
+        divides = optimizer != "sfw" or self.optimizer.constraint.divisible
+        _require(
+            divides,
+            "optimizer.constraint.set",
+            chosen,
+            "a set whose LMO can be computed on shards" + context,
+            "write engine: ddp",
+        )
+        _require(not self.train.channels_last, "train.channels_last", True, "false" + context, remedy)
+        _require(not self.train.compile, "train.compile", True, "false" + context, remedy)
 
     @property
     def run_dir(self) -> Path:
@@ -332,20 +342,26 @@ _OPERATIONAL = {
     *("train.log_every", "train.keep_checkpoints"),
     *("prune.sparsities", "prune.scope", "prune.kind", "prune.recalibrate"),
 }
-"""Fields that do not change a network's weights: a run may go on with others."""
+"""Fields that do not change a network's weights: a run may be resumed with others."""
 
 
 def first_difference(mine: Config, theirs: Config) -> str | None:
-    """``"optimizer.lr is 0.5, was 1.0"`` for the first field that differs and changes the training, else ``None``."""
+    """Describe the first field that differs and changes the training.
+
+    Returns:
+        Text like ``"optimizer.lr is 0.5, was 1.0"``, ``theirs`` being the earlier configuration; ``None`` if a run of
+        one may be resumed with the other.
+    """
     return _first_difference(asdict(mine), asdict(theirs), "")
 
 
 def _first_difference(mine: dict[str, Any], theirs: dict[str, Any], prefix: str) -> str | None:
-    for key, value in mine.items():
-        if isinstance(value, dict):
-            found = _first_difference(value, theirs[key], f"{prefix}{key}.")
+    for key in mine | theirs:
+        value, other = mine.get(key), theirs.get(key)
+        if isinstance(value, dict) and isinstance(other, dict):
+            found = _first_difference(value, other, f"{prefix}{key}.")
             if found:
                 return found
-        elif value != theirs[key] and f"{prefix}{key}" not in _OPERATIONAL:
-            return f"{prefix}{key} is {value}, was {theirs[key]}"
+        elif value != other and f"{prefix}{key}" not in _OPERATIONAL:
+            return f"{prefix}{key} is {value}, was {other}"
     return None

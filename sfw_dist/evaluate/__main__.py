@@ -1,9 +1,9 @@
 """Prune a trained network to many sparsities and measure each on the test set, in one pass over it.
 
-python -m sfw_dist.evaluate runs/digits_cnn
-python -m sfw_dist.evaluate runs/digits_cnn --max-drop 1.0
-python -m sfw_dist.evaluate runs/digits_cnn --sparsities 0.5,0.9:0.99:0.01 --kind layerwise
-torchrun --nproc-per-node 2 -m sfw_dist.evaluate runs/digits_cnn --sparsities 0.9 --export
+python -m sfw_dist.evaluate runs/digits_sfw
+python -m sfw_dist.evaluate runs/digits_sfw --max-drop 1.0
+python -m sfw_dist.evaluate runs/digits_sfw --sparsities 0.5,0.9:0.99:0.01 --kind layerwise
+torchrun --nproc-per-node 2 -m sfw_dist.evaluate runs/digits_sfw --sparsities 0.9 --export
 """
 
 from __future__ import annotations

@@ -176,7 +176,7 @@ def _unique_labels(folders: Sequence[Path], configs: Sequence[Record]) -> list[s
 
 def _read_config(folder: Path) -> tuple[Record, str]:
     if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder: name the folder of a run, such as runs/digits_cnn")
+        raise UserError(f"{folder} is not a folder: name the folder of a run, such as runs/digits_sfw")
     path = folder / "config.yaml"
     if not path.is_file():
         raise UserError(f"{folder} is not a run's folder (it has no config.yaml): name one that sfw_dist.train wrote")

@@ -44,12 +44,18 @@ def save(
     step: int,
     best: bool = False,
 ) -> Path:
-    """Write one checkpoint and point ``latest``, and if it is so ``best``, at it; collective.
+    """Write one checkpoint and point ``latest`` at it; collective.
 
     Args:
         folder: the run's ``checkpoints``.
         tensors: by name; those that several ranks hold are written once.
         state: plain values for JSON, taken from rank 0.
+        epoch: epochs trained.
+        step: steps taken.
+        best: whether to point ``best`` at it, too.
+
+    Returns:
+        The checkpoint's folder.
     """
     path = folder / f"epoch_{epoch:04d}.step_{step:06d}"
     writing = folder / f".{path.name}"
@@ -85,14 +91,14 @@ def keep_newest(folder: Path, count: int) -> None:
 
 
 def pointed(folder: Path, pointer: str) -> Path | None:
-    """The complete checkpoint that ``pointer`` names, if there is one."""
+    """Return the complete checkpoint that ``latest`` or ``best`` names, if there is one."""
     file = folder / pointer
     path = folder / file.read_text().strip() if file.is_file() else None
     return path if path in _complete(folder) else None
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest complete checkpoint, whether or not ``latest`` came to name it."""
+    """Return the newest complete checkpoint, whether or not ``latest`` names it already."""
     return next(reversed(_complete(folder)), None)
 
 
@@ -102,23 +108,26 @@ def _complete(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: [int(number) for number in re.findall(r"\d+", path.name)])
 
 
-def on_cpu(stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Room for whole tensors in this process's memory."""
+def allocate_on_cpu(stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Allocate whole tensors in this process's memory."""
     return {name: torch.empty_like(tensor, device="cpu") for name, tensor in stored.items()}
 
 
 def load(
-    path: Path, room: Callable[[dict[str, Tensor]], dict[str, Tensor]] = on_cpu
+    path: Path, allocate: Callable[[dict[str, Tensor]], dict[str, Tensor]] = allocate_on_cpu
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """All tensors of a checkpoint, and its state.
+    """Read a checkpoint.
 
     Args:
         path: the checkpoint.
-        room: from the stored shapes and types, as tensors on the meta device, to the tensors that are read into: whole
-            ones, or DTensors, of which each rank reads its shard alone. It may raise :class:`UserError`.
+        allocate: from the stored shapes and types, as tensors on the meta device, to the tensors that are read into:
+            whole ones, or DTensors, of which each rank reads only its shard. It may raise :class:`UserError`.
+
+    Returns:
+        The tensors by name, and the state that :func:`save` was given.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the checkpoint cannot be read.
     """
     reader = _Reader(path)
     try:
@@ -128,9 +137,9 @@ def load(
             for name, entry in reader.read_metadata().state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
-        tensors = room(stored)
+        tensors = allocate(stored)
         with _one_process_is_fine():
-            # Without a plan that ranks make together: each knows what it wants, and reads that.
+            # No planning between ranks: each knows which tensors it needs, and reads those.
             dcp.load(tensors, storage_reader=reader, no_dist=True)
     except UserError:
         raise
@@ -143,7 +152,7 @@ def load(
 
 @contextmanager
 def _one_process_is_fine() -> Iterator[None]:
-    """Without a process group torch warns that it takes this process for the only one, which it is."""
+    """Silence torch's warning that there is no process group: one process needs none."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         yield
@@ -177,13 +186,13 @@ class _MetadataUnpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if (module, name) == ("builtins", "getattr"):
             return _enum_member
-        raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no checkpoint of ours does")
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no checkpoint of sfw_dist does")
 
 
 def _enum_member(owner: object, name: str) -> Enum:
-    """In place of getattr, by which Python 3.11.2, Debian's, pickles the members of an enum: that and nothing else."""
+    """A getattr for members of enums only: Python 3.11.2, Debian's, pickles them by getattr."""
     if not (isinstance(owner, type) and issubclass(owner, Enum)):
-        raise pickle.UnpicklingError("it refers to builtins.getattr, which no checkpoint of ours does")
+        raise pickle.UnpicklingError("it refers to builtins.getattr, which no checkpoint of sfw_dist does")
     return owner[name]
 
 

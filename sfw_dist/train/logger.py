@@ -1,4 +1,4 @@
-"""What a run tells while it trains: metrics.jsonl, TensorBoard, the heartbeat, and a bar or lines for the user."""
+"""What a run reports while it trains: metrics.jsonl, TensorBoard, the heartbeat, and a progress bar or lines."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from sfw_dist.train.metrics import Metrics
 from sfw_dist.train.run_folder import RunFolder, environment
 
 
-class Progress:
-    """Rank 0 reports; on the other ranks every method does nothing."""
+class Logger:
+    """Writes a run's records on rank 0; on the other ranks every method does nothing."""
 
     def __init__(
         self, run: RunFolder, config: Config, world: World, bar: Bar | None, board: SummaryWriter | None
@@ -34,6 +34,14 @@ class Progress:
         self._window_steps = 0
 
     def start(self, step: int, epoch: int, parameters: int, loader: str) -> None:
+        """Record that training starts, or resumes if ``step`` is not 0.
+
+        Args:
+            step: steps taken.
+            epoch: epochs trained.
+            parameters: entries of all parameters.
+            loader: description of how the data is read.
+        """
         if not self._board:
             return
         self._step, engine = step, self._config.engine
@@ -46,11 +54,12 @@ class Progress:
         self._say(f"data: {loader}")
 
     def init_begins(self, steps: int) -> None:
+        """Show a progress bar of SFW-Init."""
         if self._bar and self._task is not None:
             self._bar.reset(self._task, total=steps, description="SFW-Init")
 
     def init_step(self, step: int, loss: float) -> None:
-        """An iteration of SFW-Init; ``loss`` is that after one step of SFW, over all ranks."""
+        """Record an iteration of SFW-Init; ``loss`` is that after one step of SFW, over all ranks."""
         self.advance()
         if self._board and step % self._config.train.log_every == 0:
             self._run.log("init", step=step, loss=loss)
@@ -58,12 +67,14 @@ class Progress:
             self._board.add_scalar("init/loss", loss, step)
 
     def init_done(self, scales: Mapping[str, float]) -> None:
+        """Record the learned scale of each tensor."""
         if self._board:
             self._run.log("init", step=self._config.init.steps, scales=dict(scales))
             least, greatest = (f"{pick(scales.values()):.4g}" for pick in (min, max))
             self._say(f"SFW-Init: {len(scales)} tensors scaled by {least} to {greatest}")
 
     def epoch_begins(self, epoch: int, batches: int, done: int) -> None:
+        """Start the epoch's clock and progress bar; ``done`` of its ``batches`` were trained before a resume."""
         self._epoch = epoch
         self._epoch_began = self._window_began = time.perf_counter()
         self._window_steps = 0
@@ -72,13 +83,20 @@ class Progress:
             self._bar.reset(self._task, total=batches, completed=done, description=description)
 
     def advance(self) -> None:
-        """A step was taken that is not logged."""
+        """Count a step that is not logged."""
         self._window_steps += 1
         if self._bar and self._task is not None:
             self._bar.advance(self._task)
 
     def step_done(self, step: int, loss: float, rate: float, statistics: dict[str, StepStatistics]) -> None:
-        """A step was taken that is logged; ``loss`` is rank 0's."""
+        """Record a step.
+
+        Args:
+            step: steps taken.
+            loss: mean over rank 0's part of the batch.
+            rate: learning rate of the first param group.
+            statistics: of SFW's step, by tensor; empty for other optimizers.
+        """
         self.advance()
         if not self._board:
             return
@@ -107,13 +125,22 @@ class Progress:
         train_loss: float,
         validation: Metrics | None,
         rate: float,
-        notes: Mapping[str, float],
+        log_values: Mapping[str, float],
     ) -> None:
-        """``notes``: what else the epoch trained with, by name."""
+        """Record an epoch.
+
+        Args:
+            epoch: epochs trained.
+            step: steps taken.
+            train_loss: mean over the epoch's batches and all ranks.
+            validation: ``None`` if nothing is held out.
+            rate: learning rate of the first param group during the epoch.
+            log_values: what else changes from epoch to epoch, by name.
+        """
         if not self._board:
             return
         seconds = round(time.perf_counter() - self._epoch_began, 3)
-        record = {"train_loss": train_loss, "lr": rate, "seconds": seconds, **notes}
+        record = {"train_loss": train_loss, "lr": rate, "seconds": seconds, **log_values}
         text = f"epoch {epoch:3d}/{self._config.train.epochs}  loss {train_loss:.4f}"
         if validation:
             record |= {f"validation_{key}": value for key, value in asdict(validation).items()}
@@ -125,14 +152,20 @@ class Progress:
         self._say(f"{text}  lr {rate:.4g}  {seconds:.1f} s")
 
     def interrupted(self, checkpoint: Path | None, command: str) -> None:
-        """``checkpoint``: where the run goes on; ``None``: nothing is saved yet."""
+        """Record a stop, and print how to resume.
+
+        Args:
+            checkpoint: from which the run will resume; ``None`` if nothing is saved yet.
+            command: the command line that resumes.
+        """
         if self._board:
             self._run.log("interrupted", checkpoint=str(checkpoint) if checkpoint else None)
             what = f"interrupted: saved {checkpoint}" if checkpoint else "interrupted before the first checkpoint"
-            how = "go on with" if checkpoint else "begin again with"
+            how = "resume with" if checkpoint else "start again with"
             self._say(f"{what}\n{how}: {command}")
 
     def done(self, test: Metrics) -> None:
+        """Record the metrics of the trained network on the test set."""
         if self._board:
             self._run.log("eval", split="test", sparsity=0.0, **asdict(test))
             self._say(f"trained {self._run.path}: test top-1 {100 * test.top1:.2f} % ({test.samples} images)")
@@ -145,10 +178,10 @@ class Progress:
 
 
 @contextmanager
-def open_progress(run: RunFolder, config: Config, world: World) -> Iterator[Progress]:
-    """A :class:`Progress` that closes what it opened: a bar when stderr is a terminal, else lines."""
+def open_logger(run: RunFolder, config: Config, world: World) -> Iterator[Logger]:
+    """Open a :class:`Logger`, with a progress bar if stderr is a terminal and lines of text if not, and close it."""
     if not world.main:
-        yield Progress(run, config, world, None, None)
+        yield Logger(run, config, world, None, None)
         return
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -157,7 +190,7 @@ def open_progress(run: RunFolder, config: Config, world: World) -> Iterator[Prog
     try:
         if bar:
             bar.start()
-        yield Progress(run, config, world, bar, board)
+        yield Logger(run, config, world, bar, board)
     finally:
         if bar:
             bar.stop()

@@ -1,4 +1,4 @@
-"""What changes from epoch to epoch: the learning rate, by torch schedulers that have state; and K, which has none."""
+"""The learning rate over the epochs."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class DynamicRate:
         self._losses = list(state_dict["losses"])
 
 
-class Schedule:
-    """A run's learning rate: a torch scheduler, and the dynamic rule if wanted."""
+class LRSchedule:
+    """A run's learning rate: a torch scheduler, and the dynamic rule on top if ``config.dynamic``."""
 
     def __init__(self, optimizer: Optimizer, config: ScheduleConfig, epochs: int) -> None:
         self._base = _base(optimizer, config, epochs)
@@ -57,7 +57,7 @@ class Schedule:
             self._dynamic.step(loss)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values, fit for JSON."""
+        """Return plain values, which JSON can hold."""
         base = {key: dict(value) if key == "milestones" else value for key, value in self._base.state_dict().items()}
         return {"base": base, "dynamic": self._dynamic.state_dict() if self._dynamic else None}
 
@@ -71,7 +71,7 @@ class Schedule:
 def _base(optimizer: Optimizer, config: ScheduleConfig, epochs: int) -> LRScheduler:
     match config.kind:
         case "steps":
-            # At least one epoch in, for torch would apply a milestone at 0 before the first.
+            # At least 1: torch would apply a milestone at 0 before the first epoch.
             return MultiStepLR(optimizer, [max(1, round(m * epochs)) for m in config.milestones], config.gamma)
         case "cosine":
             return CosineAnnealingLR(optimizer, T_max=epochs)

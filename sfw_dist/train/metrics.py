@@ -14,7 +14,7 @@ from sfw_dist.distributed.world import World, max_over_ranks, sum_over_ranks
 
 
 class Batches(Protocol):
-    """Images and labels, so many times."""
+    """A loader: pairs of images and labels, and how many there are."""
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
 
@@ -38,7 +38,7 @@ class Tally:
         self._sums = torch.zeros(4, dtype=torch.float64, device=device)
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
-        """``logits`` (batch, classes), ``labels`` int64 (batch,)."""
+        """Add a batch: ``logits`` (batch, classes), ``labels`` int64 (batch,)."""
         logits = logits.float()
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices
         hits = best.eq(labels[:, None])
@@ -47,16 +47,20 @@ class Tally:
         self._sums += torch.stack([hits[:, 0].sum(), hits.sum(), loss, count]).double()
 
     def total(self, world: World) -> Metrics:
-        """The means over all ranks' samples; collective."""
+        """Return the means over all ranks' samples; collective."""
         top1, top5, loss, samples = sum_over_ranks(self._sums.clone(), world).tolist()
         return Metrics(top1 / samples, top5 / samples, loss / samples, int(samples))
 
 
 def measure(forward: Callable[[Tensor], Tensor], loader: Batches, world: World, *, lockstep: bool = False) -> Metrics:
-    """Metrics of ``forward`` (uint8 images → logits) over a loader; collective at its end.
+    """Measure loss and accuracy over a loader; collective at its end.
 
-    ``lockstep``: each call of ``forward`` is collective. A rank that has fewer batches than others then makes up for
-    them with passes that do not count.
+    Args:
+        forward: from uint8 images ``(batch, channels, height, width)`` to logits ``(batch, classes)``.
+        loader: this rank's images and labels.
+        world: the ranks over which the metrics are taken.
+        lockstep: whether each call of ``forward`` is collective. A rank with fewer batches than others then makes
+            additional passes that do not count.
     """
     tally = Tally(world.device)
     passes = max_over_ranks(len(loader), world) if lockstep else 0

@@ -1,4 +1,4 @@
-"""A run's folder: where everything lies, and how it is written (never half).
+"""A run's folder: its files, how they are written (never half), and the lock on it.
 
 runs/<name>/config.yaml  environment.json  metrics.jsonl  heartbeat.json  tensorboard/
             checkpoints/  model.safetensors  prune/  report/
@@ -10,19 +10,24 @@ import json
 import math
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from sfw_dist.config import Config, first_difference, load_config, save_config
+from sfw_dist.distributed.world import World, any_rank, barrier
 from sfw_dist.errors import UserError
 from sfw_dist.files import make_folder, replacing, write_json, write_text
 
@@ -30,7 +35,7 @@ _PACKAGES = ("sfw-dist", "torch", "torchvision", "numpy", "ffcv", "deepspeed", "
 
 
 class RunFolder:
-    """The files of one run. Only rank 0 writes, but for the shards of a checkpoint."""
+    """The files of one run. Only rank 0 writes, except for the shards of a checkpoint."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -45,14 +50,22 @@ class RunFolder:
 
     @classmethod
     def existing(cls, path: Path) -> RunFolder:
-        """An existing run. Raises :class:`UserError` if ``path`` is none."""
+        """Open the folder of a run that has begun.
+
+        Raises:
+            UserError: ``path`` is not a run's folder.
+        """
         folder = cls(path)
         if not folder.config.is_file():
             raise UserError(f"{path} is not a run's folder (no config.yaml): train one with python -m sfw_dist.train")
         return folder
 
     def check_free_for(self, config: Config, resume: bool) -> None:
-        """Raise :class:`UserError` unless the folder is new, or holds this very configuration and may be resumed."""
+        """Check that a run with this configuration may be trained in the folder.
+
+        Raises:
+            UserError: the folder is not a run's, holds another configuration, or exists and ``resume`` is false.
+        """
         if not self.path.exists():
             return
         foreign = not self.path.is_dir() or any(
@@ -66,10 +79,10 @@ class RunFolder:
         if difference:
             raise UserError(f"{self.path} holds another configuration ({difference}): choose another --name")
         if not resume:
-            raise UserError(f"{self.path} exists: go on with --resume auto, or choose another --name")
+            raise UserError(f"{self.path} exists: resume it with --resume auto, or choose another --name")
 
     def create(self, config: Config) -> None:
-        """Make the folder and write what is known at the start; a resumed run keeps what it wrote then."""
+        """Make the folder and write config.yaml and environment.json; a resumed run keeps those of its start."""
         make_folder(self.path)
         if not self.config.is_file():
             write_text(self.config, save_config(config))  # first: by this file the folder is known as a run's
@@ -94,13 +107,50 @@ class RunFolder:
         write_tensors(self.weights, state)
 
     def load_weights(self) -> dict[str, Tensor]:
-        """Read model.safetensors. Raises :class:`UserError` if training has not ended, or it is damaged."""
+        """Read model.safetensors.
+
+        Raises:
+            UserError: training has not ended, or the file is damaged.
+        """
         if not self.weights.is_file():
             raise UserError(f"{self.path} has no model.safetensors: finish the training with --resume auto")
         try:
             return load_file(self.weights)
         except SafetensorError as error:
             raise UserError(f"{self.weights} cannot be read ({error}): remove it, train with --resume auto") from None
+
+    def resume_command(self, config: Config, world_size: int) -> str:
+        """Return the command line that resumes the run on as many ranks."""
+        launcher = f"torchrun --nproc-per-node {world_size}" if world_size > 1 else "python"
+        # config.yaml holds the engine that the run began with.
+        engine = "" if load_config(self.config).engine == config.engine else f" --engine {config.engine}"
+        return f"{launcher} -m sfw_dist.train --config {shlex.quote(str(self.config))}{engine} --resume auto"
+
+
+@contextmanager
+def exclusive_lock(run: RunFolder, world: World) -> Iterator[None]:
+    """Hold the lock on a run's folder, so that no second process trains in it; collective.
+
+    The lock ends with its process, however that ends.
+
+    Raises:
+        UserError: another process holds the lock; on every rank.
+    """
+    barrier(world)  # every rank has looked at the folder before rank 0 makes it
+    lock = FileLock(run.lock)
+    taken = False
+    if world.main:
+        make_folder(run.path)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            taken = True
+    try:
+        if any_rank(taken, world):
+            raise UserError(f"{run.path} is being trained by another process: wait for it, or choose another --name")
+        yield
+    finally:
+        lock.release()
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -110,14 +160,14 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _drop_unfinished_line(path: Path) -> None:
-    """Cut off what a killed process left of its last line, before more is appended."""
+    """Cut off the unfinished last line that a killed process may have left, before more is appended."""
     if path.is_file():
         whole = path.read_bytes().rpartition(b"\n")
         os.truncate(path, len(whole[0]) + len(whole[1]))
 
 
 def environment() -> dict[str, Any]:
-    """What a result depends on beside the configuration; no host names, no environment variables."""
+    """Return what a result depends on in addition to the configuration; no host names, no environment variables."""
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "python": platform.python_version(),

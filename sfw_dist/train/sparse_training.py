@@ -1,4 +1,4 @@
-"""What goes on around an optimizer's steps: nothing, sampled sparsities, gradual pruning, or compression-aware steps.
+"""Sparse-training methods: GMP, CrAM and sampled sparsities.
 
 They need the whole network, and all of its gradients, on every rank. Replicas that are equal before a step are equal
 after it: every rank has the same gradients, and from equal weights the same masks.
@@ -14,164 +14,213 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sfw_dist.config import Config, CramConfig, GradualConfig
+from sfw_dist.config import Config, CramConfig, GMPConfig
 from sfw_dist.errors import UserError
 from sfw_dist.pruning.masks import magnitude_masks
 from sfw_dist.pruning.one_shot import prune
-from sfw_dist.train.strategies import Engine
+from sfw_dist.train.strategies import Strategy
 
 PREFIX = "method."
-"""Of the names under which a checkpoint holds what a method keeps."""
+"""Beginning of the names under which a checkpoint holds a method's tensors."""
+
+_DRAW_STREAM = 0xC4A3
+"""Separates the draws of sparsities from other random numbers made from seed and step."""
 
 
-class Method:
-    """Plain steps."""
+class TrainingMethod:
+    """The strategy's steps and nothing else (``method: plain``); the base of the sparse-training methods."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, strategy: Strategy) -> None:
+        self._strategy = strategy
 
     def train_step(self, images: Tensor, labels: Tensor, step: int) -> Tensor:
-        """Step number ``step``, from 0, on this rank's part of a batch; the mean loss of that part; collective."""
-        return self._engine.train_step(images, labels)
+        """Take one training step; collective.
+
+        Args:
+            images: this rank's part of a batch, as the network takes it.
+            labels: class indices ``(batch,)`` or class probabilities ``(batch, classes)``.
+            step: the step's number, from 0.
+
+        Returns:
+            The mean loss of this rank's part, detached.
+        """
+        return self._strategy.train_step(images, labels)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold for a run to go on, by names that begin with ``PREFIX``."""
+        """Return what a checkpoint must hold to resume a run, by names that begin with ``PREFIX``."""
         return {}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take what :meth:`tensors` gave; other names are passed over."""
+        """Restore what :meth:`tensors` returned; other names are ignored."""
 
-    def notes(self) -> dict[str, float]:
-        """What an epoch's record tells of it."""
+    def log_values(self) -> dict[str, float]:
+        """Return what an epoch's record in metrics.jsonl holds of this method."""
         return {}
 
 
-class GradualPruning(Method):
+def gmp_sparsity(config: GMPConfig, step: int, steps: int) -> float:
+    """Return the sparsity that GMP has reached after a step (Zhu and Gupta, arXiv 1710.01878, equation 1).
+
+    ``s_f + (s_i − s_f)·(1 − t)³``, with t rising from 0 at ``begin`` to 1 at ``end``; 0 before ``begin``.
+
+    Args:
+        config: ``sparsity`` s_f, ``initial`` s_i, and ``begin`` and ``end`` as fractions of the training.
+        step: steps taken.
+        steps: of the whole training.
+
+    Example:
+        >>> config = GMPConfig(sparsity=0.8, initial=0.0, begin=0.0, end=0.5)
+        >>> [gmp_sparsity(config, step, steps=100) for step in (0, 25, 50, 100)]
+        [0.0, 0.7, 0.8, 0.8]
+    """
+    if step < config.begin * steps:
+        return 0.0
+    t = min(1.0, (step - config.begin * steps) / ((config.end - config.begin) * steps))
+    return config.sparsity + (config.initial - config.sparsity) * (1 - t) ** 3
+
+
+class GMP(TrainingMethod):
     """Gradual magnitude pruning (Zhu and Gupta, arXiv 1710.01878): weights are removed while the others train.
 
-    After every so many steps the smallest weights are set to zero, up to the sparsity
-    ``s_f + (s_i − s_f)·(1 − t)³``, with t from 0 to 1 between begin and end; and after each step, whatever it did to
-    them, those removed are zero again. Being zero they are the smallest at the next pruning, so none comes back.
+    Every ``config.every`` steps the smallest weights are set to zero, as many as :func:`gmp_sparsity` says. After each
+    step, whatever the optimizer did to them, the removed weights are set to zero again. Being zero they are the
+    smallest at the next pruning, so none comes back.
     """
 
-    def __init__(self, engine: Engine, config: GradualConfig, steps: int) -> None:
-        super().__init__(engine)
+    def __init__(self, strategy: Strategy, config: GMPConfig, steps: int) -> None:
+        super().__init__(strategy)
         self._config, self._steps = config, steps
         self._begin, self._end = math.ceil(config.begin * steps), math.ceil(config.end * steps)
         self._masks: dict[str, Tensor] = {}
 
     def train_step(self, images: Tensor, labels: Tensor, step: int) -> Tensor:
         loss = super().train_step(images, labels, step)
-        self._prune(step + 1)
-        self._apply()
+        self._update_masks(step + 1)
+        self._apply_masks()
         return loss
 
-    def _prune(self, done: int) -> None:
+    def _update_masks(self, done: int) -> None:
         regular = (done - self._begin) % self._config.every == 0
-        # The last one, on which the sparsity is what was asked for, need not fall on a multiple.
+        # The last pruning, which reaches the final sparsity, need not fall on a multiple.
         if self._begin <= done <= self._end and (regular or done == self._end):
-            sparsity = self._config.target(done, self._steps)
-            with _blaming_the_rate():
-                self._masks = dict(magnitude_masks(self._engine.model, sparsity, kind=self._config.kind))
+            sparsity = gmp_sparsity(self._config, done, self._steps)
+            with _nan_blamed_on_lr():
+                self._masks = dict(magnitude_masks(self._strategy.model, sparsity, kind=self._config.ranking))
 
     @torch.no_grad()
-    def _apply(self) -> None:
-        parameters = dict(self._engine.model.named_parameters())
+    def _apply_masks(self) -> None:
+        parameters = dict(self._strategy.model.named_parameters())
         for name, mask in self._masks.items():
             parameters[name].masked_fill_(~mask, 0)
 
     def tensors(self) -> dict[str, Tensor]:
-        # Not only the zeros: a weight that is zero by chance may still move.
+        # The zeros of the weights do not tell: a weight that is zero by chance may still move.
         return {f"{PREFIX}mask.{name}": mask for name, mask in self._masks.items()}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        prefix, parameters = f"{PREFIX}mask.", dict(self._engine.model.named_parameters())
+        prefix, parameters = f"{PREFIX}mask.", dict(self._strategy.model.named_parameters())
         named = {name.removeprefix(prefix): mask for name, mask in tensors.items() if name.startswith(prefix)}
         self._masks = {name: mask.to(parameters[name].device) for name, mask in named.items()}
 
-    def notes(self) -> dict[str, float]:
-        kept, total = (sum(count(m) for m in self._masks.values()) for count in (_kept, Tensor.numel))
+    def log_values(self) -> dict[str, float]:
+        total = sum(mask.numel() for mask in self._masks.values())
+        kept = sum(int(mask.count_nonzero()) for mask in self._masks.values())
         return {"sparsity": (total - kept) / total if total else 0.0}
 
 
-class _Drawing(Method):
-    """What each step draws a sparsity for."""
+class _DrawsSparsity(TrainingMethod):
+    """A method that draws a sparsity for each step."""
 
-    def __init__(self, engine: Engine, sparsities: Sequence[float], seed: int) -> None:
-        super().__init__(engine)
+    def __init__(self, strategy: Strategy, sparsities: Sequence[float], seed: int) -> None:
+        super().__init__(strategy)
         self._sparsities, self._seed = sparsities, seed
 
     def sparsity(self, step: int) -> float:
-        """What is removed in a step: a hash of seed and step chooses, on all ranks alike, and when a run goes on."""
-        number = int(np.random.SeedSequence([self._seed, step, _DRAW]).generate_state(1)[0])
+        """Return the fraction removed in a step: a hash of seed and step, so equal on all ranks and after a resume."""
+        number = int(np.random.SeedSequence([self._seed, step, _DRAW_STREAM]).generate_state(1)[0])
         return self._sparsities[number % len(self._sparsities)]
 
 
-class CompressionAware(_Drawing):
-    """CrAM: steps that make the network good where magnitude pruning would take it (Peste et al., ICLR 2023).
+class CrAM(_DrawsSparsity):
+    """Compression-aware minimization (Peste et al., ICLR 2023, arXiv 2207.14200), in its form with sparse gradients.
 
-    With C the global magnitude pruning to a sparsity that each step draws from a few, M its mask, ρ how far to look::
+    Let C be global magnitude pruning to a sparsity drawn for the step, and M its mask::
 
         g ← ∇L(θ)        h ← M ⊙ ∇L(C(θ + ρ·g))        a step of the optimizer on h + g (CrAM⁺), or on h alone
 
-    arXiv 2207.14200, in its form with sparse gradients. A step takes two forward and backward passes. BatchNorm's
-    running statistics are those of the dense network.
+    A step takes two forward and backward passes. BatchNorm's running statistics are those of the dense network.
     """
 
-    def __init__(self, engine: Engine, config: CramConfig, seed: int) -> None:
-        super().__init__(engine, config.sparsities, seed)
+    def __init__(self, strategy: Strategy, config: CramConfig, seed: int) -> None:
+        super().__init__(strategy, config.sparsities, seed)
         self._config = config
 
     def train_step(self, images: Tensor, labels: Tensor, step: int) -> Tensor:
-        engine, model = self._engine, self._engine.model
-        loss = engine.gradients(images, labels)
+        strategy, model = self._strategy, self._strategy.model
+        loss = strategy.gradients(images, labels)
         dense = _gradients(model)
         with _restored(model):
             with torch.no_grad():
                 for name, gradient in dense.items():
                     model.get_parameter(name).add_(gradient, alpha=self._config.rho)
-            masks = _cut(model, self.sparsity(step))
-            engine.gradients(images, labels)
+            masks = _prune(model, self.sparsity(step))
+            strategy.gradients(images, labels)
         _mask_gradients(model, masks)
         if self._config.dense:
             for name, gradient in _gradients(model).items():
                 gradient.add_(dense[name])
-        engine.optimizer.step()
+        strategy.optimizer.step()
         return loss
 
 
-class SampledSparsity(_Drawing):
-    """Each step trains the network at a sparsity drawn for it: one gradient, where CrAM⁺ takes two.
+class SampledSparsity(_DrawsSparsity):
+    """Each step trains the network pruned to a sparsity drawn for it: one gradient, where CrAM⁺ takes two.
 
     With M the mask of global magnitude pruning to the sparsity drawn, which may be 0::
 
         g ← M ⊙ ∇L(M ⊙ θ)        a step of the optimizer on g
 
-    CrAM's sparse gradient without its perturbation (ρ = 0), alternating with the dense network's in place of adding
-    it; as universally slimmable networks sample their widths (Yu and Huang, ICCV 2019, arXiv 1903.05134). BatchNorm's
-    running statistics are those of the dense network, from the steps that draw 0. A step's loss is of what it drew.
+    This is CrAM's sparse gradient without its perturbation (ρ = 0), alternating with the dense gradient instead of
+    added to it, as universally slimmable networks sample their widths (Yu and Huang, ICCV 2019, arXiv 1903.05134).
+    BatchNorm's running statistics are those of the dense network, from the steps that draw 0. The loss that a step
+    returns is that of the network it drew.
     """
 
     def train_step(self, images: Tensor, labels: Tensor, step: int) -> Tensor:
-        engine, model = self._engine, self._engine.model
+        strategy, model = self._strategy, self._strategy.model
         sparsity = self.sparsity(step)
         if sparsity == 0:
             return super().train_step(images, labels, step)
         with _restored(model):
-            masks = _cut(model, sparsity)
-            loss = engine.gradients(images, labels)
+            masks = _prune(model, sparsity)
+            loss = strategy.gradients(images, labels)
         _mask_gradients(model, masks)
-        engine.optimizer.step()
+        strategy.optimizer.step()
         return loss
 
 
-_DRAW = 0xC4A3
-"""Keeps this draw apart from others that are made of seed and step."""
+def build_training_method(strategy: Strategy, config: Config, steps: int) -> TrainingMethod:
+    """Build the method that the configuration names.
+
+    Args:
+        strategy: takes the steps.
+        config: ``method`` and its section.
+        steps: of the whole training.
+    """
+    match config.method:
+        case "plain":
+            return TrainingMethod(strategy)
+        case "gmp":
+            return GMP(strategy, config.gmp, steps)
+        case "sampled":
+            return SampledSparsity(strategy, config.sampled.sparsities, config.seed)
+        case "cram":
+            return CrAM(strategy, config.cram, config.seed)
 
 
 @contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
-    """Afterwards parameters and buffers are what they were: a pruned network's statistics are not averaged in."""
+    """Restore parameters and buffers at the end: a pruned network's statistics are not averaged in."""
     everything = [*model.parameters(), *model.buffers()]
     before = [tensor.detach().clone() for tensor in everything]
     yield
@@ -180,8 +229,8 @@ def _restored(model: nn.Module) -> Iterator[None]:
             tensor.copy_(value)
 
 
-def _cut(model: nn.Module, sparsity: float) -> Mapping[str, Tensor]:
-    with _blaming_the_rate():
+def _prune(model: nn.Module, sparsity: float) -> Mapping[str, Tensor]:
+    with _nan_blamed_on_lr():
         return prune(model, sparsity)
 
 
@@ -195,27 +244,10 @@ def _mask_gradients(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
             gradient.masked_fill_(~masks[name], 0)
 
 
-def open_method(engine: Engine, config: Config, steps: int) -> Method:
-    """The method that the configuration asks for; ``steps``: of the whole training."""
-    match config.method:
-        case "plain":
-            return Method(engine)
-        case "gradual":
-            return GradualPruning(engine, config.gradual, steps)
-        case "sampled":
-            return SampledSparsity(engine, config.sampled.sparsities, config.seed)
-        case "cram":
-            return CompressionAware(engine, config.cram, config.seed)
-
-
 @contextmanager
-def _blaming_the_rate() -> Iterator[None]:
-    """The configuration has been checked, so what stops pruning in a training is weights that are NaN."""
+def _nan_blamed_on_lr() -> Iterator[None]:
+    """Replace the remedy of a pruning error: the configuration was checked, so in training only NaN stops pruning."""
     try:
         yield
     except UserError as error:
         raise UserError(f"{str(error).partition(':')[0]}: lower optimizer.lr") from None
-
-
-def _kept(mask: Tensor) -> int:
-    return int(mask.count_nonzero())

@@ -3,45 +3,97 @@
 from __future__ import annotations
 
 import math
-import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
-from sfw_dist.config import Config, load_config
-from sfw_dist.data.datasets.registry import find_dataset
-from sfw_dist.data.loading import Loader, MixUpCutMix, Normalize, Split, dataset_info, open_loader, rank_sampler
-from sfw_dist.data.prepare import prepare
+from sfw_dist.config import Config
+from sfw_dist.data.loading import Loader, Split
 from sfw_dist.distributed.world import World, any_rank, barrier, gather_floats
 from sfw_dist.errors import UserError
-from sfw_dist.files import make_folder
 from sfw_dist.models import build_model
 from sfw_dist.optim.sfw import SFW
 from sfw_dist.train import checkpoint
-from sfw_dist.train.init_stage import HalfBatches, check_halves, learn_scales
+from sfw_dist.train.init_stage import HalfBatches, run_sfw_init
+from sfw_dist.train.inputs import BatchPreparation, check_input, open_loaders
 from sfw_dist.train.k_schedule import KSchedule
-from sfw_dist.train.logger import Progress, open_progress
-from sfw_dist.train.lr_schedule import Schedule
+from sfw_dist.train.logger import Logger, open_logger
+from sfw_dist.train.lr_schedule import LRSchedule
 from sfw_dist.train.metrics import Metrics, measure
-from sfw_dist.train.run_folder import RunFolder
-from sfw_dist.train.signals import Interrupt
+from sfw_dist.train.run_folder import RunFolder, exclusive_lock
+from sfw_dist.train.signals import SignalHandler
 from sfw_dist.train.sparse_training import PREFIX as METHOD_PREFIX
-from sfw_dist.train.sparse_training import Method, open_method
-from sfw_dist.train.strategies import Engine, check_world, open_engine
+from sfw_dist.train.sparse_training import build_training_method
+from sfw_dist.train.strategies import build_strategy
 
-_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+INTERRUPTED = 130
+"""Exit status of a training that a signal stopped: 128 + SIGINT, as shells have it."""
+
+
+def train(config: Config, world: World, *, resume: bool = False, signals: SignalHandler | None = None) -> int:
+    """Train a run to its last epoch, or until a signal stops it; collective.
+
+    Args:
+        config: the run.
+        world: this rank and the others.
+        resume: whether an existing run may be resumed, from its newest checkpoint.
+        signals: a handler that the caller has entered already; by default one is entered at the first step.
+
+    Returns:
+        The exit status: 0, or ``INTERRUPTED``.
+
+    Raises:
+        UserError: bad input, before anything is written; or a loss that is not finite.
+    """
+    # Everything that can be wrong with the input shows here, before the run's folder is made.
+    run = check_input(config, world.rank, world.size, resume=resume)
+    loaders = open_loaders(config, world)
+    batches = BatchPreparation(config, world.device)
+    torch.manual_seed(config.seed)
+    model = build_model(
+        config.model.name,
+        num_classes=batches.classes,
+        in_channels=batches.image_shape[0],
+        width=config.model.width,
+    )
+    if config.init.steps and checkpoint.newest(run.checkpoints) is None:
+        half_batches = HalfBatches(loaders["train"], batches.training)
+        with exclusive_lock(run, world), _entered(signals) as handler:
+            if not _initialize(model, run, config, world, half_batches, handler):
+                return INTERRUPTED
+    trainer = Trainer(model, config, world, run, loaders, batches)
+    with exclusive_lock(run, world):
+        trainer.restore()
+        with _entered(signals) as handler:
+            return trainer.fit(handler)
+
+
+def _entered(signals: SignalHandler | None) -> AbstractContextManager[SignalHandler]:
+    return nullcontext(signals) if signals else SignalHandler()
+
+
+def _initialize(
+    model: nn.Module, run: RunFolder, config: Config, world: World, batches: HalfBatches, signals: SignalHandler
+) -> bool:
+    """Run SFW-Init while every rank has the whole network; False if a signal stopped it, and then nothing is kept."""
+    if world.main:
+        run.create(config)
+    barrier(world)
+    with open_logger(run, config, world) as logger:
+        complete = run_sfw_init(model, config, world, batches, logger, signals)
+        if not complete:
+            logger.interrupted(None, run.resume_command(config, world.size))
+    return complete
 
 
 @dataclass
 class Position:
-    """How far a run has come; all that a checkpoint holds beside tensors, learning rates and the schedule."""
+    """How far a run has come. A checkpoint holds it with the tensors, the param groups and the schedule."""
 
     epoch: int = 0
     batch: int = 0
@@ -51,278 +103,188 @@ class Position:
     best_top1: float = -1.0
 
     def loss_sum(self, world: World) -> float:
-        """This rank's part of the sum; at another number of ranks rank 0 takes it over, as a mean over the ranks."""
+        """Return this rank's sum; at another number of ranks than it was saved with, rank 0 continues the mean."""
         if len(self.loss_sums) == world.size:
             return self.loss_sums[world.rank]
         return math.fsum(self.loss_sums) / len(self.loss_sums) * world.size if world.main else 0.0
 
     def begin_epoch(self, epoch: int, world: World) -> None:
+        """Go to the first batch of an epoch."""
         self.epoch, self.batch, self.loss_sums = epoch, 0, [0.0] * world.size
 
 
-def train(config: Config, world: World, *, resume: bool = False, interrupt: Interrupt | None = None) -> int:
-    """Train to the last epoch, or until interrupted; the exit status, 130 when interrupted. Collective.
+class Trainer:
+    """A run, ready to train: :meth:`restore` loads the newest checkpoint, :meth:`fit` trains. Collective.
 
-    ``interrupt`` is one that the caller has entered already; else signals are noted from the first step on.
-
-    Raises:
-        UserError: bad input, before anything is written; or a loss that is not finite.
+    Args:
+        model: the same on every rank.
+        config: the run.
+        world: this rank and the others.
+        run: the run's folder.
+        loaders: this rank's, by split.
+        batches: how a loader's batch is prepared for the network.
     """
-    # Everything that can be wrong with the input shows here, before the run's folder is made.
-    run = check_input(config, world.rank, world.size, resume=resume)
-    loaders = open_loaders(config, world)
-    info = dataset_info(config.data)
-    torch.manual_seed(config.seed)
-    model = build_model(
-        config.model.name, num_classes=len(info.classes), in_channels=info.image_shape[0], width=config.model.width
-    )
-    normalize = Normalize(info.mean, info.std).to(world.device)
-    mix = MixUpCutMix(
-        len(info.classes),
-        mixup=config.data.mixup,
-        cutmix=config.data.cutmix,
-        label_smoothing=config.data.label_smoothing,
-        seed=config.seed,
-    )
 
-    def prepare_batch(images: Tensor, labels: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        return mix(normalize(images.to(world.device)), labels.to(world.device), number)
-
-    if config.init.steps and checkpoint.newest(run.checkpoints) is None:
-        half_batches = HalfBatches(loaders["train"], prepare_batch)
-        with _alone(run, world), nullcontext(interrupt) if interrupt else Interrupt() as noted:
-            if not _initialize(model, run, config, world, half_batches, noted):
-                return _INTERRUPTED
-    engine = open_engine(model, config, world)
-    engine.warm_up(info.image_shape)
-    schedule = Schedule(engine.optimizer, config.schedule, config.train.epochs)
-    k_schedule = KSchedule(engine.optimizer, config.optimizer, config.train.epochs)
-    method = open_method(engine, config, config.train.epochs * len(loaders["train"]))
-    with _alone(run, world):
-        training = _Training(config, world, run, loaders, normalize, mix, engine, schedule, k_schedule, method)
-        training.restore()
-        with nullcontext(interrupt) if interrupt else Interrupt() as noted:
-            return _train(training, config, world, noted)
-
-
-def _initialize(
-    model: nn.Module, run: RunFolder, config: Config, world: World, batches: HalfBatches, interrupt: Interrupt
-) -> bool:
-    """SFW-Init, while every rank has the whole network; False when interrupted, and then nothing of it is kept."""
-    if world.main:
-        run.create(config)
-    barrier(world)
-    with open_progress(run, config, world) as progress:
-        whole = learn_scales(model, config, world, batches, progress, interrupt)
-        if not whole:
-            progress.interrupted(None, _how_to_go_on(run, config, world))
-    return whole
-
-
-def _train(training: _Training, config: Config, world: World, interrupt: Interrupt) -> int:
-    if training.finished:
-        if world.main:
-            print(f"{training.run.path} is trained to its end already", file=sys.stderr)
-        return 0
-    position = training.position
-    with open_progress(training.run, config, world) as progress:
-        data = training.loaders["train"].description
-        progress.start(position.step, position.epoch, training.engine.parameters, data)
-        while position.epoch < config.train.epochs:
-            if any_rank(interrupt.requested, world):  # it came while the last epoch was measured and saved
-                progress.interrupted(
-                    checkpoint.newest(training.run.checkpoints), _how_to_go_on(training.run, config, world)
-                )
-                return _INTERRUPTED
-            whole = training.epoch(interrupt, progress)
-            loss = math.fsum(position.loss_sums) / (world.size * position.batch)
-            _require_finite(loss, position.epoch)
-            if not whole:
-                progress.interrupted(training.save(), _how_to_go_on(training.run, config, world))
-                return _INTERRUPTED
-            rate, notes = training.engine.optimizer.param_groups[0]["lr"], training.notes()
-            training.schedule.step(loss)
-            position.begin_epoch(position.epoch + 1, world)
-            validation = training.measure("validation") if "validation" in training.loaders else None
-            training.save(validation)
-            progress.epoch_done(position.epoch, position.step, loss, validation, rate, notes)
-
-        # The one look at the test set: nothing is chosen by it.
-        test = training.measure("test")
-        weights = training.engine.weights()
-        if world.main:
-            training.run.save_weights(weights)
-        progress.done(test)
-    for loader in training.loaders.values():
-        loader.close()
-    barrier(world)
-    return 0
-
-
-@dataclass
-class _Training:
-    """The parts of a run, ready to train, and what is done with all of them."""
-
-    config: Config
-    world: World
-    run: RunFolder
-    loaders: dict[Split, Loader]
-    normalize: Normalize
-    mix: MixUpCutMix
-    engine: Engine
-    schedule: Schedule
-    k_schedule: KSchedule
-    method: Method
-    position: Position = field(default_factory=Position)
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Config,
+        world: World,
+        run: RunFolder,
+        loaders: dict[Split, Loader],
+        batches: BatchPreparation,
+    ) -> None:
+        self.config, self.world, self.run, self.loaders, self.batches = config, world, run, loaders, batches
+        epochs = config.train.epochs
+        self.strategy = build_strategy(model, config, world)
+        self.strategy.warm_up(batches.image_shape)
+        self.lr_schedule = LRSchedule(self.strategy.optimizer, config.schedule, epochs)
+        self.k_schedule = KSchedule(self.strategy.optimizer, config.optimizer, epochs)
+        self.method = build_training_method(self.strategy, config, epochs * len(loaders["train"]))
+        self.position = Position()
 
     def restore(self) -> None:
-        """Go to the newest complete checkpoint, if there is one; and have the folder there."""
+        """Load the newest complete checkpoint, if there is one; make the run's folder if it is missing."""
         latest = checkpoint.newest(self.run.checkpoints)
         if latest is not None:
-            tensors, state = checkpoint.load(latest, lambda stored: self._room(stored, latest))
+            tensors, state = checkpoint.load(latest, lambda stored: self._allocate(stored, latest))
             self.method.load(tensors)
-            self.engine.load(tensors, state["options"], source=latest)
-            self.schedule.load_state_dict(state["schedule"])
+            self.strategy.load(tensors, state["options"], source=latest)
+            self.lr_schedule.load_state_dict(state["schedule"])
             self.position = Position(**state["position"])
         if self.world.main:
             self.run.create(self.config)
         barrier(self.world)
 
-    def _room(self, stored: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
+    def _allocate(self, stored: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
         of_method = {name: tensor for name, tensor in stored.items() if name.startswith(METHOD_PREFIX)}
         others = {name: tensor for name, tensor in stored.items() if name not in of_method}
-        return self.engine.room(others, source) | checkpoint.on_cpu(of_method)
+        return self.strategy.allocate(others, source) | checkpoint.allocate_on_cpu(of_method)
 
-    def notes(self) -> dict[str, float]:
-        """What changes from epoch to epoch beside the learning rate, in the present one."""
-        k_frac = {"k_frac": self.k_schedule.k_frac(self.position.epoch)} if self.k_schedule.changes else {}
-        return k_frac | self.method.notes()
+    def fit(self, signals: SignalHandler) -> int:
+        """Train from the position to the last epoch, or until a signal stops it; the exit status."""
+        position, config, world = self.position, self.config, self.world
+        if position.epoch == config.train.epochs and self.run.weights.is_file():
+            if world.main:
+                print(f"{self.run.path} is trained to its end already", file=sys.stderr)
+            return 0
+        with open_logger(self.run, config, world) as logger:
+            description = self.loaders["train"].description
+            logger.start(position.step, position.epoch, self.strategy.parameters, description)
+            while position.epoch < config.train.epochs:
+                if any_rank(signals.stop_requested, world):  # it came while the last epoch was measured and saved
+                    return self._stop(checkpoint.newest(self.run.checkpoints), logger)
+                complete = self._train_epoch(signals, logger)
+                loss = math.fsum(position.loss_sums) / (world.size * position.batch)
+                _require_finite(loss, position.epoch)
+                if not complete:
+                    return self._stop(self.save(), logger)
+                self._end_epoch(loss, logger)
+            self._finish(logger)
+        for loader in self.loaders.values():
+            loader.close()
+        barrier(world)
+        return 0
 
-    @property
-    def finished(self) -> bool:
-        return self.position.epoch == self.config.train.epochs and self.run.weights.is_file()
-
-    def epoch(self, interrupt: Interrupt, progress: Progress) -> bool:
-        """The rest of the epoch, from the position, which it moves; False when a rank was interrupted in it."""
+    def _train_epoch(self, signals: SignalHandler, logger: Logger) -> bool:
+        """Train the rest of the epoch and move the position; False if a signal stopped it before the last batch."""
         position, world, loader = self.position, self.world, self.loaders["train"]
         loader.load_state_dict({"epoch": position.epoch, "batch": position.batch})
         self.k_schedule.begin_epoch(position.epoch)
         loss_sum = torch.tensor(position.loss_sum(world), dtype=torch.float64, device=world.device)
-        # On a GPU a vote makes the host wait for the device, so it is held less often.
+        # On a GPU, asking all ranks makes the host wait for the device, so it is done less often.
         votes_every = 1 if world.device.type == "cpu" else self.config.train.log_every
-        whole = True
-        progress.epoch_begins(position.epoch, len(loader), position.batch)
+        complete = True
+        logger.epoch_begins(position.epoch, len(loader), position.batch)
         for images, labels in loader:
-            # Dropout and the like depend on the step alone, so that a resumed run repeats an uninterrupted one.
-            torch.manual_seed(_step_seed(self.config.seed, position.step, world.rank))
-            images, labels = images.to(world.device, non_blocking=True), labels.to(world.device, non_blocking=True)
-            inputs, targets = self.mix(self.normalize(images), labels, position.step)
-            loss = self.method.train_step(inputs, targets, position.step)
-            loss_sum += loss
-            position.step += 1
-            position.batch += 1
-            checks = self.config.train.verify_replicas
-            if checks and position.step % checks == 0:
-                self.engine.verify_replicas()
-            if position.step % self.config.train.log_every == 0:
-                self._log(loss.item(), progress)
-            else:
-                progress.advance()
+            loss_sum += self._train_step(images, labels, logger)
             vote = position.step % votes_every == 0 and position.batch < len(loader)
-            if vote and any_rank(interrupt.requested, world):
-                whole = False
+            if vote and any_rank(signals.stop_requested, world):
+                complete = False
                 break
         position.loss_sums = gather_floats(loss_sum.item(), world)
-        return whole
+        return complete
 
-    def _log(self, loss: float, progress: Progress) -> None:
+    def _train_step(self, images: Tensor, labels: Tensor, logger: Logger) -> Tensor:
+        """Train on one batch; the mean loss of this rank's part, detached."""
+        position, log_every, verify_every = (
+            self.position,
+            self.config.train.log_every,
+            self.config.train.verify_replicas,
+        )
+        # Dropout and the like depend on the step only, so that a resumed run repeats an uninterrupted one.
+        torch.manual_seed(_step_seed(self.config.seed, position.step, self.world.rank))
+        inputs, targets = self.batches.training(images, labels, position.step)
+        loss = self.method.train_step(inputs, targets, position.step)
+        position.step += 1
+        position.batch += 1
+        if verify_every and position.step % verify_every == 0:
+            self.strategy.verify_replicas()
+        if position.step % log_every == 0:
+            self._log_step(loss.item(), logger)
+        else:
+            logger.advance()
+        return loss
+
+    def _log_step(self, loss: float, logger: Logger) -> None:
         _require_finite(loss, self.position.epoch)
-        optimizer = self.engine.optimizer
+        optimizer = self.strategy.optimizer
         statistics = optimizer.statistics() if isinstance(optimizer, SFW) else {}
-        progress.step_done(self.position.step, loss, optimizer.param_groups[0]["lr"], statistics)
+        logger.step_done(self.position.step, loss, optimizer.param_groups[0]["lr"], statistics)
+
+    def _end_epoch(self, loss: float, logger: Logger) -> None:
+        """Set the next epoch's learning rate, measure on the validation set, save, and log the epoch."""
+        position = self.position
+        rate, log_values = self.strategy.optimizer.param_groups[0]["lr"], self._log_values()
+        self.lr_schedule.step(loss)
+        position.begin_epoch(position.epoch + 1, self.world)
+        validation = self.measure("validation") if "validation" in self.loaders else None
+        self.save(validation)
+        logger.epoch_done(position.epoch, position.step, loss, validation, rate, log_values)
+
+    def _log_values(self) -> dict[str, float]:
+        """What changes from epoch to epoch in addition to the learning rate, in the present epoch."""
+        k_frac = {"k_frac": self.k_schedule.k_frac(self.position.epoch)} if self.k_schedule.changes else {}
+        return k_frac | self.method.log_values()
+
+    def _finish(self, logger: Logger) -> None:
+        """Measure on the test set, once: nothing is chosen by it. Write the trained weights."""
+        test = self.measure("test")
+        weights = self.strategy.weights()
+        if self.world.main:
+            self.run.save_weights(weights)
+        logger.done(test)
+
+    def _stop(self, saved: Path | None, logger: Logger) -> int:
+        logger.interrupted(saved, self.run.resume_command(self.config, self.world.size))
+        return INTERRUPTED
 
     def measure(self, split: Split) -> Metrics:
-        """Collective."""
-        self.engine.before_evaluation()
+        """Measure loss and accuracy on a split; collective."""
+        self.strategy.before_evaluation()
         return measure(
-            lambda images: self.engine.forward(self.normalize(images)),
+            lambda images: self.strategy.forward(self.batches.evaluation(images)),
             self.loaders[split],
             self.world,
-            lockstep=self.engine.lockstep,
+            lockstep=self.strategy.lockstep,
         )
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds; collective."""
-        return self.engine.tensors() | self.method.tensors()
 
     def save(self, validation: Metrics | None = None) -> Path:
         """Write a checkpoint, and let ``best`` name it if no earlier one has its validation accuracy; collective."""
-        position, world, folder = self.position, self.world, self.run.checkpoints
+        position, folder = self.position, self.run.checkpoints
         best = validation is not None and validation.top1 > position.best_top1
         if validation is not None and best:
             position.best_top1 = validation.top1
         state = {
             "position": asdict(position),
-            "schedule": self.schedule.state_dict(),
-            "options": self.engine.options(),
+            "schedule": self.lr_schedule.state_dict(),
+            "options": self.strategy.options(),
         }
-        path = checkpoint.save(
-            folder, self.tensors(), state, world, epoch=position.epoch, step=position.step, best=best
-        )
-        if world.main:
+        tensors = self.strategy.tensors() | self.method.tensors()
+        path = checkpoint.save(folder, tensors, state, self.world, epoch=position.epoch, step=position.step, best=best)
+        if self.world.main:
             checkpoint.keep_newest(folder, self.config.train.keep_checkpoints)
         return path
-
-
-@contextmanager
-def _alone(run: RunFolder, world: World) -> Iterator[None]:
-    """Keep a second process out of the run's folder; the lock ends with its process, however that ends."""
-    barrier(world)  # every rank has looked at the folder before rank 0 makes it
-    lock = FileLock(run.lock)
-    taken = False
-    if world.main:
-        make_folder(run.path)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            taken = True
-    try:
-        if any_rank(taken, world):
-            raise UserError(f"{run.path} is being trained by another process: wait for it, or choose another --name")
-        yield
-    finally:
-        lock.release()
-
-
-def check_input(config: Config, rank: int, world_size: int, *, resume: bool) -> RunFolder:
-    """Raise :class:`UserError` for what can be wrong with the run's folder, the data, and the number of ranks.
-
-    Nothing is written to the run's folder.
-    """
-    run = RunFolder(config.run_dir)
-    run.check_free_for(config, resume)
-    if find_dataset(config.data.name).embedded:
-        prepare(config.data.name, config.data.root)
-    for split in splits(config):
-        rank_sampler(config.data, split, seed=config.seed, rank=rank, world_size=world_size)
-    check_world(config, world_size)
-    check_halves(config, world_size)
-    return run
-
-
-def splits(config: Config) -> list[Split]:
-    """The splits that the run has."""
-    return ["train", "test", "validation"] if config.data.validation_fraction > 0 else ["train", "test"]
-
-
-def open_loaders(config: Config, world: World) -> dict[Split, Loader]:
-    """A loader for each split that the run has."""
-    return {
-        split: open_loader(
-            config.data, split, seed=config.seed, rank=world.rank, world_size=world.size, device=world.device
-        )
-        for split in splits(config)
-    }
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:
@@ -332,10 +294,3 @@ def _step_seed(seed: int, step: int, rank: int) -> int:
 def _require_finite(loss: float, epoch: int) -> None:
     if not math.isfinite(loss):
         raise UserError(f"the loss became {loss} in epoch {epoch + 1}: lower optimizer.lr")
-
-
-def _how_to_go_on(run: RunFolder, config: Config, world: World) -> str:
-    launcher = f"torchrun --nproc-per-node {world.size}" if world.size > 1 else "python"
-    # The folder keeps the configuration that the run began with.
-    engine = "" if load_config(run.config).engine == config.engine else f" --engine {config.engine}"
-    return f"{launcher} -m sfw_dist.train --config {shlex.quote(str(run.config))}{engine} --resume auto"

@@ -1,24 +1,16 @@
 """The paper model of a step: its formulas, and its bytes against those that the library's own code makes."""
 
-# ruff: noqa: E402
-# The benchmarks are scripts beside each other and no package. Their folder comes last on the path, for some of them
-# have the names of modules here.
-
 from __future__ import annotations
 
 import itertools
 import json
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT / "benchmarks"))
 
 import benchmarks.scaling.model as scaling_model
 from benchmarks.balance import gathered_bytes, items_of, transformer_7b
@@ -46,6 +38,7 @@ from sfw_dist.ops.sharded_sum import Cut, CutSums
 from sfw_dist.ops.topk.sharded import Share, select_across
 from sfw_dist.optim.vertex_codec import VertexCodec
 
+ROOT = Path(__file__).parents[2]
 DEVICE = Device(flops=1e12, bandwidth=1e11, answer_bytes=32, divided_bytes=140)
 FAST, SLOW = Link(1e-6, 1e-11), Link(1e-5, 1e-9)
 NODES = Cluster("nodes of 8", 8, FAST, SLOW, DEVICE)

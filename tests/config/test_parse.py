@@ -7,10 +7,8 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -19,51 +17,16 @@ from sfw_dist.config import (
     Config,
     ConstraintConfig,
     DataConfig,
-    DeepSpeedConfig,
-    FSDPConfig,
     OptimizerConfig,
     PruneConfig,
     ScheduleConfig,
-    first_difference,
     load_config,
-    parse_run,
     read_yaml,
     save_config,
 )
-from sfw_dist.constraints import Constraint, GroupKSupportBall, NuclearBall, SpectralKSupportBall
-from sfw_dist.errors import UserError
+from tests.support.config_files import Write, error_of, leaves, parse
 
 ROOT = Path(__file__).parents[2]
-RUN_FILES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "cluster")
-
-Write = Callable[..., Path]
-
-
-@pytest.fixture
-def write(tmp_path: Path) -> Write:
-    """Writes a YAML file below the test's folder."""
-
-    def write_file(text: str, name: str = "run.yaml") -> Path:
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-        return path
-
-    return write_file
-
-
-def parse(*argv: str | Path) -> Config:
-    return parse_run([str(argument) for argument in argv], description="", examples="")[0]
-
-
-def error_of(*argv: str | Path) -> str:
-    """The message that ``argv`` is refused with; it must be one line."""
-    with pytest.raises(UserError) as raised:
-        parse(*argv)
-    message = str(raised.value)
-    assert "\n" not in message
-    return message
-
 
 # Defaults
 
@@ -187,14 +150,6 @@ def test_a_run_without_name_or_file_is_an_error() -> None:
     assert "--name NAME" in error_of()
 
 
-def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
 def test_help_lists_every_option_with_its_default_and_examples() -> None:
     """Fails when ``python -m sfw_dist.train --help`` leaves an option out, hides a default or does not exit with 0."""
     command = [sys.executable, "-m", "sfw_dist.train", "--help"]
@@ -230,41 +185,6 @@ def test_a_saved_configuration_loads_as_itself(write: Write, config: Config) -> 
     assert load_config(write(save_config(config))) == config
 
 
-@pytest.mark.parametrize(
-    ("fields", "expected"),
-    [
-        ("set: group_k_support, k_frac: 0.3, k_min: 2", GroupKSupportBall(k_frac=0.3, k_min=2, tau=15.0)),
-        ("set: nuclear, tau: 3", NuclearBall(tau=3.0)),
-        ("set: nuclear, svd: power, radius: 2", NuclearBall(radius=2.0, svd="power")),
-        (
-            "set: spectral_k_support, k_frac: 0.1, diameter: 5, svd: exact",
-            SpectralKSupportBall(k_frac=0.1, k_min=10, diameter=5.0, svd="exact"),
-        ),
-    ],
-)
-def test_sets_of_filters_and_of_low_rank(write: Write, fields: str, expected: Constraint) -> None:
-    """Fails when an option is read and does not reach the set."""
-    config = load_config(write(f"name: a\noptimizer: {{constraint: {{{fields}}}}}\n"))
-    assert config.optimizer.constraint.build() == expected
-
-
-def test_first_difference_names_the_key_and_both_values() -> None:
-    """Fails when a refused resume does not say what differs."""
-    mine = Config(name="a", optimizer=OptimizerConfig(lr=0.5, constraint=ConstraintConfig(k_frac=0.1)))
-    assert first_difference(mine, Config(name="a")) == "optimizer.lr is 0.5, was 1.0"
-    same_rate = replace(mine, optimizer=replace(mine.optimizer, lr=1.0))
-    assert first_difference(same_rate, Config(name="a")) == "optimizer.constraint.k_frac is 0.1, was 0.05"
-    assert first_difference(mine, replace(mine)) is None
-
-
-def test_a_run_may_go_on_by_another_engine_but_not_in_other_pieces() -> None:
-    """Fails when a network that outgrew its GPU cannot resume, or BatchNorm's statistics change on the way."""
-    mine = Config(name="a", engine="fsdp", fsdp=FSDPConfig(replicas=2), deepspeed=DeepSpeedConfig(stage=2))
-    assert first_difference(mine, Config(name="a")) is None
-    pieces = replace(mine, train=replace(mine.train, accumulate=4))
-    assert first_difference(pieces, Config(name="a")) == "train.accumulate is 4, was 1"
-
-
 def test_a_configuration_from_before_there_were_engines_means_ddp(write: Write) -> None:
     """Fails when old runs can no longer be resumed."""
     saved = save_config(Config(name="a", seed=3))
@@ -279,54 +199,16 @@ def test_a_configuration_from_before_there_were_engines_means_ddp(write: Write) 
 @pytest.mark.parametrize(
     ("text", "key", "value", "remedy"),
     [
-        ("optimizer: {constraint: {k_frac: 5}}", "optimizer.constraint: k_frac", "5.0", "write 0.05"),
-        ("optimizer: {constraint: {tau: -1}}", "optimizer.constraint: tau", "-1.0", "tau=15"),
-        ("optimizer: {constraint: {tau: 1, radius: 2}}", "optimizer.constraint:", "'radius': 2.0", "exactly one of"),
-        ("optimizer: {constraint: {tau: 1, diameter: 2}}", "optimizer.constraint:", "'tau': 1.0", "exactly one of"),
-        ("optimizer: {constraint: {set: lp, p: 0.5}}", "optimizer.constraint: p", "0.5", "at least 1"),
-        ("optimizer: {constraint: {set: nuclear, svd: fast}}", "optimizer.constraint.svd", "fast", "'power'"),
-        ("optimizer: {constraint: {set: group_k_support, k_frac: 5}}", "optimizer.constraint: k_frac", "5.0", "0.05"),
-        ("engine: fsdp\noptimizer: {constraint: {set: nuclear}}", "constraint.set", "nuclear", "write engine: ddp"),
-        ("prune: {kind: rank}", "prune.kind", "rank", "'low_rank'"),
-        ("optimizer: {lr: 0}", "optimizer.lr", "0.0", "write 1.0"),
-        ("optimizer: {lr: .nan}", "optimizer.lr", "nan", "write 1.0"),
-        ("optimizer: {momentum: 1}", "optimizer.momentum", "1.0", "write 0.9"),
-        ("optimizer: {weight_decay: -1}", "optimizer.weight_decay", "-1.0", "write 0.0005"),
-        ("optimizer: {unconstrained_lr: 0}", "optimizer.unconstrained_lr", "0.0", "write 0.05"),
         ("optimizer: {lr: fast}", "optimizer.lr", "fast", "see --help"),
         ("optimizer: {lr: }", "optimizer.lr", "null", "write a value"),
-        ("optimizer: {name: adam}", "optimizer.name", "adam", "'sfw', 'sgd'"),
         ("optimizer: {constaint: {tau: 1}}", "optimizer.constaint", "", "did you mean optimizer.constraint?"),
         ("optimiser: {lr: 1}", "unknown key optimiser", "", "did you mean optimizer?"),
         ("zebra: 1", "unknown key zebra", "", "known here: name, runs_dir"),
         ("data: 3", "data is a section", "3", "write 'key: value' lines"),
         ("data:", "data is a section", "None", "write 'key: value' lines"),
-        ("data: {batch_size: 0}", "data.batch_size", "0", "write 128"),
-        ("data: {eval_batch_size: 0}", "data.eval_batch_size", "0", "write 256"),
-        ("data: {validation_fraction: 1}", "data.validation_fraction", "1.0", "write 0.1"),
-        ("data: {workers: -1}", "data.workers", "-1", "write 0"),
-        ("data: {crop_padding: -1}", "data.crop_padding", "-1", "write 4"),
-        ("model: {width: 0}", "model.width", "0.0", "write 1.0"),
-        ("schedule: {milestones: [0.5, 2]}", "schedule.milestones", "2.0", "write [0.333, 0.667]"),
-        ("schedule: {gamma: 0}", "schedule.gamma", "0.0", "write 0.1"),
-        ("train: {epochs: 0}", "train.epochs", "0", "write 180"),
         ("train: {epochs: 1.5}", "train.epochs", "1.5", "see --help"),
         ("train: {precision: }", "train.precision", "null", "remove the line"),
-        ("train: {log_every: 0}", "train.log_every", "0", "write 20"),
-        ("train: {keep_checkpoints: 0}", "train.keep_checkpoints", "0", "write 2"),
-        ("train: {accumulate: 0}", "train.accumulate", "0", "write 1"),
-        ("engine: fsdp2", "engine", "fsdp2", "'fsdp'"),
-        ("fsdp: {replicas: 0}", "fsdp.replicas", "0", "write 1"),
-        ("deepspeed: {stage: 4}", "deepspeed.stage", "4", "[0, 1, 2, 3]"),
-        ("deepspeed: {stage: 3}", "deepspeed.stage", "3", "engine: fsdp"),
-        ("engine: fsdp\noptimizer: {grads: reduce_to_owner}", "grads", "reduce_to_owner", "engine: ddp"),
-        ("engine: fsdp\ntrain: {channels_last: true}", "train.channels_last", "True", "engine: ddp"),
-        ("engine: deepspeed\ntrain: {compile: true}", "train.compile", "True", "engine: ddp"),
-        ("prune: {sparsities: [1.5]}", "prune.sparsities", "1.5", "write 0.9"),
         ("prune: {sparsities: 0.5}", "prune.sparsities", "0.5", "see --help"),
-        ("name: a/b", "name", "'a/b'", "write letters"),
-        ("name: ..", "name", "'..'", "write letters"),
-        ("seed: -1", "seed", "-1", "write 0"),
     ],
 )
 def test_a_bad_value_is_refused_in_one_line(write: Write, text: str, key: str, value: str, remedy: str) -> None:
@@ -359,17 +241,3 @@ def test_a_file_that_is_no_run_file_is_named(write: Write, content: bytes | None
     path.unlink() if content is None else path.write_bytes(content)
     message = error_of("--config", path)
     assert str(path) in message and problem in message
-
-
-# What is shipped
-
-
-@pytest.mark.parametrize("path", RUN_FILES, ids=lambda path: path.stem)
-def test_every_shipped_run_file_loads(path: Path) -> None:
-    """Fails when a field is renamed and a file in configs/ is forgotten."""
-    assert load_config(path).name == path.stem
-
-
-def test_there_are_run_files() -> None:
-    """Fails when the folder moves, and the test above with it silently to nothing."""
-    assert {"digits_cnn", "digits_cnn_sgd"} <= {path.stem for path in RUN_FILES}

@@ -50,7 +50,7 @@ def test_tiny_imagenet_goes_from_its_folder_to_a_pruned_network(tiny: Path) -> N
     """A part of the way from image files to a pruning curve does not fit the next."""
     damage(tiny)
     prepare("tiny_imagenet", tiny, skip_bad=True)
-    base = load_config(Path(__file__).parents[2] / "configs" / "tiny_imagenet_resnet18.yaml")
+    base = load_config(Path(__file__).parents[2] / "configs" / "tiny_imagenet" / "sfw.yaml")
     config = replace(
         base,
         runs_dir=str(tiny / "runs"),

@@ -1,4 +1,4 @@
-"""launch.local and the sfw-dist command; that ranks really train together is in tests/dist."""
+"""launch.local; that ranks really train together is tested in tests/multiprocess."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import cli, local
+from launch import local
 
 ROOT = Path(__file__).parents[2]
 
@@ -84,18 +84,3 @@ def test_bad_input_shows_before_any_rank_starts(
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and part in error
     assert not (tmp_path / "runs").exists()
-
-
-def test_sfw_dist_hands_on_to_the_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["sfw-dist", "evaluate", "no/such/run"])
-    assert cli.main() == 2
-    assert "no/such/run" in capsys.readouterr().err
-
-
-def test_sfw_dist_lists_its_verbs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["sfw-dist", "--help"])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert ended.value.code == 0
-    printed = capsys.readouterr().out
-    assert all(verb in printed for verb in cli._VERBS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -133,7 +135,59 @@ def test_bad_arguments_name_the_value_and_the_remedy(name: str, arguments: dict[
     assert "\n" not in str(caught.value)
 
 
+EXAMPLES = {"torchvision/<name>": "torchvision/squeezenet1_1", "timm/<name>": "timm/resnet10t"}
+OWN = f"{__name__}:own_network"
+
+
+def own_network(num_classes: int, in_channels: int) -> nn.Module:
+    """A user's network."""
+    return nn.Sequential(nn.Conv2d(in_channels, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))
+
+
+def no_network(num_classes: int, in_channels: int) -> str:
+    """A user's mistake."""
+    return "resnet18"
+
+
 def test_help_names_can_all_be_built() -> None:
     """A help text that offers what `build_model` refuses."""
+    pytest.importorskip("timm")
     for name in model_names():
-        build_model(name.replace("<name>", "squeezenet1_1"), num_classes=10)
+        build_model(EXAMPLES.get(name, OWN if ":" in name else name), num_classes=10)
+
+
+@pytest.mark.parametrize("name", [OWN, "timm/resnet10t"])
+def test_models_of_others_take_classes_and_channels(name: str) -> None:
+    """The number of classes or channels does not reach a user's function, or timm under its own argument names."""
+    if name.startswith("timm/"):
+        pytest.importorskip("timm")
+    model = build_model(name, num_classes=5, in_channels=1).eval()
+    assert model(torch.rand(2, 1, 32, 32)).shape == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "told"),
+    [
+        (OWN, 0.5, "got width=0.5: leave it at 1"),
+        ("timm/resnet10t", 0.5, "got width=0.5: leave it at 1"),
+        ("timm/resnet10tt", 1.0, "did you mean timm/resnet10t?"),
+        ("no.such:network", 1.0, "cannot import no.such:network"),
+        ("math:network", 1.0, "cannot import math:network"),
+        ("math:pi", 1.0, "math:pi is no function"),
+        (f"{__name__}:no_network", 1.0, "returned a str: return a torch.nn.Module"),
+    ],
+)
+def test_models_of_others_that_cannot_be_built_are_one_line(name: str, width: float, told: str) -> None:
+    """A traceback from an import, or a width that has no effect."""
+    if name.startswith("timm/"):
+        pytest.importorskip("timm")
+    with pytest.raises(UserError) as caught:
+        build_model(name, num_classes=10, width=width)
+    assert told in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_without_timm_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An ImportError's traceback."""
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(UserError, match=r"needs timm: pip install 'sfw-dist\[examples\]'"):
+        build_model("timm/resnet10t", num_classes=10)

@@ -26,8 +26,8 @@ from sfw_dist.distributed.world import World as Ranks
 from sfw_dist.errors import UserError
 from sfw_dist.models import build_model
 from sfw_dist.optim.sfw import SFW
-from sfw_dist.train.strategies import Engine
-from sfw_dist.train.strategies.ddp import DDPEngine
+from sfw_dist.train.strategies import Strategy
+from sfw_dist.train.strategies.ddp import DDPStrategy
 from tests.support.ranks import run_on_ranks
 from tests.support.training import small_config
 
@@ -365,9 +365,9 @@ def not_finite(rank: int) -> dict[str, Whole]:
     return {"before": before, "after": gathered(engine)}
 
 
-def open_engines(case: str, rank: int, stage: int | None = None) -> tuple[Engine, Engine]:
+def build_strategies(case: str, rank: int, stage: int | None = None) -> tuple[Strategy, Strategy]:
     """That of the runs, for DeepSpeed and for DDP, with the same network."""
-    from sfw_dist.train.strategies.deepspeed import DeepSpeedEngine
+    from sfw_dist.train.strategies.deepspeed import DeepSpeedStrategy
 
     config = small_config(Path("runs"), Path("data"))
     config.optimizer.unconstrained = "norm_and_bias"
@@ -379,7 +379,7 @@ def open_engines(case: str, rank: int, stage: int | None = None) -> tuple[Engine
     for _ in range(2):
         torch.manual_seed(0)
         networks.append(build_model("cnn", num_classes=10, in_channels=1, width=0.0625))
-    return DeepSpeedEngine(networks[0], config, world), DDPEngine(networks[1], config, world)
+    return DeepSpeedStrategy(networks[0], config, world), DDPStrategy(networks[1], config, world)
 
 
 def engines(case: str, rank: int) -> dict[str, list[Any]]:
@@ -387,7 +387,7 @@ def engines(case: str, rank: int) -> dict[str, list[Any]]:
     found: dict[str, list[Any]] = {"losses": [], "logits": [], "tensors": [], "options": []}
     images, labels = torch.randn(2, 8, 1, 8, 8), torch.arange(8).expand(2, 8)
     for half in range(2):
-        both = open_engines(case, rank)
+        both = build_strategies(case, rank)
         if half == 1:
             for engine, tensors, options in zip(both, found["tensors"][::-1], found["options"][::-1], strict=True):
                 engine.load(copy.deepcopy(tensors), options, "the other's")  # SGD goes on in them
@@ -404,10 +404,10 @@ def engines(case: str, rank: int) -> dict[str, list[Any]]:
 
 
 def refused_engines(rank: int) -> list[str]:
-    engine, _ = open_engines("stage_1", rank)
+    engine, _ = build_strategies("stage_1", rank)
     other = [group | {"constraint": {"kind": "unconstrained"}} for group in engine.options()]
     return [
-        error_of(UserError, open_engines, "stage_1", rank, 3),
+        error_of(UserError, build_strategies, "stage_1", rank, 3),
         error_of(UserError, engine.load, engine.tensors(), other, "that"),
         error_of(UserError, engine.train_step, torch.full((8, 1, 8, 8), torch.inf), torch.arange(8)),
     ]

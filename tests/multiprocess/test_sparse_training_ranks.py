@@ -1,4 +1,4 @@
-"""Variants, K over the epochs, gradual pruning and compression-aware steps on real ranks."""
+"""Baselines, K over the epochs and the sparse-training methods on real ranks."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sfw_dist.config import Config, CramConfig, GradualConfig, KScheduleConfig, OptimizerConfig
+from sfw_dist.config import Config, CramConfig, GMPConfig, KScheduleConfig, OptimizerConfig
 from sfw_dist.distributed.world import World, barrier
 from sfw_dist.train import checkpoint
 from sfw_dist.train.k_schedule import KSchedule
-from sfw_dist.train.sparse_training import open_method
-from sfw_dist.train.strategies import open_engine
+from sfw_dist.train.sparse_training import build_training_method
+from sfw_dist.train.strategies import build_strategy
 from sfw_dist.train.trainer import train
 from tests.support.ranks import run_on_ranks
-from tests.support.training import ONE_PROCESS, rivals, small_config
+from tests.support.training import ONE_PROCESS, baselines, small_config
 
 RANKS = 3
 SGD = OptimizerConfig(name="sgd", lr=0.1)
 CONFIGS = {
-    "gradual": Config(name="x", optimizer=SGD, method="gradual", gradual=GradualConfig(begin=0, end=0.5, every=1)),
+    "gmp": Config(name="x", optimizer=SGD, method="gmp", gmp=GMPConfig(begin=0, end=0.5, every=1)),
     "cram": Config(name="x", optimizer=SGD, method="cram", cram=CramConfig(rho=0.2)),
     "sampled": Config(name="x", optimizer=OptimizerConfig(lr=0.3), method="sampled"),
     "k_schedule": Config(name="x", optimizer=OptimizerConfig(lr=0.3, k_schedule=KScheduleConfig(kind="linear", end=1))),
@@ -44,9 +44,9 @@ def trained(config: Config) -> dict[str, Tensor]:
     here = world()
     torch.manual_seed(0)
     network = nn.Sequential(nn.Flatten(), nn.Linear(36, 40), nn.Tanh(), nn.Linear(40, 5))
-    engine = open_engine(network, config, here)
+    engine = build_strategy(network, config, here)
     engine.warm_up((1, 6, 6))
-    method = open_method(engine, config, EPOCHS * STEPS)
+    method = build_training_method(engine, config, EPOCHS * STEPS)
     k_schedule = KSchedule(engine.optimizer, config.optimizer, EPOCHS)
     for epoch in range(EPOCHS):
         k_schedule.begin_epoch(epoch)
@@ -84,8 +84,8 @@ def test_ranks_train_as_one_process_does(what: str, on_ranks: list[dict[str, dic
 def interrupted_and_resumed(rank: int, folder: str, data: str) -> list[str]:
     """Which runs ended with other weights when they went on after their first epoch."""
     here, different = world(), []
-    divided = {"k_schedule_fsdp": {**rivals()["k_schedule"], "engine": "fsdp"}}
-    for what, options in (rivals() | divided).items():
+    divided = {"k_schedule_fsdp": {**baselines()["k_schedule"], "engine": "fsdp"}}
+    for what, options in (baselines() | divided).items():
         config = replace(small_config(Path(folder), Path(data), what, epochs=2), **options)
         config.train = replace(config.train, verify_replicas=1, keep_checkpoints=1)
         whole = replace(config, name=f"{what}_whole", train=replace(config.train, keep_checkpoints=9))

@@ -20,8 +20,8 @@ from sfw_dist.evaluate.sweep import evaluate
 from sfw_dist.models import build_model
 from sfw_dist.train import checkpoint
 from sfw_dist.train.run_folder import RunFolder
-from sfw_dist.train.signals import Interrupt
-from sfw_dist.train.strategies import Engine, open_engine
+from sfw_dist.train.signals import SignalHandler
+from sfw_dist.train.strategies import Strategy, build_strategy
 from sfw_dist.train.trainer import train
 from tests.support.ranks import run_on_ranks
 from tests.support.training import ONE_PROCESS, small_config
@@ -66,15 +66,15 @@ def _config(engine: str, optimizer: str = "sfw", *, replicas: int = 1, **train_o
     return replace(config, engine=engine, fsdp=replace(config.fsdp, replicas=replicas), train=train_config)
 
 
-def _open(config: Config, build: Callable[[], nn.Module] | None = None) -> Engine:
+def _open(config: Config, build: Callable[[], nn.Module] | None = None) -> Strategy:
     torch.manual_seed(0)
     model = build() if build else build_model("cnn", num_classes=10, in_channels=1, width=0.0625)
-    engine = open_engine(model, config, _world())
+    engine = build_strategy(model, config, _world())
     engine.warm_up((1, 8, 8))
     return engine
 
 
-def _steps(engine: Engine, first: int, last: int) -> list[float]:
+def _steps(engine: Strategy, first: int, last: int) -> list[float]:
     """This rank's losses."""
     world, losses = _world(), []
     for step in range(first, last):
@@ -85,21 +85,21 @@ def _steps(engine: Engine, first: int, last: int) -> list[float]:
     return losses
 
 
-def _whole(engine: Engine) -> dict[str, Tensor]:
+def _whole(engine: Strategy) -> dict[str, Tensor]:
     """All that a checkpoint holds, as whole tensors."""
     tensors = engine.tensors()
     return {n: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone() for n, t in tensors.items()}
 
 
-def _save(engine: Engine, folder: str, step: int) -> None:
+def _save(engine: Strategy, folder: str, step: int) -> None:
     checkpoint.save(Path(folder), engine.tensors(), {"options": engine.options()}, _world(), epoch=0, step=step)
 
 
-def _resume(config: Config, folder: str) -> Engine:
+def _resume(config: Config, folder: str) -> Strategy:
     engine = _open(config, Plain)
     path = checkpoint.newest(Path(folder))
     assert path is not None
-    tensors, state = checkpoint.load(path, lambda stored: engine.room(stored, path))
+    tensors, state = checkpoint.load(path, lambda stored: engine.allocate(stored, path))
     engine.load(tensors, state["options"], path)
     return engine
 
@@ -141,11 +141,11 @@ def on_two_ranks(rank: int, folder: str, digits: str) -> dict[str, Any]:
         if name == "ddp":  # and on, as if nothing had happened
             _steps(engine, STEPS, 3 * STEPS)
             found["uninterrupted"] = _whole(engine)
-    found["status"] = train(_run_config(folder, digits, "ddp"), _world(), interrupt=Soon())
+    found["status"] = train(_run_config(folder, digits, "ddp"), _world(), signals=Soon())
     return found
 
 
-def _types_that_compute(engine: Engine) -> list[str]:
+def _types_that_compute(engine: Strategy) -> list[str]:
     """Of the first two modules' weights in a forward pass, and then of the first's gradient."""
     found: list[str] = []
     convolution, norm = list(engine.model.children())[:2]
@@ -155,14 +155,14 @@ def _types_that_compute(engine: Engine) -> list[str]:
     return [*found, str(convolution.weight.grad.dtype)]
 
 
-class Soon(Interrupt):
+class Soon(SignalHandler):
     """Ctrl-C in the fourth step: the training looks before the epoch, and after each step."""
 
     def __init__(self) -> None:
         self.looks = 0
 
     @property
-    def requested(self) -> bool:
+    def stop_requested(self) -> bool:
         self.looks += 1
         return self.looks > 4
 

@@ -69,4 +69,4 @@ def test_a_dead_daemon_is_reported_and_up_mends_it(tmp_path: Path) -> None:
 def test_the_scripts_are_accepted(cluster: Site, script: str) -> None:
     """An option that this Slurm does not know."""
     path = Path(__file__).parents[2] / "slurm" / script
-    assert "to start at" in cluster.call("sbatch", "--test-only", str(path), "configs/digits_cnn.yaml").stderr
+    assert "to start at" in cluster.call("sbatch", "--test-only", str(path), "configs/digits/sfw.yaml").stderr

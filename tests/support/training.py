@@ -11,7 +11,7 @@ from sfw_dist.config import (
     Config,
     ConstraintConfig,
     DataConfig,
-    GradualConfig,
+    GMPConfig,
     KScheduleConfig,
     ModelConfig,
     OptimizerConfig,
@@ -36,15 +36,15 @@ def small_config(runs: Path, data_root: Path, name: str = "small", *, epochs: in
     )
 
 
-def rivals() -> dict[str, dict[str, Any]]:
-    """What a small configuration takes to train in another way than by SFW alone, by name."""
+def baselines() -> dict[str, dict[str, Any]]:
+    """Fields of a small configuration for each baseline and sparse-training method, by name."""
     sgd = OptimizerConfig(name="sgd", lr=0.1, weight_decay=0.01)
     ball = ConstraintConfig(set="lp", p=2.0, tau=15.0)
     return {
         "adagrad_sfw": {"optimizer": OptimizerConfig(name="adagrad_sfw", lr=0.01)},
         "projected_sgd": {"optimizer": OptimizerConfig(name="projected_sgd", lr=0.1, constraint=ball)},
         "k_schedule": {"optimizer": OptimizerConfig(lr=0.3, k_schedule=KScheduleConfig(kind="geometric", end=1.0))},
-        "gradual": {"optimizer": sgd, "method": "gradual", "gradual": GradualConfig(end=0.6, every=3)},
+        "gmp": {"optimizer": sgd, "method": "gmp", "gmp": GMPConfig(end=0.6, every=3)},
         "cram": {"optimizer": sgd, "method": "cram"},
         "sampled": {"optimizer": OptimizerConfig(lr=0.3), "method": "sampled"},
         "cram_sfw": {"optimizer": OptimizerConfig(lr=0.3), "method": "cram"},

@@ -88,13 +88,13 @@ def test_a_checkpoint_is_read_into_the_tensors_that_it_is_given(tmp_path: Path) 
     """Fails when an engine's own tensors stay as they were, or a second copy of the network is made."""
     path, mine = save(tmp_path), torch.zeros(5)
 
-    def room(stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    def allocate(stored: dict[str, Tensor]) -> dict[str, Tensor]:
         expected = {name: (t.dtype, t.shape) for name, t in tensors().items()}
         assert {name: (t.dtype, t.shape) for name, t in stored.items()} == expected
         assert all(tensor.is_meta for tensor in stored.values())
         return {"model.fp32": mine}
 
-    loaded, _ = checkpoint.load(path, room)
+    loaded, _ = checkpoint.load(path, allocate)
     assert loaded == {"model.fp32": mine} and loaded["model.fp32"] is mine
     assert bits(mine) == bits(tensors()["model.fp32"])
 
@@ -102,11 +102,11 @@ def test_a_checkpoint_is_read_into_the_tensors_that_it_is_given(tmp_path: Path) 
 def test_who_gives_the_tensors_may_refuse_the_checkpoint(tmp_path: Path) -> None:
     """Fails when a checkpoint of another model is called unreadable, and the user removes it."""
 
-    def room(stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    def allocate(stored: dict[str, Tensor]) -> dict[str, Tensor]:
         raise UserError("another model's")
 
     with pytest.raises(UserError, match=r"^another model's$"):
-        checkpoint.load(save(tmp_path), room)
+        checkpoint.load(save(tmp_path), allocate)
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 5])
@@ -300,7 +300,7 @@ def test_a_pickle_that_names_code_is_refused_before_it_runs(
         metadata.planner_data = [Evil(function, *call)]
     (path / ".metadata").write_bytes(pickle.dumps(metadata))
     message = error_of_loading(path)
-    assert "which no checkpoint of ours does" in message and function.__name__ in message
+    assert "which no checkpoint of sfw_dist does" in message and function.__name__ in message
     assert not marker.exists()
 
 

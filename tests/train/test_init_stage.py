@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sfw_dist.config import Config, InitConfig, KScheduleConfig, OptimizerConfig
+from sfw_dist.config import Config, InitConfig
 from sfw_dist.errors import UserError
 from sfw_dist.train import trainer as training
 from sfw_dist.train.init_stage import HalfBatches
-from sfw_dist.train.logger import Progress
+from sfw_dist.train.inputs import check_input
+from sfw_dist.train.logger import Logger
 from tests.support.training import ONE_PROCESS, small_config
 
 
@@ -62,15 +63,15 @@ def test_interrupted_in_it_a_run_begins_again(
     """Fails when ctrl-C is ignored then, ends in a traceback, or leaves half-learned scales to the next attempt."""
     whole = replace(config, name="whole")
     assert train(whole) == 0
-    original = Progress.init_step
+    original = Logger.init_step
 
-    def init_step(self: Progress, step: int, loss: float) -> None:
+    def init_step(self: Logger, step: int, loss: float) -> None:
         if step == 5:
             signal.raise_signal(signal.SIGINT)
         original(self, step, loss)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Progress, "init_step", init_step)
+        patch.setattr(Logger, "init_step", init_step)
         assert train(config) == 130
     said = capsys.readouterr().err
     assert "interrupted before the first checkpoint" in said and "--resume auto" in said.splitlines()[-1]
@@ -118,26 +119,7 @@ def test_half_batches_are_the_same_at_any_number_of_ranks(world_size: int) -> No
             assert sorted(torch.cat(parts).tolist()) == [x + shift for x in range(4 * number, 4 * number + 4)]
 
 
-@pytest.mark.parametrize(
-    ("options", "parts"),
-    [
-        ({"init": {"steps": -1}}, ["init.steps", "-1", "390"]),
-        ({"init": {"kappa": 0.0}}, ["init.kappa", "0.0", "0.001"]),
-        ({"init": {"floor": 1.0}}, ["init.floor", "1.0", "0.01"]),
-        ({"optimizer": {"name": "sgd"}}, ["init.steps", "10", "sgd"]),
-        ({"optimizer": {"k_schedule": KScheduleConfig(kind="linear")}}, ["k_schedule", "linear", "init.steps"]),
-    ],
-    ids=str,
-)
-def test_bad_input_is_one_line(options: dict[str, dict[str, Any]], parts: list[str]) -> None:
-    """Fails when a setting that does nothing, or cannot be, is taken."""
-    with pytest.raises(UserError) as raised:
-        init = InitConfig(**{"steps": 10, **options.get("init", {})})
-        Config(name="a", init=init, optimizer=OptimizerConfig(**options.get("optimizer", {})))
-    assert "\n" not in str(raised.value) and all(part in str(raised.value) for part in parts), raised.value
-
-
 def test_a_batch_of_one_image_a_rank_cannot_be_halved(config: Config) -> None:
     config.data.batch_size = 4
     with pytest.raises(UserError, match=r"batch_size 4 .* 4 ranks.*write 8, or init\.steps 0"):
-        training.check_input(config, 0, 4, resume=False)
+        check_input(config, 0, 4, resume=False)

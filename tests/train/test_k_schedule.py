@@ -11,8 +11,8 @@ from torch import nn
 from sfw_dist.config import Config, ConstraintConfig, KScheduleConfig, OptimizerConfig
 from sfw_dist.constraints import KSparsePolytope
 from sfw_dist.errors import UserError
-from sfw_dist.train.k_schedule import KSchedule
-from sfw_dist.train.strategies import Engine, open_engine
+from sfw_dist.train.k_schedule import KSchedule, k_frac
+from sfw_dist.train.strategies import Strategy, build_strategy
 from tests.support.training import ONE_PROCESS
 
 EPOCHS = 6
@@ -34,7 +34,7 @@ class Run:
 
     def __init__(self, optimizer: OptimizerConfig) -> None:
         network = nn.Sequential(nn.Linear(20, 15), nn.BatchNorm1d(15), nn.Linear(15, 4))
-        self.engine: Engine = open_engine(network, Config(name="x", optimizer=optimizer), ONE_PROCESS)
+        self.engine: Strategy = build_strategy(network, Config(name="x", optimizer=optimizer), ONE_PROCESS)
         self.schedule = KSchedule(self.engine.optimizer, optimizer, EPOCHS)
 
     @property
@@ -69,14 +69,14 @@ class Run:
 def test_k_goes_from_start_to_k_frac_by_the_end(kind: Any, expected: list[float]) -> None:
     """Fails when the way or its length is another, or the last epochs train with a K that is not the one wanted."""
     schedule = KScheduleConfig(kind=kind, start=0.16, end=0.5)
-    assert [schedule.k_frac(0.01, epoch, EPOCHS) for epoch in range(EPOCHS)] == pytest.approx(expected)
+    assert [k_frac(schedule, 0.01, epoch, EPOCHS) for epoch in range(EPOCHS)] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("kind", ["linear", "geometric", "cosine"])
 def test_k_frac_is_reached_in_the_last_epoch_at_latest(kind: Any) -> None:
     """Fails when end: 1 leaves a K that no epoch had asked for."""
-    assert KScheduleConfig(kind=kind, start=0.001, end=1.0).k_frac(0.05, EPOCHS - 1, EPOCHS) == 0.05
-    assert KScheduleConfig(kind=kind, start=0.001, end=1.0).k_frac(0.05, EPOCHS - 2, EPOCHS) < 0.05
+    assert k_frac(KScheduleConfig(kind=kind, start=0.001, end=1.0), 0.05, EPOCHS - 1, EPOCHS) == 0.05
+    assert k_frac(KScheduleConfig(kind=kind, start=0.001, end=1.0), 0.05, EPOCHS - 2, EPOCHS) < 0.05
 
 
 @pytest.mark.parametrize("name", ["sfw", "adagrad_sfw"])

@@ -14,8 +14,8 @@ from torch.optim import SGD
 
 from sfw_dist.config import Config, OptimizerConfig, ScheduleConfig
 from sfw_dist.distributed.world import World
-from sfw_dist.train.lr_schedule import DynamicRate, Schedule
-from sfw_dist.train.strategies.ddp import DDPEngine
+from sfw_dist.train.lr_schedule import DynamicRate, LRSchedule
+from sfw_dist.train.strategies.ddp import DDPStrategy
 
 LONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 FLAT = 1.0
@@ -29,7 +29,7 @@ def optimizer(lr: float = 1.0) -> SGD:
 def rates(config: ScheduleConfig, losses: Iterable[float], epochs: int) -> list[float]:
     """The rate that each epoch trains with, the first before any loss is known."""
     sgd = optimizer()
-    schedule = Schedule(sgd, config, epochs)
+    schedule = LRSchedule(sgd, config, epochs)
     used = []
     for loss in losses:
         used.append(sgd.param_groups[0]["lr"])
@@ -128,8 +128,8 @@ class Run:
 
     def __init__(self, config: ScheduleConfig) -> None:
         sfw = OptimizerConfig(lr=1.0, unconstrained="norm_and_bias", unconstrained_lr=0.05)
-        self.engine = DDPEngine(nn.Linear(4, 3), Config(name="x", optimizer=sfw), LONE)
-        self.schedule = Schedule(self.engine.optimizer, config, EPOCHS)
+        self.engine = DDPStrategy(nn.Linear(4, 3), Config(name="x", optimizer=sfw), LONE)
+        self.schedule = LRSchedule(self.engine.optimizer, config, EPOCHS)
 
     def rates(self, first_epoch: int = 0) -> list[list[float]]:
         """The rates of all groups in each epoch from ``first_epoch`` to the last."""

@@ -129,7 +129,7 @@ def test_a_new_or_empty_folder_is_free(run: RunFolder, resume: bool) -> None:
 def test_the_same_configuration_may_only_be_resumed(made: RunFolder) -> None:
     """Fails when a second start overwrites a run, or a resume is refused."""
     made.check_free_for(Config(name="a"), resume=True)
-    with pytest.raises(UserError, match="exists: go on with --resume auto, or choose another --name"):
+    with pytest.raises(UserError, match="exists: resume it with --resume auto, or choose another --name"):
         made.check_free_for(Config(name="a"), resume=False)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from sfw_dist.train.signals import Interrupt
+from sfw_dist.train.signals import SignalHandler
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2]
 
@@ -32,10 +32,10 @@ def raising_handlers() -> Iterator[None]:
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_is_only_noted(number: signal.Signals) -> None:
     """Fails when a signal interrupts a step in the middle, or is lost."""
-    with Interrupt() as interrupt:
-        assert not interrupt.requested
+    with SignalHandler() as signals:
+        assert not signals.stop_requested
         signal.raise_signal(number)
-        assert interrupt.requested and interrupt.preempted == (number == signal.SIGUSR2)
+        assert signals.stop_requested and signals.preempted == (number == signal.SIGUSR2)
         signal.raise_signal(number)  # an impatient second one does not raise either
 
 
@@ -44,18 +44,18 @@ def test_a_signal_is_only_noted(number: signal.Signals) -> None:
 def test_the_former_handlers_are_restored(number: signal.Signals, fails: bool) -> None:
     """Fails when a script cannot be stopped any more after training, or after training has raised."""
     if fails:
-        with pytest.raises(RuntimeError), Interrupt():
+        with pytest.raises(RuntimeError), SignalHandler():
             raise RuntimeError
     else:
-        with Interrupt():
+        with SignalHandler():
             pass
     with pytest.raises(HandlerError):
         signal.raise_signal(number)
 
 
-def test_each_interrupt_begins_without_a_request() -> None:
+def test_each_handler_begins_without_a_request() -> None:
     """Fails when the flag is shared: a second training in one process would stop at its first step."""
-    with Interrupt():
+    with SignalHandler():
         signal.raise_signal(signal.SIGINT)
-    with Interrupt() as second:
-        assert not second.requested
+    with SignalHandler() as second:
+        assert not second.stop_requested

@@ -14,8 +14,8 @@ from torch import nn
 from sfw_dist.config import Config, DataConfig, FSDPConfig, TrainConfig
 from sfw_dist.errors import UserError
 from sfw_dist.models import build_model
-from sfw_dist.train.strategies import check_world, open_engine
-from sfw_dist.train.strategies.fsdp import parts
+from sfw_dist.train.strategies import build_strategy, check_world
+from sfw_dist.train.strategies.fsdp import modules_to_shard
 from tests.support.training import ONE_PROCESS
 
 
@@ -38,7 +38,7 @@ def entries(module: nn.Module) -> int:
 
 def at_once(model: nn.Module) -> float:
     """The greatest fraction of the network that is whole on a rank while one part computes, with those around it."""
-    alone, total = set(parts(model)), entries(model)
+    alone, total = set(modules_to_shard(model)), entries(model)
 
     def own(module: nn.Module) -> int:
         below = sum(own(child) for child in module.children() if child not in alone)
@@ -60,19 +60,19 @@ def test_only_a_part_of_a_network_is_whole_at_a_time(name: str, most: float) -> 
     with torch.device("meta"):
         model = build_model(name, num_classes=10)
     assert at_once(model) <= most
-    assert len(parts(model)) < 30  # and not each tensor alone
+    assert len(modules_to_shard(model)) < 30  # and not each tensor alone
 
 
 def test_what_is_gathered_is_called() -> None:
     """Fails when attention's projection, whose weights torch takes without calling it, stays in shards."""
     with torch.device("meta"):
         model = nn.ModuleDict({"only": nn.ModuleList([nn.TransformerEncoderLayer(8, 2), nn.Linear(8, 80)])})
-    assert [type(part).__name__ for part in parts(model)] == ["TransformerEncoderLayer", "Linear"]
+    assert [type(part).__name__ for part in modules_to_shard(model)] == ["TransformerEncoderLayer", "Linear"]
 
 
 def test_inner_parts_come_before_those_around_them() -> None:
     """Fails when torch would give a layer's tensors to what surrounds it."""
-    order = parts(build_model("resnet18", num_classes=10, width=0.25))
+    order = modules_to_shard(build_model("resnet18", num_classes=10, width=0.25))
     for number, part in enumerate(order):
         assert not set(part.modules()) & set(order[number + 1 :])
 
@@ -83,7 +83,9 @@ def test_inner_parts_come_before_those_around_them() -> None:
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_one_process_trains_by_any_engine(engine: str) -> None:
     """Fails when an engine wants a process group that one process has not."""
-    opened = open_engine(build_model("cnn", num_classes=10, in_channels=1, width=0.0625), config(engine), ONE_PROCESS)
+    opened = build_strategy(
+        build_model("cnn", num_classes=10, in_channels=1, width=0.0625), config(engine), ONE_PROCESS
+    )
     opened.warm_up((1, 8, 8))
     loss = opened.train_step(torch.randn(4, 1, 8, 8), torch.arange(4))
     assert loss.isfinite() and not loss.requires_grad
@@ -93,9 +95,8 @@ def test_one_process_trains_by_any_engine(engine: str) -> None:
 
 def test_other_engines_are_not_imported() -> None:
     """Fails when every training waits for DeepSpeed's import, or ends where that is broken."""
-    code = (
-        "import sys, sfw_dist.train; print([m for m in sys.modules if m == 'deepspeed' or m.endswith('engine.fsdp')])"
-    )
+    others = "m == 'deepspeed' or m.endswith('strategies.fsdp')"
+    code = f"import sys, sfw_dist.train.trainer; print([m for m in sys.modules if {others}])"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "[]"
 
@@ -130,10 +131,10 @@ def test_replicas_that_do_not_divide_the_ranks() -> None:
 def test_a_checkpoint_of_another_model_or_optimizer_is_named(engine: str) -> None:
     """Fails when shapes that do not fit end in a traceback, or the user is not told which checkpoint it was."""
     cnn = lambda: build_model("cnn", num_classes=10, in_channels=1, width=0.0625)  # noqa: E731
-    mine = open_engine(cnn(), config(engine), ONE_PROCESS)
+    mine = build_strategy(cnn(), config(engine), ONE_PROCESS)
     tensors, options = mine.tensors(), mine.options()
     stored = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
-    assert mine.room(stored, "here").keys() == stored.keys()
+    assert mine.allocate(stored, "here").keys() == stored.keys()
 
     for name, damaged in (
         ("0.weight", stored | {"model.0.weight": torch.empty(3, device="meta")}),
@@ -141,10 +142,10 @@ def test_a_checkpoint_of_another_model_or_optimizer_is_named(engine: str) -> Non
         ("extra", stored | {"model.extra": torch.empty(3, device="meta")}),
         ("momentum_buffer.0.weight", stored | {"optimizer.momentum_buffer.0.weight": torch.empty(3, device="meta")}),
     ):
-        said = refusal(lambda damaged=damaged: mine.room(damaged, "here"))
+        said = refusal(lambda damaged=damaged: mine.allocate(damaged, "here"))
         assert "here is of another model" in said and name in said
 
     sgd = config(engine)
     sgd = replace(sgd, optimizer=replace(sgd.optimizer, name="sgd"))
-    other = open_engine(cnn(), sgd, ONE_PROCESS)
+    other = build_strategy(cnn(), sgd, ONE_PROCESS)
     assert "here is of another optimizer" in refusal(lambda: other.load(tensors, options, "here"))

@@ -22,7 +22,7 @@ from sfw_dist.errors import UserError
 from sfw_dist.train import checkpoint
 from sfw_dist.train import trainer as training
 from sfw_dist.train.__main__ import main
-from sfw_dist.train.strategies import Engine
+from sfw_dist.train.strategies import Strategy
 from tests.support.training import ONE_PROCESS, small_config
 
 
@@ -42,16 +42,16 @@ def _events(config: Config) -> list[dict[str, Any]]:
 def _interrupt_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     """Ctrl-C in the given step, counted from now."""
     taken = 0
-    original: Callable[..., torch.Tensor] = Engine.train_step
+    original: Callable[..., torch.Tensor] = Strategy.train_step
 
-    def train_step(self: Engine, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def train_step(self: Strategy, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         nonlocal taken
         taken += 1
         if taken == steps:
             signal.raise_signal(signal.SIGINT)
         return original(self, images, labels)
 
-    monkeypatch.setattr(Engine, "train_step", train_step)
+    monkeypatch.setattr(Strategy, "train_step", train_step)
 
 
 def _same_weights(first: Path, second: Path) -> bool:
@@ -235,14 +235,6 @@ class TestBadInput:
             file.write(bytes(4096))
         error = self._fails(config, capsys, "--data.root", str(root), "--data.backend", "ffcv")
         assert str(beton) in error and "prepare" in error
-
-    def test_world_larger_than_the_data(self, config: Config) -> None:
-        config.data.batch_size = 4000
-        with pytest.raises(UserError, match=r"4000.*ranks"):
-            training.check_input(config, 0, 4000, resume=False)
-        config.data.batch_size = 1000
-        with pytest.raises(UserError, match=r"world size 1000 is larger than the 451 samples.*fewer ranks"):
-            training.check_input(config, 0, 1000, resume=False)
 
     def test_folder_with_another_configuration(self, config: Config, capsys: pytest.CaptureFixture[str]) -> None:
         assert _train(config) == 0

@@ -1,6 +1,7 @@
-"""How a model is trained on several ranks: what each keeps, and when they talk.
+"""How a model is trained on several ranks: what each rank keeps, and when they communicate.
 
-The engines (``engine: ddp | fsdp | deepspeed``) have one interface, :class:`Engine`, and write one kind of checkpoint.
+The strategies (``engine: ddp | fsdp | deepspeed`` in a configuration) have one interface, :class:`Strategy`, and write
+one kind of checkpoint.
 """
 
 from __future__ import annotations
@@ -10,41 +11,50 @@ from torch import nn
 from sfw_dist.config import Config
 from sfw_dist.distributed.world import World
 from sfw_dist.errors import UserError
-from sfw_dist.train.strategies.base import Engine, autocast
+from sfw_dist.train.strategies.base import Strategy, autocast
 
-__all__ = ["Engine", "autocast", "check_world", "open_engine"]
+__all__ = ["Strategy", "autocast", "build_strategy", "check_world"]
 
 
-def open_engine(model: nn.Module, config: Config, world: World) -> Engine:
-    """The engine that the configuration asks for, of a model that is the same on every rank; collective.
+def build_strategy(model: nn.Module, config: Config, world: World) -> Strategy:
+    """Build the strategy that ``config.engine`` names; collective.
 
-    Only that engine's packages are imported: DeepSpeed takes seconds.
+    Only that strategy's packages are imported: DeepSpeed takes seconds.
+
+    Args:
+        model: the same on every rank.
+        config: the run.
+        world: this rank and the others.
 
     Raises:
         MissingExtraError: DeepSpeed cannot be imported.
     """
     match config.engine:
         case "ddp":
-            from sfw_dist.train.strategies.ddp import DDPEngine
+            from sfw_dist.train.strategies.ddp import DDPStrategy
 
-            return DDPEngine(model, config, world)
+            return DDPStrategy(model, config, world)
         case "fsdp":
-            from sfw_dist.train.strategies.fsdp import FSDPEngine
+            from sfw_dist.train.strategies.fsdp import FSDPStrategy
 
-            return FSDPEngine(model, config, world)
+            return FSDPStrategy(model, config, world)
         case "deepspeed":
-            from sfw_dist.train.strategies.deepspeed import DeepSpeedEngine
+            from sfw_dist.train.strategies.deepspeed import DeepSpeedStrategy
 
-            return DeepSpeedEngine(model, config, world)
+            return DeepSpeedStrategy(model, config, world)
 
 
 def check_world(config: Config, world_size: int) -> None:
-    """Raise :class:`UserError` where the engine's settings do not fit the number of ranks."""
-    parts, batch = config.train.accumulate, config.data.batch_size
-    if batch % (world_size * parts):
-        step = world_size * parts
+    """Check that the batch and the strategy's settings fit the number of ranks.
+
+    Raises:
+        UserError: a micro-batch or a replica would not be a whole number of images or ranks.
+    """
+    accumulate, batch = config.train.accumulate, config.data.batch_size
+    if batch % (world_size * accumulate):
+        step = world_size * accumulate
         raise UserError(
-            f"data.batch_size {batch} cannot be split over world size {world_size} and train.accumulate {parts}: "
+            f"data.batch_size {batch} cannot be split over world size {world_size} and train.accumulate {accumulate}: "
             f"write {max(batch // step, 1) * step}, or a train.accumulate that divides {batch // world_size}"
         )
     replicas = config.fsdp.replicas
@@ -56,4 +66,5 @@ def check_world(config: Config, world_size: int) -> None:
 
 
 def largest_divisor(of: int, at_most: int) -> int:
+    """Return the largest divisor of ``of`` that is at most ``at_most``."""
     return next(number for number in range(min(of, at_most), 0, -1) if of % number == 0)

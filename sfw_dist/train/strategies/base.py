@@ -1,4 +1,4 @@
-"""What all engines share: the optimizer, the precision, micro-batches, and what a checkpoint holds of them."""
+"""What all strategies share: the optimizer, the precision, micro-batches, and what a checkpoint holds of them."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from torch.optim import Optimizer
 from sfw_dist.config import Config
 from sfw_dist.distributed.world import World, broadcast_buffers
 from sfw_dist.errors import UserError
-from sfw_dist.train.checkpoint import on_cpu
+from sfw_dist.train.checkpoint import allocate_on_cpu
 
 _SHAPED = ("momentum_buffer", "sum_of_squares")
-"""State of an optimizer that has the shape of its parameter."""
+"""Entries of an optimizer's state that have the shape of their parameter."""
 
 
 def autocast(config: Config, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """The precision of the forward pass that the configuration asks for."""
+    """Return the context of the forward pass for the precision in the configuration."""
     if config.train.precision == "bf16":
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return contextlib.nullcontext()
 
 
-class Engine(ABC):
+class Strategy(ABC):
     """A model with its optimizer on this rank; the losses and gradients are means over the global batch.
 
-    Every rank calls the same methods in the same order. An engine puts into ``model`` what it trains, into
-    ``_replica`` what is called in a forward pass of training, and into ``optimizer`` a torch optimizer.
+    Every rank calls the same methods in the same order. A subclass sets ``model`` to the network that it trains,
+    ``_replica`` to what is called in a forward pass of training, and ``optimizer`` to a torch optimizer.
     """
 
     model: nn.Module
@@ -43,51 +43,59 @@ class Engine(ABC):
 
     def __init__(self, model: nn.Module, config: Config, world: World) -> None:
         self._config, self._world = config, world
-        # Before the engine takes the model apart: what checkpoints are compared with.
+        # Taken before the model is sharded; checkpoints are compared with it.
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
 
     def warm_up(self, image_shape: tuple[int, int, int]) -> None:  # noqa: B027
-        """What must have happened once in a process before its first step; leaves nothing behind; collective."""
+        """Do what a process must do once before its first step; changes no weights or buffers; collective."""
 
     def train_step(self, images: Tensor, labels: Tensor) -> Tensor:
-        """One optimizer step on this rank's part of a batch; the mean cross-entropy of that part, detached."""
+        """Take one optimizer step; collective.
+
+        Args:
+            images: this rank's part of a batch, ``(batch, channels, height, width)``.
+            labels: class indices ``(batch,)`` or class probabilities ``(batch, classes)``.
+
+        Returns:
+            The mean cross-entropy of this rank's part, detached.
+        """
         loss = self.gradients(images, labels)
         self.optimizer.step()
         return loss
 
     def gradients(self, images: Tensor, labels: Tensor) -> Tensor:
-        """A step's gradients, in new tensors, without the step; the loss as for :meth:`train_step`."""
+        """Compute a step's gradients, in new tensors, without the step; arguments and loss as :meth:`train_step`."""
         self.model.train()
         self.optimizer.zero_grad()
         total = torch.zeros((), device=self._world.device)
-        for number, (part, targets) in enumerate(self.micro_batches(images, labels), start=1):
-            with self._reducing(number == self._config.train.accumulate):
+        for number, (inputs, targets) in enumerate(self.micro_batches(images, labels), start=1):
+            with self._gradient_sync(number == self._config.train.accumulate):
                 with autocast(self._config, self._world.device):
-                    loss = F.cross_entropy(self._replica(self._in_layout(part)), targets)
+                    loss = F.cross_entropy(self._replica(self._in_layout(inputs)), targets)
                 loss = loss / self._config.train.accumulate
                 loss.backward()
             total += loss.detach()
         return total
 
     def micro_batches(self, images: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """``train.accumulate`` equal parts, so that a mean over them is one over the batch."""
-        parts = self._config.train.accumulate
-        assert len(images) % parts == 0, "check_world has refused it"
-        return zip(images.chunk(parts), labels.chunk(parts), strict=True)
+        """Split a batch into ``train.accumulate`` equal micro-batches: the mean over them is that of the batch."""
+        count = self._config.train.accumulate
+        assert len(images) % count == 0, "check_world has refused it"
+        return zip(images.chunk(count), labels.chunk(count), strict=True)
 
-    def _reducing(self, reducing: bool) -> contextlib.AbstractContextManager[Any]:
-        """Around a forward and backward pass: whether it reduces the gradients, or leaves that to a later one."""
+    def _gradient_sync(self, enabled: bool) -> contextlib.AbstractContextManager[Any]:
+        """Return the context of a forward and backward pass that reduces gradients, or leaves that to a later one."""
         return contextlib.nullcontext()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits with the running statistics of BatchNorm, without gradients."""
+        """Compute logits with BatchNorm's running statistics, without gradients."""
         with torch.no_grad(), autocast(self._config, self._world.device):
             logits: Tensor = self.model(self._in_layout(images))
         return logits
 
     def _in_layout(self, images: Tensor) -> Tensor:
-        """Images in the network's memory format: convolutions follow their input, and gradients then follow them.
+        """Convert images to the network's memory format: outputs of convolutions and gradients take over the input's.
 
         Loaders yield channels_last; with one channel ``contiguous()`` would keep those strides, so the view is remade.
         """
@@ -96,23 +104,23 @@ class Engine(ABC):
         return images.contiguous().flatten(1).view(images.shape)
 
     def before_evaluation(self) -> None:
-        """Evaluation mode, with the same running statistics on every rank; collective."""
+        """Switch to evaluation mode, with the same running statistics on every rank; collective."""
         self.model.eval()
         broadcast_buffers(self.model, self._world)
 
     @abstractmethod
     def verify_replicas(self) -> None:
-        """Raise ``RuntimeError`` where what two ranks hold alike differs; collective."""
+        """Raise ``RuntimeError`` if tensors that two ranks should hold alike differ; collective."""
 
     def weights(self) -> dict[str, Tensor]:
-        """The whole network, parameters and buffers by name; complete on rank 0; collective."""
+        """Return the whole network, parameters and buffers by name; complete on rank 0; collective."""
         return self.model.state_dict()
 
-    # Checkpoints: `model.NAME` and `optimizer.KEY.NAME`, whatever the engine, so that any of them takes any other's.
+    # Checkpoints hold `model.NAME` and `optimizer.KEY.NAME` whatever the strategy, so that each loads any other's.
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds, whole tensors or DTensors; collective."""
-        # Between two broadcasts every rank has running statistics of its own, and any rank may write a tensor.
+        """Return the tensors of a checkpoint, whole ones or DTensors; collective."""
+        # Each rank has running statistics of its own until they are broadcast, and any rank may write a tensor.
         broadcast_buffers(self.model, self._world)
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         state = self.optimizer.state_dict()
@@ -124,22 +132,22 @@ class Engine(ABC):
         return tensors
 
     def options(self) -> list[dict[str, Any]]:
-        """The optimizer's groups as plain values, learning rates included."""
+        """Return the optimizer's param groups as plain values, learning rates included."""
         unpacked = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         return [g | {"constraint": g["constraint"].spec()} if "constraint" in g else g for g in unpacked]
 
-    def room(self, stored: Mapping[str, Tensor], source: object) -> dict[str, Tensor]:
-        """Tensors for the contents of a checkpoint, which :meth:`load` then takes.
+    def allocate(self, stored: Mapping[str, Tensor], source: object) -> dict[str, Tensor]:
+        """Allocate tensors for the contents of a checkpoint, which :meth:`load` then takes.
 
         Args:
             stored: shapes and types by name, as tensors on the meta device.
             source: the checkpoint, for messages.
 
         Raises:
-            UserError: the tensors are another model's.
+            UserError: the checkpoint is of another model.
         """
         self._check_names(stored, source)
-        return on_cpu(dict(stored))
+        return allocate_on_cpu(dict(stored))
 
     def _check_names(self, stored: Mapping[str, Tensor], source: object) -> None:
         wanted = {f"model.{name}": shape for name, shape in self._shapes.items()}
@@ -156,15 +164,15 @@ class Engine(ABC):
                 )
 
     def load(self, tensors: Mapping[str, Tensor], options: list[dict[str, Any]], source: object) -> None:
-        """Take what :meth:`tensors` and :meth:`options` gave, on any engine at any number of ranks; collective.
+        """Restore what :meth:`tensors` and :meth:`options` returned, on any strategy and number of ranks; collective.
 
         Args:
-            tensors: those of :meth:`room`, filled.
+            tensors: those of :meth:`allocate`, filled.
             options: the optimizer's groups.
             source: the checkpoint, for messages.
 
         Raises:
-            UserError: the state is another optimizer's.
+            UserError: the checkpoint is of another optimizer.
         """
         self._load_model({n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")})
         try:
@@ -185,7 +193,7 @@ def _parameter_names(state: Mapping[str, Any]) -> dict[int, str]:
 
 
 def optimizer_state(tensors: Mapping[str, Tensor], options: list[dict[str, Any]]) -> dict[str, Any]:
-    """A torch optimizer's state dict, which counts parameters, from tensors that are named."""
+    """Make a torch optimizer's state dict, which numbers the parameters, from tensors by name."""
     names = [name for group in options for name in group["param_names"]]
     indices = iter(range(len(names)))
     groups = [{**group, "params": [next(indices) for _ in group["param_names"]]} for group in options]

@@ -14,13 +14,13 @@ from sfw_dist.distributed.replicas import verify_replicas
 from sfw_dist.distributed.world import World
 from sfw_dist.optim.comm_hooks import reduce_to_owner, reduce_to_owner_bf16
 from sfw_dist.train.build_optimizer import build_optimizer
-from sfw_dist.train.strategies.base import Engine, autocast
+from sfw_dist.train.strategies.base import Strategy, autocast
 
 _HOOKS = {"all_reduce": None, "reduce_to_owner": reduce_to_owner, "reduce_to_owner_bf16": reduce_to_owner_bf16}
 """Communication hooks by ``optimizer.grads``."""
 
 
-class DDPEngine(Engine):
+class DDPStrategy(Strategy):
     """The whole network on every rank."""
 
     def __init__(self, model: nn.Module, config: Config, world: World) -> None:
@@ -39,11 +39,11 @@ class DDPEngine(Engine):
             self._replica.register_comm_hook(self.optimizer, hook)
 
     def warm_up(self, image_shape: tuple[int, int, int]) -> None:
-        """A forward and a backward pass that leave nothing behind; collective, before the first step of a process.
+        """Run a forward and a backward pass, and restore gradients and buffers; collective, before the first step.
 
-        After its first backward pass DDP lays its buckets out anew, and from three ranks on the sum of a gradient
-        depends, in its last bits, on the place in the bucket. A resumed run would take its first step with another
-        layout than the uninterrupted run had there.
+        After its first backward pass DDP rearranges its buckets, and from three ranks on the last bits of a summed
+        gradient depend on its place in the bucket. Without the warm-up, a resumed run would take its first step with
+        another arrangement than the uninterrupted run had there.
         """
         if self._world.size == 1:
             return
@@ -56,11 +56,11 @@ class DDPEngine(Engine):
         for buffer, before in zip(self.model.buffers(), buffers, strict=True):
             buffer.copy_(before)
 
-    def _reducing(self, reducing: bool) -> contextlib.AbstractContextManager[Any]:
-        if reducing or not isinstance(self._replica, DistributedDataParallel):
+    def _gradient_sync(self, enabled: bool) -> contextlib.AbstractContextManager[Any]:
+        if enabled or not isinstance(self._replica, DistributedDataParallel):
             return contextlib.nullcontext()
         return self._replica.no_sync()
 
     def verify_replicas(self) -> None:
-        """Raise ``RuntimeError`` where this rank's parameters are not rank 0's; collective."""
+        """Raise ``RuntimeError`` if this rank's parameters are not rank 0's; collective."""
         verify_replicas(dict(self.model.named_parameters()))

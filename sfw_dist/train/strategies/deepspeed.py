@@ -18,14 +18,14 @@ from sfw_dist.optim.deepspeed import initialize
 from sfw_dist.optim.sfw import SFW
 from sfw_dist.optim.sharding.zero import gather_model, gather_tensors, load_tensors
 from sfw_dist.train.build_optimizer import build_optimizer
-from sfw_dist.train.strategies.base import Engine, autocast
+from sfw_dist.train.strategies.base import Strategy, autocast
 
 
-class DeepSpeedEngine(Engine):
-    """The network on every rank; the optimizer's state divided between them (stage 1), and the gradients too (2).
+class DeepSpeedStrategy(Strategy):
+    """The network on every rank; the optimizer's state sharded (stage 1), and the gradients too (stage 2).
 
-    ``precision: bf16`` is DeepSpeed's ``torch_autocast``: float32 weights and sums of gradients, bf16 passes, as on the
-    other engines, and BatchNorm takes it.
+    ``precision: bf16`` is DeepSpeed's ``torch_autocast``: float32 weights and sums of gradients, bf16 passes, as in the
+    other strategies, and BatchNorm works with it.
     """
 
     def __init__(self, model: nn.Module, config: Config, world: World) -> None:
@@ -34,7 +34,7 @@ class DeepSpeedEngine(Engine):
             raise UserError("deepspeed.stage 3: write 2, or engine: fsdp, which divides the parameters too")
         self.model = model.to(world.device)
         self.optimizer = build_optimizer(self.model, config.optimizer)
-        # Checkpoints keep the groups as other engines have them, one a tensor.
+        # Checkpoints hold the param groups as in other strategies, one a tensor.
         self._groups = [
             {"param_names": list(g["param_names"])}
             | ({"constraint": g["constraint"].spec()} if "constraint" in g else {})
@@ -46,18 +46,18 @@ class DeepSpeedEngine(Engine):
             "zero_optimization": {"stage": config.deepspeed.stage},
         }
         if config.train.precision == "bf16":
-            # With no modules named, gradients are added in float32.
+            # With no modules listed, gradients are summed in float32.
             settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
         assert isinstance(self.optimizer, SFW | SGD)
         self._engine = initialize(self.model, self.optimizer, settings)
 
     def train_step(self, images: Tensor, labels: Tensor) -> Tensor:
-        """One optimizer step on this rank's part of a batch; the mean cross-entropy of that part, detached."""
+        """Take one optimizer step, as :meth:`Strategy.train_step`."""
         self.model.train()
         total = torch.zeros((), device=self._world.device)
-        for part, targets in self.micro_batches(images, labels):
+        for inputs, targets in self.micro_batches(images, labels):
             with autocast(self._config, self._world.device):
-                loss = F.cross_entropy(self._engine(self._in_layout(part)), targets)
+                loss = F.cross_entropy(self._engine(self._in_layout(inputs)), targets)
             total += self._engine.backward(loss).detach()  # divided by the number of micro-batches
             self._engine.step()  # acts after the last of them
         if not self._engine.was_step_applied():  # on no rank
@@ -65,20 +65,20 @@ class DeepSpeedEngine(Engine):
         return total
 
     def verify_replicas(self) -> None:
-        """Raise ``RuntimeError`` where this rank's parameters are not rank 0's; collective."""
+        """Raise ``RuntimeError`` if this rank's parameters are not rank 0's; collective."""
         verify_replicas(dict(self.model.named_parameters()))
 
     def weights(self) -> dict[str, Tensor]:
-        """The whole network, parameters and buffers by name; collective."""
+        """Return the whole network, parameters and buffers by name; collective."""
         return gather_model(self._engine)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds: ``model.NAME`` and ``optimizer.KEY.NAME``, whole; collective."""
+        """Return the tensors of a checkpoint, ``model.NAME`` and ``optimizer.KEY.NAME``, whole; collective."""
         broadcast_buffers(self.model, self._world)
         return gather_tensors(self._engine)
 
     def options(self) -> list[dict[str, Any]]:
-        """The optimizer's groups as plain values, one a tensor as on other engines, learning rates included."""
+        """Return the param groups as plain values, one a tensor as in other strategies, learning rates included."""
         joined = {name: group for group in self.optimizer.param_groups for name in group["param_names"]}
         return [
             {key: value for key, value in joined[own["param_names"][0]].items() if key != "params"} | own
@@ -86,10 +86,10 @@ class DeepSpeedEngine(Engine):
         ]
 
     def load(self, tensors: Mapping[str, Tensor], options: list[dict[str, Any]], source: object) -> None:
-        """Take what any engine's :meth:`tensors` and :meth:`options` gave, at any number of ranks; collective.
+        """Restore what any strategy's :meth:`tensors` and :meth:`options` returned, at any number of ranks; collective.
 
         Raises:
-            UserError: the state is another optimizer's.
+            UserError: the checkpoint is of another optimizer.
         """
         saved = {name: group for group in options for name in group["param_names"]}
         for own in self._groups:

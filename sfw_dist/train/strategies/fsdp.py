@@ -1,7 +1,7 @@
-"""Fully sharded data parallelism: each rank keeps a part of every tensor's rows, and gathers what a layer needs.
+"""Fully sharded data parallelism: each rank keeps some rows of every tensor, and gathers what a layer needs.
 
 torch's ``fully_shard`` makes DTensors of the parameters, which SFW and SGD take as they are. With ``fsdp.replicas`` the
-ranks form a grid: each row of it divides one copy of the network, and gradients are averaged over the columns too.
+ranks form a grid: each row of it shards one copy of the network, and gradients are averaged over the columns too.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from sfw_dist.config import Config
 from sfw_dist.distributed.replicas import verify_replicas
 from sfw_dist.distributed.world import World, any_rank
 from sfw_dist.train.build_optimizer import build_optimizer
-from sfw_dist.train.strategies.base import Engine
+from sfw_dist.train.strategies.base import Strategy
 
-# A part of the network is gathered as a whole while it computes. Larger ones are taken apart where they can be, and
-# smaller ones, whose messages would be all latency, are gathered with what is around them.
+# A module is gathered as a whole while it computes, as a fraction of the network. Larger ones are split where they can
+# be; smaller ones, whose messages would be latency only, are gathered with the module around them.
 _LARGEST, _SMALLEST = 1 / 8, 1 / 256
 _LISTS = (nn.ModuleList, nn.ModuleDict)
 _LOWERED = (nn.Linear, nn.modules.conv._ConvNd)
 
 
-class FSDPEngine(Engine):
-    """Parameters, gradients and momentum divided between the ranks. One process alone divides nothing."""
+class FSDPStrategy(Strategy):
+    """Parameters, gradients and momentum sharded over the ranks; a single process keeps them whole."""
 
     def __init__(self, model: nn.Module, config: Config, world: World) -> None:
         super().__init__(model, config, world)
@@ -40,19 +40,19 @@ class FSDPEngine(Engine):
         if world.size > 1:
             self._mesh = _mesh(config.fsdp.replicas, world)
             policy = _precision(model) if config.train.precision == "bf16" else MixedPrecisionPolicy()
-            for part in [*parts(model), model]:
-                fully_shard(part, mesh=self._mesh, mp_policy=policy)
+            for module in [*modules_to_shard(model), model]:
+                fully_shard(module, mesh=self._mesh, mp_policy=policy)
         self.optimizer = build_optimizer(self.model, config.optimizer)
 
-    def _reducing(self, reducing: bool) -> contextlib.AbstractContextManager[Any]:
+    def _gradient_sync(self, enabled: bool) -> contextlib.AbstractContextManager[Any]:
         if isinstance(self.model, FSDPModule):
-            self.model.set_requires_gradient_sync(reducing)
+            self.model.set_requires_gradient_sync(enabled)
         return contextlib.nullcontext()
 
     def verify_replicas(self) -> None:
-        """Raise ``RuntimeError``, on every rank, where the shards of two replicas differ; collective.
+        """Raise ``RuntimeError``, on every rank, if the shards of two replicas differ; collective.
 
-        Without replicas no two ranks hold the same.
+        Without replicas no two ranks hold the same tensors.
         """
         if self._mesh is None or self._config.fsdp.replicas == 1:
             return
@@ -62,12 +62,12 @@ class FSDPEngine(Engine):
             verify_replicas(shards, self._mesh.get_group("replicas"))
         except RuntimeError as error:
             found = error
-        # The ranks with other shards have not seen it, and would wait for this one in the next step.
+        # Ranks that hold other shards have not seen it, and would wait for this one in the next step.
         if any_rank(found is not None, self._world):
-            raise found or RuntimeError("replicas differ on other ranks: go on from the last checkpoint")
+            raise found or RuntimeError("replicas differ on other ranks: resume from the last checkpoint")
 
     def weights(self) -> dict[str, Tensor]:
-        """The whole network, on rank 0's host only; one tensor at a time is whole on the other ranks."""
+        """Return the whole network on rank 0's host, nothing on other ranks; one tensor at a time is gathered."""
         whole: dict[str, Tensor] = {}
         for name, tensor in self.model.state_dict().items():
             full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -75,28 +75,31 @@ class FSDPEngine(Engine):
                 whole[name] = full.cpu()
         return whole
 
-    def room(self, stored: Mapping[str, Tensor], source: object) -> dict[str, Tensor]:
-        """The engine's own tensors, so that each rank reads its shards alone."""
+    def allocate(self, stored: Mapping[str, Tensor], source: object) -> dict[str, Tensor]:
+        """Return the model's own tensors, and DTensors for momentum, so that each rank reads only its shards."""
         self._check_names(stored, source)
         own: dict[str, Tensor] = self.model.state_dict()
-        room: dict[str, Tensor] = {}
+        allocated: dict[str, Tensor] = {}
         for name, tensor in stored.items():
             kind, _, parameter = name.partition(".")
             if kind == "model":
-                room[name] = own[parameter]
+                allocated[name] = own[parameter]
             elif name.startswith("optimizer.momentum_buffer."):
                 like = own[name.removeprefix("optimizer.momentum_buffer.")]
-                room[name] = torch.empty_like(like, dtype=tensor.dtype)
+                allocated[name] = torch.empty_like(like, dtype=tensor.dtype)
             else:
-                room[name] = torch.empty_like(tensor, device="cpu")
-        return room
+                allocated[name] = torch.empty_like(tensor, device="cpu")
+        return allocated
 
     def _load_model(self, state: Mapping[str, Tensor]) -> None:
-        """Nothing: :meth:`room` gave the model's own tensors."""
+        """Does nothing: :meth:`allocate` returned the model's own tensors."""
 
 
-def parts(model: nn.Module) -> list[nn.Module]:
-    """What is gathered on its own, inner parts before those around them; the rest of the model is gathered with it."""
+def modules_to_shard(model: nn.Module) -> list[nn.Module]:
+    """Return the modules that are gathered on their own, inner ones before those around them.
+
+    The rest of the model is gathered with the model.
+    """
     total = _entries(model)
 
     def within(module: nn.Module) -> Iterator[nn.Module]:
@@ -116,7 +119,7 @@ def _entries(module: nn.Module) -> int:
 
 
 def _calls_its_children(module: nn.Module) -> bool:
-    """Parts are gathered when they are called. torch's attention, for one, takes its projection's weights itself."""
+    """Modules are gathered when they are called; torch's attention uses its projection's weights without calling it."""
     ours = isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict)
     return ours or not type(module).__module__.startswith("torch.nn.")
 
@@ -129,10 +132,10 @@ def _mesh(replicas: int, world: World) -> DeviceMesh:
 
 
 def _precision(model: nn.Module) -> MixedPrecisionPolicy:
-    """Weights that autocast would round to bf16 travel so, and are not kept from the forward to the backward pass.
+    """Gather in bf16 the weights that autocast would round to it; they are not kept until the backward pass.
 
-    What autocast computes in float32, normalisation for one, stays in it, so that results are those of autocast on
-    whole tensors. Gradients are summed in float32.
+    What autocast computes in float32, such as normalization, stays in float32, so that results are those of autocast
+    on whole tensors. Gradients are summed in float32.
     """
     if not hasattr(MixedPrecisionPolicy, "param_dtype_override_fn"):  # before torch 2.15
         return MixedPrecisionPolicy()
