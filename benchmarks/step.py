@@ -5,7 +5,7 @@
 
 "rank of four" is what one of four ranks computes: the answers of the tensors it owns, and the update of all; the mean
 over the four. All take the same gradients and are interleaved in one run; the caches are overwritten before each, as a
-backward pass would. The training goes on between the rounds, so that thresholds move as they do in training.
+backward pass would. Training continues between the rounds, so that thresholds move as they do in training.
 """
 
 from __future__ import annotations

@@ -168,7 +168,7 @@ def _difference(a: float | None, b: float | None) -> float | None:
 
 
 def _spread(values: Iterable[float | None]) -> Spread:
-    """NaN unless every seed has a value: a mean over some would not be of the ``n`` beside it."""
+    """NaN unless every seed has a value: a mean over some of them would not be over ``n`` seeds."""
     listed = list(values)
     known = [value for value in listed if value is not None]
     if len(known) < len(listed):

@@ -49,6 +49,7 @@ def cancel_run(run: RunFolder) -> list[str]:
 
 @reports_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m launch.cancel",
         description="Cancel all jobs of runs, and wait until they have ended.",

@@ -78,6 +78,7 @@ def missing_lines(run: RunFolder) -> list[str]:
 
 @reports_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m launch.collect",
         description="Merge the results of a pruning array, draw the report, and list what is missing.",

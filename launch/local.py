@@ -89,6 +89,7 @@ def _send(ranks: list[subprocess.Popen[bytes]], number: signal.Signals) -> None:
 
 @reports_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m launch.local",
         description="Train on several ranks of this machine. All options of sfw_dist.train may follow.",

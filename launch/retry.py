@@ -63,6 +63,7 @@ def _asked(submission: Submission) -> tuple[Any, Any, Any]:
 
 @reports_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m launch.retry",
         description="Submit again what has failed of a run, and nothing else. --cluster.KEY VALUE sets any setting "

@@ -91,6 +91,7 @@ def _line(row: dict[str, Any]) -> str:
 
 @reports_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m launch.status",
         description="Show the state of runs and their jobs. Reads only.",

@@ -99,6 +99,7 @@ def _absolute(config: Config) -> Config:
 
 @reports_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m launch.train",
         description="Submit a training to a cluster. All options of sfw_dist.train may follow, and "

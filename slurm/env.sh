@@ -1,5 +1,5 @@
 # What every job exports, in one place; `launch` exports the same from configs/cluster/*.yaml (env:).
-# Sourced by the scripts beside it. Uncomment what your site needs.
+# Sourced by the scripts in this folder. Uncomment what your site needs.
 
 # One rank's threads are its cores.
 export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"

@@ -85,7 +85,7 @@ class Cluster:
         return Group(local, -(-ranks // local))
 
     def contention(self, ranks: int) -> float:
-        """How many times as long a rank's computing takes beside the others."""
+        """How many times as long a rank's computing takes while the other ranks compute, too."""
         return max(1.0, ranks / self.cores)
 
 

@@ -5,7 +5,7 @@
     sudo python -m benchmarks.scaling.model --measure --out results/scaling
 
 Prints three things: constants, fitted on some of the measured points; the check, what the model says of the other
-points beside what was measured there; and tables for networks and clusters that nobody here has. The formulas stand in
+points compared with what was measured there; and tables for networks and clusters that nobody here has. The formulas stand in
 alpha_beta.py (messages) and scaling_steps.py (engines); scaling_points.py measures, and --measure runs it on all points
 (root and iproute2, ten minutes). With --out the tables, the figure and all numbers are written there.
 """
@@ -30,11 +30,11 @@ from sfw_dist.files import write_json
 _RESULTS = Path(__file__).parents[2] / "results"
 MEASURED = _RESULTS / "scaling_2-core-cpu_2026-11-25" / "measured.json"
 HOSTS = [_RESULTS / "step_2-core-cpu_2026-11-25" / "hosts.json", *sorted(MEASURED.parent.glob("hosts_*.json"))]
-"""What benchmarks/hosts/step.py measured: communication alone, next to no computing beside it."""
+"""What benchmarks/hosts/step.py measured: communication alone, with next to no computing."""
 RANKS = [1, 8, 64, 512, 4096]
 PARTS = ("compute", "gradients", "parameters", "optimizer", "selection", "vertices")
 
-# Assumptions, not measured: NVLink and network rates on paper, of which collectives reach four fifths and nine tenths;
+# Assumptions, not measured: NVLink and network rates are nominal; collectives reach four fifths and nine tenths of them;
 # latencies of a hop as NCCL's own tuning tables have them, to the nearest round figure; bf16 products at the device's
 # peak, times a workload's efficiency. The step of owners moves the bytes that fused/cuda_kernels.py counts. That of
 # divided tensors is torch's operations, one after the other, counted by their operands: momentum 28, magnitudes 8,
@@ -184,7 +184,7 @@ def _point(points: Sequence[dict[str, Any]], what: str) -> dict[str, Any]:
     for point in points:
         if f"{point['hosts']}:{point['gbit']:g}:{point['model']}" == what:
             return point
-    raise UserError(f"no point {what} among those measured: measure anew with --measure")
+    raise UserError(f"no point {what} among those measured: measure it with --measure")
 
 
 def _median(values: Iterable[float]) -> float:
@@ -438,7 +438,7 @@ def check_markdown(rows: Sequence[Checked], kind: str, what: str) -> list[str]:
 
 
 def draw(path: Path, networks: Sequence[str], cluster: str) -> None:
-    """Efficiency against ranks, a panel a network, and the same numbers as CSV beside it."""
+    """Efficiency against ranks, a panel a network, and the same numbers as CSV next to it."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -473,7 +473,7 @@ def draw(path: Path, networks: Sequence[str], cluster: str) -> None:
 
 
 def measure_all() -> list[dict[str, Any]]:
-    """All points anew."""
+    """Measure all points again."""
     from benchmarks.hosts.network import FailedRanksError
     from benchmarks.scaling.measure import measure_point, show
 
@@ -490,7 +490,7 @@ def measure_all() -> list[dict[str, Any]]:
 @reports_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measure", action="store_true", help="measure the points anew (root, iproute2)")
+    parser.add_argument("--measure", action="store_true", help="measure the points again (root, iproute2)")
     parser.add_argument("--measured", type=Path, default=MEASURED, help="file of measured points")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), metavar="NAME",
                         help=f"of {', '.join(WORKLOADS)} (default: all)")  # fmt: skip

@@ -1,4 +1,4 @@
-"""The optimizer that a configuration asks for."""
+"""Builds the optimizer that a configuration names."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ from sfw_dist.optim.sfw import SFW
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
-    """The optimizer that the configuration asks for, over all of ``model``'s parameters, which it knows by name."""
+    """Build the optimizer that the configuration names, over all of ``model``'s parameters, by name.
+
+    Example:
+        >>> type(build_optimizer(nn.Linear(4, 2), OptimizerConfig(name="sgd", lr=0.1))).__name__
+        'SGD'
+    """
     options: dict[str, Any] = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
     match config.name:
         case "sgd":
@@ -29,7 +34,12 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
 
 
 def constrained_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """One param group a constrained tensor, and one of the unconstrained, with a learning rate of its own."""
+    """Make the param groups of an optimizer with constraint sets.
+
+    Returns:
+        One group for each constrained tensor, with the set of the first epoch, and one for the unconstrained tensors,
+        with ``config.unconstrained_lr``.
+    """
     of_first_epoch = config.constraint
     if config.k_schedule.kind != "none":
         of_first_epoch = replace(of_first_epoch, k_frac=config.k_schedule.start)

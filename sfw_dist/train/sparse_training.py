@@ -70,7 +70,7 @@ def gmp_sparsity(config: GMPConfig, step: int, steps: int) -> float:
 
     Example:
         >>> config = GMPConfig(sparsity=0.8, initial=0.0, begin=0.0, end=0.5)
-        >>> [gmp_sparsity(config, step, steps=100) for step in (0, 25, 50, 100)]
+        >>> [round(gmp_sparsity(config, step, steps=100), 3) for step in (0, 25, 50, 100)]
         [0.0, 0.7, 0.8, 0.8]
     """
     if step < config.begin * steps:

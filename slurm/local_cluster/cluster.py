@@ -188,9 +188,9 @@ class Cluster:
                 start_new_session=True,
             )
         daemons = self._recorded() | {name: [process.pid, _start_time(process.pid)]}
-        beside = self._daemons.with_suffix(".new")
-        beside.write_text(json.dumps(daemons, indent=1) + "\n")
-        beside.replace(self._daemons)
+        new = self._daemons.with_suffix(".new")
+        new.write_text(json.dumps(daemons, indent=1) + "\n")
+        new.replace(self._daemons)
 
     # --- down ---------------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ from sfw_dist.errors import UserError
 from sfw_dist.evaluate.sweep import evaluate
 from sfw_dist.pruning.masks import magnitude_masks
 from sfw_dist.train import trainer as training
+from sfw_dist.train.__main__ import main
 from sfw_dist.train.k_schedule import k_frac
 from sfw_dist.train.run_folder import RunFolder
 from sfw_dist.train.sparse_training import (
@@ -72,7 +74,7 @@ def step_that_draws(sparsity: float, config: Config) -> int:
     return next(step for step in range(100) if method.sparsity(step) == sparsity)
 
 
-# ------------------------------------------------------------------------------------------- gradual pruning
+# ------------------------------------------------------------------------------------------- GMP
 
 
 def test_the_sparsity_is_zhu_and_guptas_cubic() -> None:
@@ -132,7 +134,7 @@ def test_a_weight_that_is_zero_by_chance_may_still_move_after_a_resume() -> None
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
-# ---------------------------------------------------------------------------------- compression-aware steps
+# ---------------------------------------------------------------------------------- CrAM
 
 
 @pytest.mark.parametrize("dense", [True, False], ids=["plus", "plain"])
@@ -226,7 +228,7 @@ def test_what_is_named_twice_is_drawn_twice_as_often() -> None:
     assert 170 < [method.sparsity(step) for step in range(300)].count(0.0) < 230
 
 
-def test_plain_is_the_engines_own_step() -> None:
+def test_plain_is_the_strategys_own_step() -> None:
     assert type(opened(Config(name="x", optimizer=SGD))) is TrainingMethod
     assert type(opened(gmp())) is GMP
 
@@ -265,6 +267,33 @@ def test_an_interrupted_run_goes_on_bitwise(
     assert losses[0] == losses[1] and losses[0][-1] < losses[0][0]
 
 
+def test_a_run_folder_of_version_0_1_0_is_resumed(
+    tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails when config.yaml with `method: gradual`, or the names in its checkpoints, are no longer understood."""
+    config = replace(small_config(tmp_path / "runs", digits, epochs=2), **baselines()["gmp"])
+    whole = replace(config, name="whole")
+    assert training.train(whole, ONE_PROCESS) == 0
+    original = TrainingMethod.train_step
+
+    def train_step(self: TrainingMethod, images: Tensor, labels: Tensor, step: int) -> Tensor:
+        if step == 13:
+            signal.raise_signal(signal.SIGINT)
+        return original(self, images, labels, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingMethod, "train_step", train_step)
+        assert training.train(config, ONE_PROCESS) == 130
+    file = config.run_dir / "config.yaml"
+    saved = yaml.safe_load(file.read_text())
+    saved["method"], saved["gradual"] = "gradual", saved.pop("gmp")
+    saved["gradual"]["kind"] = saved["gradual"].pop("ranking")
+    file.write_text(yaml.safe_dump(saved))
+    assert main(["--config", str(file), "--resume", "auto"]) == 0
+    mine, theirs = (load_file(c.run_dir / "model.safetensors") for c in (config, whole))
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
 def test_records_tell_k_and_sparsity(tmp_path: Path, digits: Path) -> None:
     """Fails when a curve cannot say with which K, or how many weights, its epochs trained."""
     found: dict[str, list[float]] = {}
@@ -289,7 +318,7 @@ def test_the_sets_of_a_run_follow_its_epochs(tmp_path: Path, digits: Path) -> No
             assert group["constraint"]["k"] == min(max(10, int(fraction * n)), n)
 
 
-def test_a_gradually_pruned_network_is_measured_as_others_are(tmp_path: Path, digits: Path) -> None:
+def test_a_network_trained_by_gmp_is_measured_as_others_are(tmp_path: Path, digits: Path) -> None:
     """Fails when cutting it to its own sparsity changes it: its zeros are what magnitude pruning removes."""
     config = replace(small_config(tmp_path / "runs", digits, epochs=3), **baselines()["gmp"])
     assert training.train(config, ONE_PROCESS) == 0
