@@ -4,10 +4,10 @@
     python -m benchmarks.scaling.model --networks h100-3200 --ranks 8 256 4096 --out results/scaling
     sudo python -m benchmarks.scaling.model --measure --out results/scaling
 
-Prints three things: constants, fitted on some of the measured points; the check, what the model says of the other
-points compared with what was measured there; and tables for networks and clusters that nobody here has. The formulas stand in
-alpha_beta.py (messages) and scaling_steps.py (engines); scaling_points.py measures, and --measure runs it on all points
-(root and iproute2, ten minutes). With --out the tables, the figure and all numbers are written there.
+Prints three things: constants, fitted on some of the measured points; the check, the model's prediction of
+the other points against the measurements; and tables for networks and clusters that were not measured. The formulas are
+in alpha_beta.py (messages) and steps.py (engines); measure.py measures, and --measure runs it on all points (root and
+iproute2, ten minutes). With --out the tables, the figure and all numbers are written there.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ HOSTS = [_RESULTS / "step_2-core-cpu_2026-11-25" / "hosts.json", *sorted(MEASURE
 RANKS = [1, 8, 64, 512, 4096]
 PARTS = ("compute", "gradients", "parameters", "optimizer", "selection", "vertices")
 
-# Assumptions, not measured: NVLink and network rates are nominal; collectives reach four fifths and nine tenths of them;
+# Assumptions, not measured: nominal NVLink and network rates, of which collectives reach four fifths and nine tenths;
 # latencies of a hop as NCCL's own tuning tables have them, to the nearest round figure; bf16 products at the device's
 # peak, times a workload's efficiency. The step of owners moves the bytes that fused/cuda_kernels.py counts. That of
 # divided tensors is torch's operations, one after the other, counted by their operands: momentum 28, magnitudes 8,
