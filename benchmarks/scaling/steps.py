@@ -13,10 +13,9 @@ Six parts, one after the other; nothing overlaps (:attr:`Step.hidden` tells what
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from itertools import pairwise as neighbours
 
 from benchmarks.scaling.alpha_beta import (
     NOTHING,
@@ -37,7 +36,7 @@ BUCKET = 25 * 2**20
 ZERO_BUCKET = 500_000_000
 """Entries of DeepSpeed's buckets."""
 SPLIT = 65_536
-ROW, LANES = 8192, 16
+ROW = 8192
 """Sums are trees over rows of so many entries, a row a tree over vectors of so many lanes."""
 HISTOGRAMS = (12, 12, 7)
 """Bits of a float32 magnitude that each message of a selection counts."""
@@ -108,7 +107,7 @@ class Step:
 
 
 def slot_bytes(n: int, support: int) -> int:
-    """A K-sparse vertex and its header: bitmap and signs, or int32 indices; as ``wire.VertexCodec`` has it."""
+    """A K-sparse vertex and its statistics: bitmap and signs, or int32 indices; as ``VertexCodec`` has it."""
     mask, signs, indices = -(-n // 8), -(-support // 8), 4 * support
     return 24 + (_aligned(mask) + _aligned(signs) if mask + signs <= indices else _aligned(indices))
 
@@ -171,7 +170,7 @@ def selection_messages(division: Division) -> list[int]:
     """Bytes of each all-reduce of a selection, all tensors together in each; none if no tensor is divided.
 
     Counts are int32; the last are kept apart by part, so that all ranks know who has how many ties. Sums are float64:
-    one a row, and for rows that a cut goes through one vector of lanes for each subtree on its sides.
+    one a row where every part begins at a row, else one a part; with them goes a count of the parts with a gradient.
     """
     divided = division.divided
     if not divided:
@@ -179,40 +178,13 @@ def selection_messages(division: Division) -> list[int]:
     parts = max(len(edges) - 1 for edges in divided)
     counts = [4 * len(divided) * 2**bits for bits in HISTOGRAMS]
     counts[-1] *= parts
-    rows = sum(-(-edges[-1] // ROW) for edges in division.edges)
-    nodes = sum(subtrees(edges) for edges in divided)
-    return [*counts, 8 * PRODUCTS * (rows + LANES * nodes)]
+    return [*counts, 8 * (PRODUCTS + 1) * sum(map(sum_slots, division.edges))]
 
 
-@cache
-def subtrees(edges: tuple[int, ...]) -> int:
-    """How many subtrees (and cut vectors) the ranks send of the rows that cuts go through."""
-    n = edges[-1]
-    inner = [edge for edge in edges[1:-1] if edge % ROW]
-    cut_rows: dict[int, list[int]] = {}
-    for edge in inner:
-        cut_rows.setdefault(edge // ROW, []).append(edge % ROW)
-    total = 0
-    for row, cuts in cut_rows.items():
-        width = min(ROW, -(-(n - row * ROW) // LANES) * LANES)
-        places: set[tuple[int, int]] = set()
-        for start, stop in neighbours([0, *cuts, width]):
-            places.update(_pieces(start, stop))
-        total += len(places)
-    return total
-
-
-def _pieces(start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """(level, place) of the cut vectors at the ends of ``[start, stop)`` and of the largest subtrees in between."""
-    first, last = -(-start // LANES), stop // LANES
-    if start % LANES:
-        yield 0, start // LANES
-    if stop % LANES:
-        yield 0, last
-    while first < last:
-        level = min((first & -first).bit_length() or 64, (last - first).bit_length()) - 1
-        yield level, first >> level
-        first += 1 << level
+def sum_slots(edges: tuple[int, ...]) -> int:
+    """How many numbers stand for one sum over a tensor with these edges, as ``ops.sharded_sum`` has it."""
+    aligned = all(edge % ROW == 0 for edge in edges[:-1])
+    return -(-edges[-1] // ROW) if aligned else len(edges) - 1
 
 
 def owner_messages(plan: Assignment, sizes: Sequence[int]) -> list[int]:

@@ -27,15 +27,15 @@ from benchmarks.scaling.steps import (
     resnet50,
     selection_messages,
     slot_bytes,
-    subtrees,
     support,
     vgg16,
     vit_l_16,
 )
 from sfw_dist import KSparsePolytope
 from sfw_dist.models import build_model
-from sfw_dist.ops.sharded_sum import Cut, CutSums
-from sfw_dist.ops.topk.sharded import Share, select_across
+from sfw_dist.ops.partition import Partition
+from sfw_dist.ops.sharded_sum import ShardedSums
+from sfw_dist.ops.topk.sharded import select_sharded
 from sfw_dist.optim.vertex_codec import VertexCodec
 
 ROOT = Path(__file__).parents[2]
@@ -132,19 +132,21 @@ def test_zero_cuts_where_partitions_end(ranks: int) -> None:
 
 
 def messages_of_the_library(edges: tuple[tuple[int, ...], ...]) -> list[int]:
-    """Bytes that rank 0 says in a selection, and for its sums."""
-    divided = [e for e in edges if len(e) > 2]
-    shares = [Share(support(e[-1]), len(e) - 1, 0, torch.randn(e[1])) for e in divided]
-    talk = select_across(shares, torch.float32, torch.device("cpu"))
-    said, sent = next(talk), []
+    """Bytes that rank 0 sends in a selection, and for its sums."""
+    parts = [tuple((a, b - a) for a, b in itertools.pairwise(e)) for e in edges]
+    partitions = [Partition(e[-1], part, 0, True) for e, part in zip(edges, parts, strict=True)]
+    divided = [partition for partition in partitions if len(partition.parts) > 1]
+    entries = [torch.randn(partition.parts[0][1]) for partition in divided]
+    task = select_sharded([support(p.numel) for p in divided], divided, entries, torch.float32, torch.device("cpu"))
+    message, sent = next(task), []
     try:
         while True:
-            sent.append(said.nbytes)
-            said = talk.send(said)
+            sent.append(message.nbytes)
+            message = task.send(message)
     except StopIteration:
         pass
-    cuts = [Cut(e[-1], tuple(itertools.pairwise(e))) for e in edges]
-    return [*sent, CutSums(cuts, torch.device("cpu")).outgoing(3, [None] * len(cuts)).nbytes]
+    sums = ShardedSums(partitions, torch.device("cpu"))
+    return [*sent, sums.message(4, [None] * len(partitions)).nbytes]
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 7])
@@ -152,17 +154,6 @@ def test_selections_send_what_the_library_sends(ranks: int) -> None:
     """The bits a message looks at, the type of counts, or which sums go with them: any of it changed."""
     for division in (by_rows(SMALL_WORK.shapes, ranks), end_to_end(SMALL_WORK.sizes, ranks)):
         assert selection_messages(division) == messages_of_the_library(division.edges)
-
-
-def test_subtrees_of_cut_rows_are_those_the_library_sends() -> None:
-    """Cuts anywhere: in one vector, at its edge, several in a row, in the short last row."""
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(40):
-        n = int(torch.randint(2, 40_000, (), generator=generator))
-        cuts = sorted(set(torch.randint(1, n, (9,), generator=generator).tolist()))
-        edges = (0, *cuts, n)
-        words = CutSums([Cut(n, tuple(itertools.pairwise(edges)))], torch.device("cpu")).outgoing(1, [None])
-        assert 8 * (math.ceil(n / 8192) + 16 * subtrees(edges)) == words.nbytes, edges
 
 
 def test_networks_have_the_shapes_of_the_models() -> None:
