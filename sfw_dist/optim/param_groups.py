@@ -49,6 +49,12 @@ def name_of(group: dict[str, Any], number: int, index: int) -> str:
     return group["param_names"][index] if "param_names" in group else f"group{number}.param{index}"
 
 
+def names_by_number(groups: Sequence[dict[str, Any]]) -> dict[int, str]:
+    """The names of a state dict's parameters, by the numbers that torch gives them; its groups have ``param_names``."""
+    pairs = (zip(group["params"], group["param_names"], strict=True) for group in groups)
+    return {number: name for group in pairs for number, name in group}
+
+
 def to_plain(sets: Constraint | tuple[Constraint, ...]) -> dict[str, Any] | list[dict[str, Any]]:
     """A group's ``constraint`` as plain values; :func:`from_plain` is the inverse."""
     return [s.spec() for s in sets] if isinstance(sets, tuple) else sets.spec()

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sfw_dist.constraints import Constraint, Unconstrained
+from sfw_dist.optim.param_groups import names_by_number
 from sfw_dist.optim.sharding.dtensors import FlatSegment
 
 # The same things by the names that DeepSpeed's two ZeRO optimizers give them.
@@ -134,7 +135,7 @@ def gather_tensors(engine: Any) -> dict[str, Tensor]:
     tensors = {f"model.{name}": tensor for name, tensor in gather_model(engine).items()}
     if engine.optimizer is optimizer:
         state = optimizer.state_dict()
-        names = _names_by_index(state["param_groups"])
+        names = names_by_number(state["param_groups"])
         for index, entries in state["state"].items():
             for key, value in entries.items():
                 if isinstance(value, Tensor):  # SGD's momentum is None before the first step
@@ -188,7 +189,7 @@ def load_tensors(engine: Any, tensors: Mapping[str, Tensor]) -> None:
         tensor.copy_(tensors[f"model.{name}"])
     if engine.optimizer is optimizer:
         state = optimizer.state_dict()
-        names = _names_by_index(state["param_groups"])
+        names = names_by_number(state["param_groups"])
         state["state"] = {index: _state_of(name, tensors) for index, name in names.items()}
         optimizer.load_state_dict(state)
         return
@@ -214,11 +215,6 @@ def load_tensors(engine: Any, tensors: Mapping[str, Tensor]) -> None:
 def _state_of(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     keys = ("step", "momentum_buffer")
     return {key: tensors[f"optimizer.{key}.{name}"] for key in keys if f"optimizer.{key}.{name}" in tensors}
-
-
-def _names_by_index(groups: Sequence[dict[str, Any]]) -> dict[int, str]:
-    pairs = (zip(group["params"], group["param_names"], strict=True) for group in groups)
-    return {index: name for group in pairs for index, name in group}
 
 
 def private(owner: Any, field: str) -> Any:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from sfw_dist.config import Config
 from sfw_dist.distributed.world import World, broadcast_buffers
 from sfw_dist.errors import UserError
+from sfw_dist.optim.param_groups import names_by_number
 from sfw_dist.train.checkpoint import allocate_on_cpu
 
 _SHAPED = ("momentum_buffer", "sum_of_squares")
@@ -124,7 +125,7 @@ class Strategy(ABC):
         broadcast_buffers(self.model, self._world)
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         state = self.optimizer.state_dict()
-        names = _parameter_names(state)
+        names = names_by_number(state["param_groups"])
         for index, entries in state["state"].items():
             for key, value in entries.items():
                 if isinstance(value, Tensor):  # SGD's momentum is None before the first step
@@ -185,11 +186,6 @@ class Strategy(ABC):
 
     def _load_model(self, state: Mapping[str, Tensor]) -> None:
         self.model.load_state_dict(state)
-
-
-def _parameter_names(state: Mapping[str, Any]) -> dict[int, str]:
-    pairs = (zip(group["params"], group["param_names"], strict=True) for group in state["param_groups"])
-    return {index: name for group in pairs for index, name in group}
 
 
 def optimizer_state(tensors: Mapping[str, Tensor], options: list[dict[str, Any]]) -> dict[str, Any]:

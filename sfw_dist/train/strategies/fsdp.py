@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from sfw_dist.config import Config
+from sfw_dist.distributed.dtensor import to_local
 from sfw_dist.distributed.replicas import verify_replicas
 from sfw_dist.distributed.world import World, any_rank
 from sfw_dist.train.build_optimizer import build_optimizer
@@ -56,7 +57,7 @@ class FSDPStrategy(Strategy):
         """
         if self._mesh is None or self._config.fsdp.replicas == 1:
             return
-        shards = {name: _local(parameter) for name, parameter in self.model.named_parameters()}
+        shards = {name: to_local(parameter) for name, parameter in self.model.named_parameters()}
         found: RuntimeError | None = None
         try:
             verify_replicas(shards, self._mesh.get_group("replicas"))
@@ -146,7 +147,3 @@ def _precision(model: nn.Module) -> MixedPrecisionPolicy:
         cast_forward_inputs=False,
         param_dtype_override_fn=lambda parameter: None if parameter in lowered else torch.float32,
     )
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
