@@ -133,7 +133,8 @@ def _filter_sizes(name: str, scores: Tensor) -> Tensor:
     """Root mean squares, float64 ``(out,)``; infinite for the first of the largest, which stays."""
     if (scores < 0).any():
         raise UserError(
-            f"scores[{name!r}] has negative entries, and filters are ranked by root mean squares: give numbers of at least 0"
+            f"scores[{name!r}] has negative entries, and filters are ranked by root mean squares: give numbers of at "
+            "least 0"
         )
     squares = scores.double().square().flatten(1)
     sizes = (tree_sum(squares, 1) / squares.shape[1]).sqrt()

@@ -37,7 +37,7 @@ def low_rank(model: nn.Module, sparsity: float) -> LowRank:
 
 @pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.8, 0.85])
 def test_counts_are_those_of_the_factors(sparsity: float) -> None:
-    """A count of nonzeros, of which the product has as many as before; or fewer saved than asked for."""
+    """A count of nonzeros, as many in the product as before; or fewer saved than asked for."""
     model = four_layers()
     found = low_rank(model, sparsity)
     one_step = max(p.shape[0] + p[0].numel() for p in model.parameters() if p.ndim > 1)
