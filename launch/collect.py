@@ -23,26 +23,31 @@ with command_imports("launch.collect", "slurm"):
     from launch.slurm import states
     from launch.submission import Submission, submissions
     from sfw_dist.files import write_json, write_text
+    from sfw_dist.pruning import PruningOptions
     from sfw_dist.report.write import write_report
     from sfw_dist.train.run_folder import RunFolder
 
 _EXAMPLES = "\n".join((__doc__ or "").split("\n\n")[1].splitlines())
 _COLUMNS = (
-    "sparsity", "scope", "kind", "top1", "top5", "loss", "samples", "achieved_sparsity_all",
-    "achieved_sparsity_prunable", "parameters_kept", "flops", "bn_recalibrated", "top1_recalibrated",
-    "top5_recalibrated", "loss_recalibrated", "recalibration_batches", "seed",
+    "sparsity", "scope", "granularity", "ranking", "criterion", "top1", "top5", "loss", "samples",
+    "achieved_sparsity_all", "achieved_sparsity_prunable", "parameters_kept", "flops", "bn_recalibrated",
+    "top1_recalibrated", "top5_recalibrated", "loss_recalibrated", "recalibration_batches", "seed",
 )  # fmt: skip
 
 
 def collect(run: RunFolder) -> list[str]:
-    """Write ``prune/all.csv``, ``prune/all.json`` and the report of what is there; a line for each task that is not."""
+    """Write ``prune/all.csv``, ``prune/all.json`` and the report of the results that are there.
+
+    Returns:
+        A line for each task whose results are missing.
+    """
     results = [json.loads(path.read_text()) for path in sorted(run.prune.glob("s*.json"))]
     problems = missing_lines(run)
     if results:
         table = io.StringIO()
         writer = csv.DictWriter(table, _COLUMNS, extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(results)
+        writer.writerows({**result, **PruningOptions.of_record(result).record()} for result in results)
         write_text(run.prune / "all.csv", table.getvalue())
         write_json(run.prune / "all.json", results)
         write_report([run.path])
@@ -52,7 +57,7 @@ def collect(run: RunFolder) -> list[str]:
 
 
 def unfinished(run: RunFolder) -> list[tuple[Submission, int]]:
-    """The newest submitted task of every set of sparsities, where it has not finished."""
+    """For every set of sparsities that no task has finished, the newest submitted task."""
     newest: dict[tuple[float, ...], tuple[Submission, int]] = {}
     done: set[tuple[float, ...]] = set()
     for submission in submissions(run, "prune"):
@@ -64,7 +69,7 @@ def unfinished(run: RunFolder) -> list[tuple[Submission, int]]:
 
 
 def missing_lines(run: RunFolder) -> list[str]:
-    """A line for each unfinished task: what it was to do, how it ended, and where its log is."""
+    """A line for each unfinished task: its sparsities, how it ended, and where its log is."""
     places = unfinished(run)
     known = states([submission.jobs[task] for submission, task in places if submission.jobs])
     lines = []

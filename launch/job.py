@@ -19,10 +19,10 @@ from types import FrameType
 
 from launch.collect import collect
 from launch.submission import Submission
-from sfw_dist.config import Config
+from sfw_dist.config import Config, load_config
 from sfw_dist.distributed.world import joined_world
 from sfw_dist.errors import UserError
-from sfw_dist.evaluate.sweep import evaluate
+from sfw_dist.evaluate.sweep import sweep_run
 from sfw_dist.train.run_folder import RunFolder
 from sfw_dist.train.signals import SignalHandler
 from sfw_dist.train.trainer import INTERRUPTED, train
@@ -49,7 +49,7 @@ class TrainJob:
 
 @dataclass
 class PruneJob:
-    """One task of the array: some sparsities, then the mark that they are complete."""
+    """One task of a pruning array: prune and measure some sparsities, then mark the task as finished."""
 
     run: Path
     submission: Path
@@ -60,12 +60,11 @@ class PruneJob:
         submission = Submission(self.submission)
         try:
             with joined_world() as world:
-                sparsities = submission.tasks[self.task]
                 run = RunFolder.existing(self.run)
-                asked = {"scope": submission.scope, "kind": submission.kind, "recalibrate": submission.recalibrate}
-                evaluate(run, world, sparsities=sparsities, **asked)
+                options = submission.pruning_options(load_config(run.config).prune)
+                sweep_run(run, world, options, sparsities=submission.tasks[self.task])
             submission.finished(self.task)
-        except _PreemptedError:  # what was written is whole, and what was not will be done again
+        except _PreemptedError:  # files that were written are complete, and the others will be written next time
             requeue()
 
 

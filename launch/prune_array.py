@@ -2,9 +2,9 @@
 
     python -m launch.prune_array runs/digits_sfw --cluster configs/cluster/example.yaml --parallelism 8
     python -m launch.prune_array runs/digits_sfw --sparsities 0.5,0.9:0.99:0.01 --per-task 3 --dry-run
-    python -m launch.prune_array runs/digits_sfw --cluster local --parallelism 2
+    python -m launch.prune_array runs/digits_sfw --cluster local --parallelism 2 --granularity filter
 
-Each task writes its results whole and then marks itself complete; `python -m launch.collect RUN` merges them.
+Each task writes complete result files and then marks itself finished; `python -m launch.collect RUN` merges them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import get_args
 
 from sfw_dist.errors import UserError, command_imports, reports_user_errors
 
@@ -25,16 +24,20 @@ with command_imports("launch.prune_array", "slurm"):
     from launch.slurm import ClusterConfig, JobRequest, add_cluster_options, read_cluster, script
     from launch.submission import Submission
     from sfw_dist.config import load_config
-    from sfw_dist.pruning.one_shot import Kind
-    from sfw_dist.pruning.scope import Scope
-    from sfw_dist.pruning.sparsities import parse_sparsities
+    from sfw_dist.evaluate.pruning_arguments import add_pruning_arguments, pruning_options
+    from sfw_dist.pruning import PruningOptions, parse_sparsities
     from sfw_dist.train.run_folder import RunFolder
 
 _EXAMPLES = "\n".join((__doc__ or "").split("\n\n")[1].splitlines())
 
 
 def group(sparsities: Sequence[float], per_task: int) -> list[list[float]]:
-    """The sparsities of each task. Raises :class:`UserError`."""
+    """Divide sparsities into tasks of ``per_task`` each. Raises :class:`UserError` where that is below 1.
+
+    Example:
+        >>> group([0.5, 0.9, 0.95], per_task=2)
+        [[0.5, 0.9], [0.95]]
+    """
     if per_task < 1:
         raise UserError(f"--per-task must be at least 1, got {per_task}: write 1, or more where tasks are short")
     return [list(sparsities[start : start + per_task]) for start in range(0, len(sparsities), per_task)]
@@ -44,15 +47,22 @@ def submit_array(
     run: RunFolder,
     cluster: ClusterConfig,
     tasks: list[list[float]],
+    options: PruningOptions,
     *,
     after: str | None = None,
-    scope: Scope | None = None,
-    kind: Kind | None = None,
-    recalibrate: int | None = None,
 ) -> Submission:
-    """Submit the tasks to Slurm, or run them here, not all at once; one that fails does not keep the others."""
+    """Submit the tasks to Slurm, or run them here, ``cluster.parallelism`` at a time; a failed one stops no other.
+
+    Args:
+        run: the trained run.
+        cluster: where the tasks run.
+        tasks: the sparsities of each task.
+        options: how the network is pruned.
+        after: a Slurm dependency, as in ``afterok:12``.
+    """
     run = RunFolder(run.path.absolute())
-    submission = Submission.new(run, "prune", cluster, tasks=tasks, scope=scope, kind=kind, recalibrate=recalibrate)
+    record = {**options.record(), "recalibrate": options.recalibrate}
+    submission = Submission.new(run, "prune", cluster, tasks=tasks, **record)
     jobs = [PruneJob(run.path, submission.folder, task) for task in range(len(tasks))]
     match cluster.kind:
         case "slurm":
@@ -68,7 +78,7 @@ def submit_array(
 
 
 def _run_task(run: RunFolder, submission: Submission, task: int) -> None:
-    """In a process of its own, with its messages in a file."""
+    """Run one task in a separate process, with its messages in a file."""
     command = [sys.executable, "-m", "launch.job", str(run.path), str(submission.folder), str(task)]
     with submission.log(task).open("wb") as log:
         subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
@@ -76,6 +86,32 @@ def _run_task(run: RunFolder, submission: Submission, task: int) -> None:
 
 @reports_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; the exit status."""
+    arguments = _parser().parse_args(argv)
+    cluster = read_cluster(arguments)
+    run = RunFolder.existing(arguments.run)
+    configured = load_config(run.config).prune
+    options = pruning_options(arguments, configured)
+    given = parse_sparsities(arguments.sparsities) if arguments.sparsities else None
+    tasks = group(options.default_sparsities(configured.sparsities) if given is None else given, arguments.per_task)
+    if arguments.dry_run:
+        request = JobRequest(f"prune-{run.path.name}")
+        print(script(run.submissions.absolute() / "DRY_RUN", cluster, request, len(tasks)))
+        return 0
+    if not run.weights.is_file():
+        raise UserError(f"{run.path} has no model.safetensors: finish the training with --resume auto")
+    submission = submit_array(run, cluster, tasks, options)
+    failed = [] if submission.jobs else [task for task in range(len(tasks)) if not submission.is_finished(task)]
+    if arguments.json:
+        print(json.dumps({"run": str(run.path), "tasks": tasks, "jobs": submission.jobs, "failed": failed}))
+    elif submission.jobs:
+        print(f"{len(tasks)} task(s) from job {submission.jobs[0]} on; then: python -m launch.collect {run.path}")
+    else:
+        print(f"{len(tasks) - len(failed)} of {len(tasks)} task(s) done; then: python -m launch.collect {run.path}")
+    return 1 if failed else 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m launch.prune_array",
         description="Prune a trained network to many sparsities as an array of jobs. --cluster.KEY VALUE sets any "
@@ -88,42 +124,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--sparsities", metavar="LIST", help="fractions removed, as in 0.5,0.9:0.99:0.01 (default: the run's)"
     )
-    parser.add_argument("--scope", choices=get_args(Scope), help="what is pruned (default: the run's)")
-    parser.add_argument("--kind", choices=get_args(Kind), help="what goes (default: the run's)")
-    parser.add_argument(
-        "--recalibrate",
-        type=int,
-        metavar="N",
-        help="batches from which BatchNorm's statistics are measured anew after pruning; 0: not (default: the run's)",
-    )
+    add_pruning_arguments(parser)
     parser.add_argument("--per-task", type=int, default=1, metavar="N", help="sparsities of a task (default: 1)")
     parser.add_argument("--parallelism", dest="cluster.parallelism", metavar="N", help="tasks at a time")
     add_cluster_options(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the sbatch script and submit nothing")
     parser.add_argument("--json", action="store_true", help="print one JSON object: the tasks and their job ids")
-    options = parser.parse_args(argv)
-    cluster = read_cluster(options)
-    run = RunFolder.existing(options.run)
-    chosen = parse_sparsities(options.sparsities) if options.sparsities else load_config(run.config).prune.sparsities
-    tasks = group(chosen, options.per_task)
-    if options.dry_run:
-        request = JobRequest(f"prune-{run.path.name}")
-        print(script(run.submissions.absolute() / "DRY_RUN", cluster, request, len(tasks)))
-        return 0
-    if (options.recalibrate or 0) < 0:
-        raise UserError(f"--recalibrate must be at least 0, got {options.recalibrate}: write 50, or 0 for none")
-    if not run.weights.is_file():
-        raise UserError(f"{run.path} has no model.safetensors: finish the training with --resume auto")
-    asked = {"scope": options.scope, "kind": options.kind, "recalibrate": options.recalibrate}
-    submission = submit_array(run, cluster, tasks, **asked)
-    failed = [] if submission.jobs else [task for task in range(len(tasks)) if not submission.is_finished(task)]
-    if options.json:
-        print(json.dumps({"run": str(run.path), "tasks": tasks, "jobs": submission.jobs, "failed": failed}))
-    elif submission.jobs:
-        print(f"{len(tasks)} task(s) from job {submission.jobs[0]} on; then: python -m launch.collect {run.path}")
-    else:
-        print(f"{len(tasks) - len(failed)} of {len(tasks)} task(s) done; then: python -m launch.collect {run.path}")
-    return 1 if failed else 0
+    return parser
 
 
 if __name__ == "__main__":

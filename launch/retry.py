@@ -11,7 +11,6 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from sfw_dist.errors import UserError, command_imports, reports_user_errors
 
@@ -50,15 +49,11 @@ def retry(run: RunFolder, cluster: ClusterConfig | None = None) -> list[Submissi
     if trainings and not run.weights.is_file():
         return [submit_training(load_config(trainings[-1].folder / "config.yaml"), cluster)]
     made, places = [], unfinished(run)
-    for asked in dict.fromkeys(_asked(submission) for submission, _ in places):
-        tasks = [submission.tasks[task] for submission, task in places if _asked(submission) == asked]
-        scope, kind, recalibrate = asked
-        made.append(submit_array(run, cluster, tasks, scope=scope, kind=kind, recalibrate=recalibrate))
+    configured = load_config(run.config).prune
+    pruned = [(submission.pruning_options(configured), submission.tasks[task]) for submission, task in places]
+    for options in dict.fromkeys(options for options, _ in pruned):
+        made.append(submit_array(run, cluster, [task for other, task in pruned if other == options], options))
     return made
-
-
-def _asked(submission: Submission) -> tuple[Any, Any, Any]:
-    return submission.scope, submission.kind, submission.recalibrate
 
 
 @reports_user_errors

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from launch.slurm import ClusterConfig, JobRequest, submit
 from sfw_dist.errors import UserError
 from sfw_dist.files import make_folder, write_json, write_text
+from sfw_dist.pruning import PruningOptions
 from sfw_dist.train.run_folder import RunFolder, environment
 
 What = Literal["train", "prune", "collect"]
@@ -58,18 +59,9 @@ class Submission:
         """The sparsities of each task of a pruning array."""
         return [list(map(float, task)) for task in self._record.get("tasks", [])]
 
-    @property
-    def scope(self) -> Any:
-        return self._record.get("scope")
-
-    @property
-    def kind(self) -> Any:
-        return self._record.get("kind")
-
-    @property
-    def recalibrate(self) -> Any:
-        """Batches for BatchNorm; None, as in the record of an older array: the run's."""
-        return self._record.get("recalibrate")
+    def pruning_options(self, default: PruningOptions) -> PruningOptions:
+        """How a pruning array prunes; what the record of an older array leaves open is the default's."""
+        return PruningOptions.of_record(self._record, default)
 
     def submit(self, request: JobRequest, calls: Sequence[Callable[[], object]]) -> None:
         """Submit a job for each call to Slurm.

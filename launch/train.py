@@ -60,8 +60,8 @@ def submit_chain(config: Config, cluster: ClusterConfig, per_task: int) -> list[
     """Submit a training, a pruning array that starts if it succeeds, and the collection that follows in any case."""
     run = RunFolder(config.run_dir)
     training = submit_training(config, cluster)
-    tasks = group(config.prune.sparsities, per_task)
-    array = submit_array(run, cluster, tasks, after=f"afterok:{training.jobs[0]}")
+    tasks = group(config.prune.measured_sparsities, per_task)
+    array = submit_array(run, cluster, tasks, config.prune, after=f"afterok:{training.jobs[0]}")
     return [training, array, submit_collection(run, cluster, array.jobs)]
 
 
@@ -74,7 +74,7 @@ def run_here(config: Config, cluster: ClusterConfig, arguments: Sequence[str], c
     if not chain:
         return 0
     run = RunFolder(config.run_dir)
-    submit_array(run, cluster, group(config.prune.sparsities, per_task))
+    submit_array(run, cluster, group(config.prune.measured_sparsities, per_task), config.prune)
     problems = collect(run)
     print("\n".join(problems) or run.path / "report" / "index.html", file=sys.stderr if problems else sys.stdout)
     return 1 if problems else 0
@@ -82,7 +82,7 @@ def run_here(config: Config, cluster: ClusterConfig, arguments: Sequence[str], c
 
 def _scripts(config: Config, cluster: ClusterConfig, chain: bool, per_task: int) -> list[str]:
     """Return the scripts that would be submitted, with names in place of job ids, which Slurm has not given yet."""
-    name, tasks = config.name, len(group(config.prune.sparsities, per_task))
+    name, tasks = config.name, len(group(config.prune.measured_sparsities, per_task))
     requests = [(JobRequest(f"train-{name}", training=True), 1)]
     if chain:
         requests.append((JobRequest(f"prune-{name}", after="afterok:TRAIN"), tasks))

@@ -27,8 +27,7 @@ from sfw_dist.optim.baselines import AdaGradSFW, ProjectedSGD
 from sfw_dist.optim.comm_hooks import reduce_to_owner
 from sfw_dist.optim.initialization import sfw_init
 from sfw_dist.optim.sfw import SFW
-from sfw_dist.pruning.one_shot import prune
-from sfw_dist.pruning.recalibration import recalibrate
+from sfw_dist.pruning import prune, recalibrate
 
 __version__ = "0.1.0"
 

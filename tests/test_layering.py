@@ -5,7 +5,7 @@ one's own takes; torch and numpy are all that it imports, and it never imports t
 knows configurations, files, data sets and runs. Both are listed from the bottom up: a unit imports only from its own
 layer or an earlier one, and no modules import each other in a circle. So the mathematics can be read, tested and used
 alone, and whoever changes a layer knows that only the later ones can break. Apart from the layers stands ``report``,
-which reads the files of a run and may be copied out.
+which reads the files of a run, and of the library knows the words for prunings alone.
 
 Third parties that may be missing are each imported in one place: FFCV in ``data/loading/ffcv.py``, DeepSpeed in
 ``optim/deepspeed.py``, Triton in two files of ``optim/kernels``, and submitit in ``launch/slurm.py``. Nothing of
@@ -39,7 +39,7 @@ APPLICATION = (
     {"evaluate"},
 )
 LAYERS = (*LIBRARY, *APPLICATION)
-APART = {"report": {"errors", "files"}}
+APART = {"report": {"errors", "files", "pruning"}}
 
 LIBRARY_NEEDS = {"torch", "numpy"}
 TRITON = {"sfw_dist.optim.kernels.triton_kernels", "sfw_dist.optim.kernels.triton_layout"}

@@ -50,7 +50,10 @@ def _read_layers(path: Path, seen: tuple[Path, ...]) -> list[tuple[Path, dict[st
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise UserError(f"{path} holds a {type(tree).__name__}: write 'key: value' lines")
-    tree = translate_tree(tree)
+    try:
+        tree = translate_tree(tree)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     base = tree.pop("base", None)
     if base is None:
         return [(path, tree)]

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from sfw_dist.errors import UserError
+from sfw_dist.pruning.options import without_old_words
+
 KEYS = {"gradual": "gmp", "gradual.kind": "ranking"}
 """The new last part of a key, by the key's old dotted name."""
 VALUES = {("method", "gradual"): "gmp"}
@@ -20,6 +23,9 @@ def translate_tree(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         tree: the file's mapping; not changed.
         prefix: dotted name of ``tree`` itself with a dot at its end, empty for a whole file.
 
+    Raises:
+        UserError: an unknown ``prune.kind``, or one next to a granularity or ranking.
+
     Example:
         >>> translate_tree({"method": "gradual", "gradual": {"kind": "layerwise"}})
         {'method': 'gmp', 'gmp': {'ranking': 'layerwise'}}
@@ -31,6 +37,8 @@ def translate_tree(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
             continue
         if isinstance(value, dict):
             value = translate_tree(value, f"{dotted}.")
+            if dotted == "prune":
+                value = _without_prune_kind(value)
         translated[KEYS.get(dotted, key)] = _new_value(dotted, value)
     return translated
 
@@ -38,11 +46,16 @@ def translate_tree(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def translate_arguments(argv: Sequence[str]) -> list[str]:
     """Return command-line arguments with old options and values replaced by their new names.
 
+    Raises:
+        UserError: an unknown ``--prune.kind``.
+
     Example:
         >>> translate_arguments(["--method", "gradual", "--gradual.kind=layerwise"])
         ['--method', 'gmp', '--gmp.ranking=layerwise']
+        >>> translate_arguments(["--prune.kind", "layerwise"])
+        ['--prune.granularity=weight', '--prune.ranking=layerwise']
     """
-    return list(_translated(argv))
+    return list(_kinds_translated(_translated(argv)))
 
 
 def _translated(argv: Sequence[str]) -> Iterator[str]:
@@ -55,6 +68,23 @@ def _translated(argv: Sequence[str]) -> Iterator[str]:
         parts = option.split(".")
         new = ".".join(KEYS.get(".".join(parts[: end + 1]), part) for end, part in enumerate(parts))
         yield f"--{new}{equals}{_new_value(option, value)}"
+
+
+def _kinds_translated(arguments: Iterator[str]) -> Iterator[str]:
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        if option != "--prune.kind":
+            yield argument
+            continue
+        kind = value if equals else next(arguments, "")
+        yield from (f"--prune.{key}={word}" for key, word in _without_prune_kind({"kind": kind}).items())
+
+
+def _without_prune_kind(section: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return without_old_words(section)
+    except UserError as error:
+        raise UserError(f"prune: {error}") from None
 
 
 def _new_value(dotted: str, value: Any) -> Any:

@@ -6,7 +6,7 @@ A value outside its field's domain raises :class:`~sfw_dist.errors.UserError` wi
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,9 +14,7 @@ from sfw_dist.config.check import require as _require
 from sfw_dist.config.constraint import ConstraintConfig
 from sfw_dist.config.training_methods import CramConfig, GMPConfig, InitConfig, KScheduleConfig, SampledConfig
 from sfw_dist.optim.update import Rescale
-from sfw_dist.pruning.one_shot import Kind
-from sfw_dist.pruning.scope import Scope
-from sfw_dist.pruning.sparsities import PAPER_SPARSITIES
+from sfw_dist.pruning import PAPER_SPARSITIES, PruningOptions
 
 
 @dataclass
@@ -226,25 +224,23 @@ class DeepSpeedConfig:
         _require(self.stage < 3, "deepspeed.stage", self.stage, "0, 1 or 2", remedy)
 
 
-@dataclass
-class PruneConfig:
-    """The one-shot pruning of the trained network."""
+@dataclass(frozen=True)
+class PruneConfig(PruningOptions):
+    """The one-shot pruning of the trained network: how, and to which sparsities."""
 
     sparsities: list[float] = field(default_factory=lambda: [0.0, *PAPER_SPARSITIES])
-    """Fractions removed; 0 is the dense network. The default is the paper's 18, and dense."""
-    scope: Scope = "weights"
-    """weights: of convolutions and linear layers; all: every parameter, as published."""
-    kind: Kind = "global"
-    """What goes: entries of least magnitude over the network (global), of each tensor (layerwise) or of four along the
-    input channels (2:4); whole filters (filters, filters-layerwise); singular values (low_rank)."""
-    recalibrate: int = 50
-    """Batches of training images from which BatchNorm's statistics are measured anew after pruning, at most one pass;
-    accuracy is measured without and with that. 0: without alone."""
+    """Fractions removed; 0 is the dense network. The default is the paper's 18, and dense; granularity 2:4 takes 0.5
+    alone."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for sparsity in self.sparsities:
             _require(0 <= sparsity < 1, "prune.sparsities", sparsity, "in [0, 1)", "write 0.9 to remove 90 %")
-        _require(self.recalibrate >= 0, "prune.recalibrate", self.recalibrate, "at least 0", "write 50, or 0 for none")
+
+    @property
+    def measured_sparsities(self) -> list[float]:
+        """The sparsities that are measured where no list is given."""
+        return self.default_sparsities(self.sparsities)
 
 
 @dataclass
@@ -340,7 +336,7 @@ _OPERATIONAL = {
     "data.stage_dir",
     "train.verify_replicas",
     *("train.log_every", "train.keep_checkpoints"),
-    *("prune.sparsities", "prune.scope", "prune.kind", "prune.recalibrate"),
+    *(f"prune.{field.name}" for field in fields(PruneConfig)),
 }
 """Fields that do not change a network's weights: a run may be resumed with others."""
 

@@ -1,1 +1,1 @@
-"""Pruning and measuring a trained run."""
+"""Finished runs, pruned and measured: at many sparsities, or at the highest one within an accuracy budget."""

@@ -1,4 +1,4 @@
-"""A finished run, opened to be pruned and measured: its network, its data, and what was asked of BatchNorm."""
+"""The pruned networks of a finished run: masks, BatchNorm statistics and measurements for any sparsity."""
 
 from __future__ import annotations
 
@@ -13,17 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from sfw_dist.config import Config, PruneConfig, load_config
+from sfw_dist.config import Config, load_config
 from sfw_dist.data.loading import Loader, Normalize, Split, dataset_info, open_loader
 from sfw_dist.distributed.world import World
 from sfw_dist.errors import UserError
 from sfw_dist.models import build_model
-from sfw_dist.pruning.low_rank import Factors
-from sfw_dist.pruning.masks import magnitude_masks
-from sfw_dist.pruning.one_shot import Kind, Pruning, masked_parameters, singular_factors, truncated
+from sfw_dist.pruning import Pruner, Pruning, PruningOptions, count_flops, dead_layers, kept_flops, layer_table
 from sfw_dist.pruning.recalibration import Statistics, batch_norms, recalibrated_statistics
-from sfw_dist.pruning.scope import Scope
-from sfw_dist.pruning.summary import count_flops, dead_layers, kept_flops, layer_table
 from sfw_dist.train.metrics import Metrics, Tally
 from sfw_dist.train.run_folder import RunFolder, write_tensors
 from sfw_dist.train.strategies import autocast
@@ -32,35 +28,33 @@ AS_TRAINED: Statistics = {}
 """Overrides nothing."""
 
 
-class TrainedRun:
-    """The network of a finished run on this rank, and its data; close it at the end.
+class PrunedModels:
+    """The network of a finished run on this rank and its data, to be pruned and measured; close it at the end.
 
     Args:
         run: with ``model.safetensors``.
-        scope, kind, recalibrate: ``None`` takes the run's configuration (``prune:``).
+        world: the ranks that share the work.
+        options: how to prune; ``None`` takes the run's configuration (``prune:``).
         data_root: where the data set lies now, if elsewhere than in training.
 
+    Attributes:
+        config: of the run.
+        options: how it is pruned.
+        model: the network, which does not change.
+        norms: how many BatchNorm layers it has.
+        batches: over how many batches their statistics are measured; 0: they stay as trained.
+
     Raises:
-        UserError: ``recalibrate`` below 0, no such run, not yet trained, another model's weights, or a data set that is
-            not there.
+        UserError: no such run, not yet trained, another model's weights, or a data set that is not there.
     """
 
     def __init__(
-        self,
-        run: RunFolder,
-        world: World,
-        *,
-        scope: Scope | None = None,
-        kind: Kind | None = None,
-        recalibrate: int | None = None,
-        data_root: str | None = None,
+        self, run: RunFolder, world: World, options: PruningOptions | None = None, *, data_root: str | None = None
     ) -> None:
         config = load_config(run.config)
         if data_root is not None:
             config = replace(config, data=replace(config.data, root=data_root))
-        given = {"scope": scope, "kind": kind, "recalibrate": recalibrate}
-        options: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-        self.config = replace(config, prune=replace(config.prune, **options))
+        self.config, self.options = config, config.prune if options is None else options
         self._world = world
         self._loaders: dict[str, Loader] = {}
         info = dataset_info(config.data)
@@ -68,75 +62,77 @@ class TrainedRun:
         self.model = _trained_model(run, config, len(info.classes), info.image_shape[0]).to(world.device).eval()
         self._normalize = Normalize(info.mean, info.std).to(world.device)
         self._flops: dict[str, int] | None = None
-        self._factors: Factors | None = None
+        self._pruner: Pruner | None = None
         self.norms = len(batch_norms(self.model))
-        """BatchNorm layers."""
         self.batches = 0
-        """What the statistics are measured from; 0: they stay as trained."""
-        if self.norms and self.config.prune.recalibrate:
-            self.batches = min(self.config.prune.recalibrate, len(self._training_loader()))
+        if self.norms and self.options.recalibrate:
+            self.batches = min(self.options.recalibrate, len(self._training_loader()))
 
     def close(self) -> None:
         """Release the data."""
         for loader in self._loaders.values():
             loader.close()
 
-    def masks(self, sparsity: float) -> Pruning:
-        """As `prune`, with the run's scope and kind, but without changing the model."""
-        scope, kind = self.config.prune.scope, self.config.prune.kind
-        if kind != "low_rank":
-            return magnitude_masks(self.model, sparsity, scope=scope, kind=kind)
-        if self._factors is None:
-            self._factors = singular_factors(self.model, scope=scope)  # once: they serve every sparsity
-        return truncated(self._factors, sparsity)
+    def at(self, sparsity: float) -> Pruning:
+        """What is left of the network at this sparsity."""
+        if self._pruner is None:
+            self._pruner = Pruner(self.model, self.options)  # once: it serves every sparsity
+        return self._pruner.at(sparsity)
 
-    def recalibrated(self, masks: Sequence[Pruning]) -> list[Statistics]:
-        """BatchNorm's statistics for the network under each of ``masks``, in one pass; collective.
+    def recalibrated(self, prunings: Sequence[Pruning]) -> list[Statistics]:
+        """BatchNorm's statistics for the network after each pruning, in one pass; collective.
 
         As trained when there are no ``batches``.
         """
         if not self.batches:
-            return [AS_TRAINED for _ in masks]
+            return [AS_TRAINED for _ in prunings]
         with autocast(self.config, self._world.device):
-            return recalibrated_statistics(self.model, masks, self._training_batches(), self._world)
+            return recalibrated_statistics(self.model, prunings, self._training_batches(), self._world)
 
     def measure(
-        self, split: Split, masks: Sequence[Pruning], statistics: Sequence[Sequence[Statistics]]
+        self, split: Split, prunings: Sequence[Pruning], statistics: Sequence[Sequence[Statistics]]
     ) -> list[list[Metrics]]:
-        """Metrics of the network under each of ``masks``, with each of its ``statistics``; collective.
+        """Measure each pruned network with each of its BatchNorm statistics, in one pass over the split; collective.
 
-        In one pass over the split. Only the masks (a byte an entry) or ranks and BatchNorm's statistics are kept for
-        each sparsity; what is left of the weights is made anew for every batch.
+        Only the masks (a byte an entry) or ranks and BatchNorm's statistics are kept for each sparsity; the pruned
+        weights are computed again for every batch.
+
+        Args:
+            split: of the data set.
+            prunings: what is left of the network, for each sparsity.
+            statistics: for each of ``prunings``, the statistics to measure it with.
+
+        Returns:
+            Metrics for each of ``prunings`` and each of its statistics.
         """
         device = self._world.device
         tallies = [[Tally(device) for _ in variants] for variants in statistics]
         for images, labels in self._loader(split):
             inputs, labels = self._inputs(images), labels.to(device, non_blocking=True)
-            for mask, variants, sums in zip(masks, statistics, tallies, strict=True):
-                pruned = masked_parameters(self.model, mask)
+            for pruning, variants, sums in zip(prunings, statistics, tallies, strict=True):
+                pruned = pruning.pruned_parameters(self.model)
                 for variant, tally in zip(variants, sums, strict=True):
                     with torch.no_grad(), autocast(self.config, device):
                         tally.add(functional_call(self.model, {**pruned, **variant}, (inputs,)), labels)
         return [[tally.total(self._world) for tally in sums] for sums in tallies]
 
-    def describe(self, sparsity: float, masks: Pruning) -> dict[str, Any]:
-        """What a result's file says of a pruned network beside its accuracy."""
+    def describe(self, sparsity: float, pruning: Pruning) -> dict[str, Any]:
+        """What a result file says of a pruned network, apart from its accuracy."""
         if self._flops is None:
             self._flops = count_flops(self.model, torch.zeros(1, *self._image_shape, device=self._world.device))
         total = sum(parameter.numel() for parameter in self.model.parameters())
-        removed = masks.total - masks.kept
+        removed = pruning.total - pruning.kept
         return {
             "sparsity": sparsity,
-            "scope": self.config.prune.scope,
-            "kind": self.config.prune.kind,
+            **self.options.record(),
             "achieved_sparsity_all": removed / total,
-            "achieved_sparsity_prunable": masks.sparsity,
+            "achieved_sparsity_prunable": pruning.sparsity,
             "flops_dense": sum(self._flops.values()),
-            "flops": kept_flops(self._flops, masks),
+            "flops": kept_flops(self._flops, pruning),
             "parameters_total": total,
             "parameters_kept": total - removed,
-            "layers": layer_table(self.model, masks),
-            "dead_layers": dead_layers(masks),
+            "layers": layer_table(self.model, pruning),
+            "dead_layers": dead_layers(pruning),
             "bn_layers": self.norms,
             "bn_recalibrated": self.batches > 0,
             "recalibration_batches": self.batches,
@@ -144,9 +140,9 @@ class TrainedRun:
             "seed": self.config.seed,
         }
 
-    def export(self, masks: Pruning, statistics: Statistics, path: Path) -> None:
+    def export(self, pruning: Pruning, statistics: Statistics, path: Path) -> None:
         """Write the pruned network's parameters and buffers by name, with these statistics."""
-        write_tensors(path, {**self.model.state_dict(), **masked_parameters(self.model, masks), **statistics})
+        write_tensors(path, {**self.model.state_dict(), **pruning.pruned_parameters(self.model), **statistics})
 
     def _loader(self, split: Split) -> Loader:
         if split not in self._loaders:
@@ -158,11 +154,11 @@ class TrainedRun:
 
     @property
     def _recalibration_batch_size(self) -> int:
-        """Not the global batch, which one rank may have no memory for; and a single image may have no variance."""
+        """Not the global batch, for which one rank may lack the memory; and a single image may have no variance."""
         return max(2, min(self.config.data.batch_size, self.config.data.eval_batch_size))
 
     def _training_loader(self) -> Loader:
-        """The order of the first epoch, whole on every rank; not augmented, as the images to predict are not."""
+        """All images on every rank, in the order of the first epoch, not augmented, as test images are not."""
         if "recalibration" not in self._loaders:
             plain: dict[str, Any] = {"crop_padding": 0, "flip": False, "cutout": 0, "random_resized_crop": 0.0}
             data = replace(self.config.data, batch_size=self._recalibration_batch_size, **plain)
@@ -179,20 +175,23 @@ class TrainedRun:
         return self._normalize(images.to(self._world.device, non_blocking=True))
 
 
-def check_same_pruning(paths: Iterable[Path], prune: PruneConfig) -> None:
-    """Raise :class:`UserError` rather than let one result take the place of another that was not pruned alike."""
+def check_same_pruning(paths: Iterable[Path], options: PruningOptions) -> None:
+    """Raise :class:`UserError` rather than replace a result by one that was pruned in another way."""
     for path in paths:
         if path.is_file():
-            there = json.loads(path.read_text())
-            if (there["scope"], there["kind"]) != (prune.scope, prune.kind):
-                raise UserError(
-                    f"{path} holds the result of --scope {there['scope']} --kind {there['kind']}: move "
-                    f"{path.parent} away to measure --scope {prune.scope} --kind {prune.kind}"
-                )
+            there = PruningOptions.of_record(json.loads(path.read_text()))
+            mine, theirs = _command_line(options), _command_line(there)
+            if mine != theirs:
+                raise UserError(f"{path} holds the result of {theirs}: move {path.parent} away to measure {mine}")
+
+
+def _command_line(options: PruningOptions) -> str:
+    words = ("scope", "granularity", "ranking", "criterion")
+    return " ".join(f"--{word} {getattr(options, word)}" for word in words)
 
 
 def accuracy(metrics: Metrics) -> dict[str, Any]:
-    """For a file: ``None`` in place of what JSON cannot say, an infinite loss of a network pruned too far."""
+    """Metrics for a JSON file, which has no infinity: the loss of a network pruned too far becomes ``None``."""
     return {key: value if abs(value) < float("inf") else None for key, value in asdict(metrics).items()}
 
 

@@ -1,29 +1,36 @@
-"""Magnitude masks."""
+"""Masks: which entries of each parameter are kept, chosen by scores.
+
+Entries of a tensor are counted in row-major order of its shape, tensors in the order of ``named_parameters``; of equal
+scores the first are kept. So every mask is a subset of the mask of any lower sparsity.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from decimal import ROUND_HALF_UP, Decimal
-from functools import partial
-from typing import Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sfw_dist.errors import UserError
+from sfw_dist.ops.pairwise_sum import tree_sum
 from sfw_dist.ops.topk import select
-from sfw_dist.pruning.filters import kept_filters
-from sfw_dist.pruning.scope import _FORWARD_LAYERS, Scope, _check_arguments, _layers, _prunable_parameters
-
-MaskKind = Literal["global", "layerwise", "2:4", "filters", "filters-layerwise"]
+from sfw_dist.pruning.result import Pruning
+from sfw_dist.pruning.sparsities import removed_count
 
 
 @dataclass(frozen=True, eq=False)
-class Masks(Mapping[str, Tensor]):
-    """One bool tensor per prunable parameter, by name: its shape, on its device, True where the entry is kept.
+class Masks(Pruning, Mapping[str, Tensor]):
+    """One bool tensor for each prunable parameter, by name: of its shape, on its device, True where an entry is kept.
 
-    ``skipped`` names the parameters that a pattern (2:4, filters) does not fit; their masks keep everything.
+    Attributes:
+        tensors: the masks.
+        skipped: the parameters that the granularity (2:4, filter) does not fit; their masks keep everything.
+
+    Example:
+        >>> masks = Masks({"weight": torch.tensor([True, False, False, True])})
+        >>> masks.kept, masks.total, masks.sparsity
+        (2, 4, 0.5)
     """
 
     tensors: Mapping[str, Tensor]
@@ -39,114 +46,118 @@ class Masks(Mapping[str, Tensor]):
         return len(self.tensors)
 
     @property
-    def kept(self) -> int:
-        """Entries kept, over all prunable parameters."""
-        return sum(_count(mask) for mask in self.values())
-
-    @property
-    def total(self) -> int:
-        """Entries of all prunable parameters."""
-        return sum(mask.numel() for mask in self.values())
-
-    @property
-    def sparsity(self) -> float:
-        """The fraction of prunable entries that is removed."""
-        return (self.total - self.kept) / self.total
-
-    @property
     def counts(self) -> dict[str, tuple[int, int]]:
-        """Entries, and those kept, of each parameter."""
-        return {name: (mask.numel(), _count(mask)) for name, mask in self.items()}
+        """For each parameter its number of entries, and how many of them are kept."""
+        return {name: (mask.numel(), int(mask.count_nonzero())) for name, mask in self.items()}
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Empty: masks do not describe a rank."""
+        return {}
+
+    def changed(self) -> Iterable[str]:
+        """All prunable parameters."""
+        return self.tensors
+
+    def pruned(self, name: str, parameter: Tensor) -> Tensor:
+        """The parameter with zeros where the mask is False."""
+        return torch.where(self[name], parameter, 0)  # a product with the mask would leave negative zeros
 
 
-def magnitude_masks(model: nn.Module, sparsity: float, *, scope: Scope = "weights", kind: MaskKind = "global") -> Masks:
-    """The masks that keep the entries or filters of largest magnitude; ``model`` is not touched.
+def global_masks(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
+    """Keep the entries of largest score over all tensors together.
 
     Args:
-        model: a parameter that several modules share counts once, under its first name.
-        sparsity: fraction to remove, in [0, 1). Of N entries exactly ``sparsity * N`` go, rounded half up, the
-            product being that of the decimal number as written (0.29 of 50 is 14.5, so 15).
-        scope: "weights": the ``weight`` of every linear, convolution and transposed convolution module that holds it
-            as a parameter of its own (not recomputed by a parametrization). "all": every parameter, of BatchNorm and
-            biases too, as in the published code.
-        kind: "global": N counts all prunable entries together. "layerwise": each parameter's by themselves.
-            "2:4": of every 4 consecutive input channels the 2 largest stay, the pattern of sparse tensor cores; see
-            `Masks.skipped` for what has no such layout: a number of input channels that is not a multiple of 4,
-            transposed convolutions, and whatever is no layer's weight.
-            "filters": the output filters of convolutions and rows of linear layers of smallest root mean square entry
-            go, over all layers together. ``sparsity`` and N count filters; each layer keeps its largest one, even if
-            fewer go then. Not of the last layer, whose rows are the network's outputs, nor of transposed
-            convolutions. Bias and normalisation of a removed filter stay.
-            "filters-layerwise": the same with N for each layer by itself.
+        scores: by name, any shapes, finite or infinite, without NaN.
+        sparsity: fraction to remove, in [0, 1).
 
-    Raises:
-        UserError: sparsity out of range, or not 0.5 with "2:4"; unknown scope or kind; nothing to prune; NaN weights.
+    Returns:
+        Bool masks by name, ``removed_count(sparsity, N)`` entries of all N being False.
     """
-    _check_arguments(sparsity, scope, kind, get_args(MaskKind))
-    parameters = _prunable_parameters(model, scope)
-    for name, parameter in parameters.items():
-        if parameter.isnan().any():
-            raise UserError(f"{name} holds NaN, which has no magnitude: prune a checkpoint from before it diverged")
-    if kind.startswith("filters"):
-        return _filter_masks(model, parameters, sparsity, layerwise=kind == "filters-layerwise")
-    if kind == "global":
-        return Masks(_global_masks(parameters, sparsity))
-    if kind == "layerwise":
-        return Masks({name: _keep_largest(p, sparsity) for name, p in parameters.items()})
-    fitting = {name for name, _ in _layers(model, _FORWARD_LAYERS) if parameters[name].shape[1] % 4 == 0}
-    masks = {
-        name: _two_of_four(p) if name in fitting else torch.ones_like(p, dtype=torch.bool)
-        for name, p in parameters.items()
-    }
-    return Masks(masks, skipped=tuple(name for name in masks if name not in fitting))
-
-
-def _global_masks(parameters: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
-    # Parameters of different types meet in their common type, which holds the values of each exactly.
-    flat = torch.cat([p.flatten() for p in parameters.values()])
-    pieces = torch.split(_keep_largest(flat, sparsity), [p.numel() for p in parameters.values()])
+    # Scores of different types are compared in their common type, which holds the values of each exactly.
+    flat = torch.cat([score.flatten() for score in scores.values()])
+    parts = _keep_largest(flat, sparsity).split([score.numel() for score in scores.values()])
     # Cloned: a view would make every saved mask carry the masks of the whole model.
-    return {name: piece.view(p.shape).clone() for (name, p), piece in zip(parameters.items(), pieces, strict=True)}
+    return {name: part.view(score.shape).clone() for (name, score), part in zip(scores.items(), parts, strict=True)}
 
 
-def _keep_largest(x: Tensor, sparsity: float) -> Tensor:
-    """Bool mask of ``x``'s shape with exactly ``round_half_up(sparsity * x.numel())`` entries False."""
-    mask = torch.zeros(x.numel(), dtype=torch.bool, device=x.device)
-    mask[select(x, x.numel() - _removed(sparsity, x.numel()))] = True
-    return mask.view(x.shape)
+def layerwise_masks(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
+    """Keep the entries of largest score of each tensor; arguments and answer as for :func:`global_masks`."""
+    return {name: _keep_largest(score, sparsity) for name, score in scores.items()}
 
 
-def _removed(sparsity: float, n: int) -> int:
-    """``round_half_up(sparsity * n)``, the product taken in decimal."""
-    return int((Decimal(str(sparsity)) * n).to_integral_value(ROUND_HALF_UP))
+def two_of_four_mask(scores: Tensor) -> Tensor:
+    """Keep the 2 largest of every 4 consecutive input channels.
 
-
-def _filter_masks(model: nn.Module, parameters: Mapping[str, Tensor], sparsity: float, *, layerwise: bool) -> Masks:
-    layers = list(dict.fromkeys(name for name, _ in _layers(model, _FORWARD_LAYERS)))
-    weights = {name: parameters[name] for name in layers[:-1]}
-    if not weights:
-        raise UserError(
-            f"{type(model).__name__} has no filters to prune: they are of convolutions and linear layers before the "
-            "last, whose rows are the outputs; take kind global"
-        )
-    masks = {name: torch.ones_like(p, dtype=torch.bool) for name, p in parameters.items()}
-    for name, kept in kept_filters(weights, partial(_removed, sparsity), layerwise=layerwise).items():
-        masks[name] &= kept.view(-1, *[1] * (masks[name].ndim - 1))
-    return Masks(masks, skipped=tuple(name for name in masks if name not in weights))
-
-
-def _two_of_four(weight: Tensor) -> Tensor:
-    """Mask of the 2 largest of every 4 consecutive input channels; ``weight`` is (out, in, *kernel).
-
-    Sparse tensor cores skip zeros along the dimension they sum over, whose fastest index is the input channel when
+    Sparse tensor cores skip zeros along the dimension that they sum over, whose fastest index is the input channel when
     images are channels_last: (out, *kernel, in).
+
+    Args:
+        scores: ``(out, in, *kernel)``, ``in`` a multiple of 4.
+
+    Returns:
+        A bool mask of that shape.
     """
-    magnitude = weight.abs().movedim(1, -1)
-    fours = magnitude.reshape(-1, 4)
+    channels_last = scores.movedim(1, -1)
+    fours = channels_last.reshape(-1, 4)
     largest = fours.sort(dim=1, descending=True, stable=True).indices[:, :2]
     mask = torch.zeros_like(fours, dtype=torch.bool).scatter_(1, largest, True)
-    return mask.view(magnitude.shape).movedim(-1, 1).contiguous()
+    return mask.view(channels_last.shape).movedim(-1, 1).contiguous()
 
 
-def _count(mask: Tensor) -> int:
-    return int(mask.count_nonzero())
+def filter_masks(scores: Mapping[str, Tensor], sparsity: float, groups: Iterable[Sequence[str]]) -> dict[str, Tensor]:
+    """Keep whole filters, those whose entries have the largest root mean square score.
+
+    Filters of different layers have different sizes, so that norms would favour wide ones; root mean squares compare as
+    the scores of single entries do. Within a layer their order is that of the norms.
+
+    Args:
+        scores: by name, ``(out, ...)``, not negative, without NaN.
+        sparsity: fraction of the filters to remove, in [0, 1). Each tensor keeps its first largest filter all the same.
+        groups: the names of the tensors whose filters are ranked together, group by group.
+
+    Returns:
+        Bool masks by name, of the scores' shapes.
+    """
+    masks: dict[str, Tensor] = {}
+    for names in groups:
+        sizes = [_filter_sizes(name, scores[name]) for name in names]
+        kept = _keep_filters(torch.cat(sizes), sparsity).split([len(of_tensor) for of_tensor in sizes])
+        for name, filters in zip(names, kept, strict=True):
+            shape = scores[name].shape
+            masks[name] = filters.view(-1, *[1] * (len(shape) - 1)).expand(shape).clone()
+    return masks
+
+
+def _filter_sizes(name: str, scores: Tensor) -> Tensor:
+    """Root mean squares, float64 ``(out,)``; infinite for the first of the largest, which stays."""
+    if (scores < 0).any():
+        raise UserError(
+            f"scores[{name!r}] has negative entries, and filters are ranked by root mean squares: give numbers of at "
+            "least 0"
+        )
+    squares = scores.double().square().flatten(1)
+    sizes = (tree_sum(squares, 1) / squares.shape[1]).sqrt()
+    return sizes.index_fill(0, select(sizes, 1), torch.inf)
+
+
+def _keep_filters(sizes: Tensor, sparsity: float) -> Tensor:
+    mask = torch.zeros(len(sizes), dtype=torch.bool, device=sizes.device)
+    kept = len(sizes) - removed_count(sparsity, len(sizes))
+    mask[select(sizes, max(kept, int(sizes.isinf().sum())))] = True
+    return mask
+
+
+def _keep_largest(scores: Tensor, sparsity: float) -> Tensor:
+    """A bool mask of the scores' shape, exactly ``removed_count(sparsity, N)`` entries of which are False."""
+    n = scores.numel()
+    mask = torch.zeros(n, dtype=torch.bool, device=scores.device)
+    mask[_largest(scores, n - removed_count(sparsity, n))] = True
+    return mask.view(scores.shape)
+
+
+def _largest(scores: Tensor, k: int) -> Tensor:
+    """Flat indices of the ``k`` largest; of equal ones the first."""
+    if (scores < 0).any():  # `select` compares absolute values
+        return scores.flatten().sort(descending=True, stable=True).indices[:k]
+    return select(scores, k)

@@ -1,88 +1,172 @@
-"""One-shot pruning: exact masks, what they leave of each layer, and the FLOPs that remain.
+"""One-shot pruning: once, to an exact count, without retraining.
 
-Algorithm 2 of Lu et al., *Learning Pruning-Friendly Networks via Frank-Wolfe*, ICLR 2022, zeroes the given fraction
-of smallest-magnitude weights, over all layers together, once, without retraining. Here the count is exact: a
-threshold would remove too few where magnitudes tie, and zeros always tie.
-
-A tensor's entries are counted in row-major order of its shape, tensors in the order of ``named_parameters``; of
-equal magnitudes the first are kept. So every mask is a subset of the mask of any lower sparsity.
-
-Whole filters, and weights of low rank (:mod:`sfw_dist.pruning.low_rank`), are what Zimmer, Spiegel, Pokutta, arXiv
-2205.11921, remove from networks trained in the sets of :mod:`sfw_dist.constraints.matrix`.
+Algorithm 2 of Lu et al., *Learning Pruning-Friendly Networks via Frank-Wolfe*, ICLR 2022, sets the given fraction of
+smallest-magnitude weights, over all layers together, to zero. Here the count is exact: a threshold would remove too few
+where magnitudes tie, and zeros always tie.
 """
 
 from __future__ import annotations
 
-from typing import Literal, get_args, overload
+from collections.abc import Mapping
+from typing import Literal, overload
 
-import torch
 from torch import Tensor, nn
 
 from sfw_dist.errors import UserError
-from sfw_dist.pruning.low_rank import Factors, LowRank
-from sfw_dist.pruning.masks import MaskKind, Masks, _removed, magnitude_masks
-from sfw_dist.pruning.scope import _LAYERS, Scope, _check_arguments, _layers, _prunable_parameters
+from sfw_dist.pruning.criteria import CRITERIA, check_scores
+from sfw_dist.pruning.granularity import GRANULARITIES, GranularityName, Prunable, Ranking
+from sfw_dist.pruning.low_rank import LowRank
+from sfw_dist.pruning.masks import Masks
+from sfw_dist.pruning.options import PruningOptions
+from sfw_dist.pruning.result import Pruning
+from sfw_dist.pruning.scope import Scope, prunable_parameters
 
-Kind = Literal["global", "layerwise", "2:4", "filters", "filters-layerwise", "low_rank"]
+MaskGranularity = Literal["weight", "2:4", "filter"]
 
 
-Pruning = Masks | LowRank
-"""What is left of each prunable parameter."""
+class Pruner:
+    """Scores or decomposes a model's parameters once, then says what is left of them at any sparsity.
+
+    Args:
+        model: the network; it does not change, and must not between the calls.
+        options: how it is pruned; the number of recalibration batches does not matter here.
+        scores: as for :func:`prune`.
+
+    Raises:
+        UserError: nothing to prune, parameters without a score (NaN, not finite), or unfit ``scores``.
+
+    Example:
+        >>> pruner = Pruner(nn.Linear(8, 4))
+        >>> [pruner.at(sparsity).kept for sparsity in (0.0, 0.5, 0.9)]
+        [32, 16, 3]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        options: PruningOptions | None = None,
+        *,
+        scores: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self._options = options = PruningOptions() if options is None else options
+        parameters = prunable_parameters(model, options.scope)
+        granularity = GRANULARITIES[options.granularity]
+        granularity.check(options.ranking, options.criterion, own_scores=scores is not None)
+
+        def entry_scores() -> dict[str, Tensor]:
+            if scores is not None:
+                return check_scores(scores, parameters, model)
+            return CRITERIA[options.criterion](parameters)
+
+        self._cut = granularity.cutter(Prunable(model, parameters), options.ranking, entry_scores)
+
+    def at(self, sparsity: float) -> Pruning:
+        """What is left at this sparsity. Raises :class:`UserError` for one that is out of range."""
+        self._options.check_sparsity(sparsity)
+        return self._cut(sparsity)
 
 
 @overload
-def prune(model: nn.Module, sparsity: float, *, scope: Scope = "weights", kind: MaskKind = "global") -> Masks: ...
+def prune(
+    model: nn.Module,
+    sparsity: float,
+    *,
+    scope: Scope = "weights",
+    granularity: MaskGranularity = "weight",
+    ranking: Ranking = "global",
+    criterion: str = "magnitude",
+    scores: Mapping[str, Tensor] | None = None,
+) -> Masks: ...
 @overload
-def prune(model: nn.Module, sparsity: float, *, scope: Scope = "weights", kind: Kind) -> Pruning: ...
-def prune(model: nn.Module, sparsity: float, *, scope: Scope = "weights", kind: Kind = "global") -> Pruning:
-    """Prune ``model`` in place: zero the smallest entries or filters or, with kind "low_rank", lower the ranks.
+def prune(model: nn.Module, sparsity: float, *, scope: Scope = "weights", granularity: Literal["rank"]) -> LowRank: ...
+@overload
+def prune(
+    model: nn.Module,
+    sparsity: float,
+    *,
+    scope: Scope = "weights",
+    granularity: GranularityName,
+    ranking: Ranking = "global",
+    criterion: str = "magnitude",
+    scores: Mapping[str, Tensor] | None = None,
+) -> Pruning: ...
+def prune(
+    model: nn.Module,
+    sparsity: float,
+    *,
+    scope: Scope = "weights",
+    granularity: GranularityName = "weight",
+    ranking: Ranking = "global",
+    criterion: str = "magnitude",
+    scores: Mapping[str, Tensor] | None = None,
+) -> Pruning:
+    """Prune ``model`` in place: set the least important pieces to zero or, with granularity "rank", lower the ranks.
 
-    Arguments and errors as for `magnitude_masks` and `singular_factors`.
-    """
-    parameters = dict(model.named_parameters())
-    if kind == "low_rank":
-        low_rank = truncated(singular_factors(model, scope=scope), sparsity)
-        with torch.no_grad():
-            for name, weight in low_rank.weights().items():
-                parameters[name].copy_(weight)
-        return low_rank
-    masks = magnitude_masks(model, sparsity, scope=scope, kind=kind)
-    with torch.no_grad():
-        for name, mask in masks.items():
-            parameters[name].masked_fill_(~mask, 0)  # a product with the mask would leave negative zeros
-    return masks
+    Args:
+        model: the network; a parameter that several modules share counts once, under its first name.
+        sparsity: fraction to remove, in [0, 1). Of N pieces ``sparsity * N`` go, rounded half up, the product being
+            that of the decimal number as written (0.29 of 50 is 14.5, so 15).
+        scope: "weights": the ``weight`` of every linear, convolution and transposed convolution module that holds it
+            as a parameter of its own (not recomputed by a parametrization). "all": every parameter, of BatchNorm and
+            biases too, as in the published code.
+        granularity: what is removed as one piece: "weight", "2:4" (sparsity 0.5), "filter" or "rank"; the classes in
+            :mod:`sfw_dist.pruning.granularity` say what each leaves alone.
+        ranking: "global": the pieces of all layers are ranked together. "layerwise": those of each layer by themselves
+            (not with "rank"; with "2:4" both mean the same).
+        criterion: what scores an entry: "magnitude", or another one of :mod:`sfw_dist.pruning.criteria`.
+        scores: your own scores instead of a criterion's, by parameter name: one finite number for each entry of each
+            prunable parameter; the largest are kept. They must not be negative with "filter", and cannot be used with
+            "rank".
 
-
-def singular_factors(model: nn.Module, *, scope: Scope = "weights") -> Factors:
-    """The decompositions that `truncated` cuts at any sparsity: computed once, with one SVD a weight.
-
-    Weights of grouped convolutions, of which each group would be a matrix of its own, stay as they are, and so does
-    what has one dimension. ``model`` is not touched.
+    Returns:
+        What is left: the masks or, with granularity "rank", the factors.
 
     Raises:
-        UserError: unknown scope; nothing to prune; weights that are not finite.
+        UserError: a sparsity out of range, or not 0.5 with "2:4"; an unknown word or a combination without a meaning;
+            nothing to prune; NaN weights (with "rank" infinite ones, too); unfit ``scores``. The model has not changed.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Linear(4, 1, bias=False)
+        >>> net.weight.data = torch.tensor([[0.5, -2.0, 0.1, 1.0]])
+        >>> prune(net, 0.5).sparsity
+        0.5
+        >>> net.weight.tolist()
+        [[0.0, -2.0, 0.0, 1.0]]
+        >>> masks = prune(net, 0.75, scores={"weight": torch.tensor([[4.0, 3.0, 2.0, 1.0]])})
+        >>> masks["weight"].tolist()
+        [[True, False, False, False]]
     """
-    _check_arguments(0.0, scope, "low_rank", get_args(Kind))
-    parameters = _prunable_parameters(model, scope)
-    for name, parameter in parameters.items():
-        if not parameter.isfinite().all():
-            raise UserError(f"{name} is not finite, so it has no rank: prune a checkpoint from before it diverged")
-    return Factors(parameters, [name for name, layer in _layers(model, _LAYERS) if getattr(layer, "groups", 1) > 1])
+    options = PruningOptions(scope, granularity, ranking, criterion)
+    options.check_sparsity(sparsity)
+    pruning = Pruner(model, options, scores=scores).at(sparsity)
+    pruning.apply_to(model)
+    return pruning
 
 
-def truncated(factors: Factors, sparsity: float) -> LowRank:
-    """Ranks that save ``sparsity`` of the prunable parameters, or a little more: by how much one step in rank differs.
+def compute_masks(
+    model: nn.Module,
+    sparsity: float,
+    *,
+    scope: Scope = "weights",
+    granularity: MaskGranularity = "weight",
+    ranking: Ranking = "global",
+    criterion: str = "magnitude",
+    scores: Mapping[str, Tensor] | None = None,
+) -> Masks:
+    """The masks that :func:`prune` would apply, with its arguments and errors; ``model`` does not change.
 
     Raises:
-        UserError: sparsity out of range.
+        UserError: as :func:`prune`, and for granularity "rank", which has no masks.
+
+    Example:
+        >>> masks = compute_masks(nn.Linear(4, 2), 0.25)
+        >>> masks["weight"].shape, masks.kept
+        (torch.Size([2, 4]), 6)
     """
-    _check_arguments(sparsity, "all", "low_rank", get_args(Kind))
-    return factors.truncated(_removed(sparsity, factors.entries))
-
-
-def masked_parameters(model: nn.Module, pruning: Pruning) -> dict[str, Tensor]:
-    """What `prune` would leave of the parameters that it changes, by name, as new tensors; ``model`` is not touched."""
-    if isinstance(pruning, LowRank):
-        return pruning.weights()
-    parameters = dict(model.named_parameters())
-    return {name: torch.where(mask, parameters[name].detach(), 0) for name, mask in pruning.items()}
+    options = PruningOptions(scope, granularity, ranking, criterion)
+    options.check_sparsity(sparsity)
+    pruning = Pruner(model, options, scores=scores).at(sparsity)
+    if not isinstance(pruning, Masks):
+        raise UserError(f"granularity {granularity} leaves no masks: call prune, or take weight, 2:4 or filter")
+    return pruning

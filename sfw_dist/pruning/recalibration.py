@@ -1,9 +1,9 @@
-"""BatchNorm recalibration: after pruning, the running statistics are measured anew; no weight changes.
+"""BatchNorm recalibration: after pruning, the running statistics are measured again; no weight changes.
 
 Pruning shifts the activations, and a BatchNorm layer in evaluation mode still normalises by the mean and variance that
 they had before. Its statistics are therefore reset and become the mean, over some batches, of each batch's mean and
-unbiased variance. BatchNorm layers alone are in training mode meanwhile, so that each layer sees inputs that were
-normalised by the batch; dropout and the like evaluate.
+unbiased variance. Meanwhile BatchNorm layers alone are in training mode, so that each layer sees inputs that were
+normalised by the batch; all others (dropout, for example) are in evaluation mode.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sfw_dist.distributed.world import World, sum_over_ranks
 from sfw_dist.errors import UserError
-from sfw_dist.pruning.one_shot import Pruning, masked_parameters
+from sfw_dist.pruning.modes import evaluation_mode
+from sfw_dist.pruning.result import Pruning
 
 Statistics = dict[str, Tensor]
 """BatchNorm's buffers (running_mean, running_var, num_batches_tracked) by their name in the model."""
@@ -34,15 +35,24 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
 
 
 def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> int:
-    """Measure the running statistics of ``model`` anew, in place, over all of ``batches``; returns their number.
+    """Measure BatchNorm's running statistics again, in place, over all of ``batches``.
 
     Args:
-        model: weights, modes and momenta are afterwards what they were. Without BatchNorm nothing is done, and 0
-            returned.
+        model: weights, modes and momenta are afterwards what they were. Without BatchNorm nothing is done.
         batches: inputs of the model, on its device; the same ones on every rank give every rank the same statistics.
+
+    Returns:
+        The number of batches; 0 without BatchNorm.
 
     Raises:
         UserError: there is no batch.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2))
+        >>> recalibrate(net, [torch.randn(8, 4), torch.randn(8, 4)])
+        2
+        >>> int(net[1].num_batches_tracked)
+        2
     """
     norms = batch_norms(model)
     if not norms:
@@ -61,25 +71,33 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> int:
 
 
 def recalibrated_statistics(
-    model: nn.Module, masks: Sequence[Pruning], batches: Iterable[Tensor], world: World
+    model: nn.Module, prunings: Sequence[Pruning], batches: Iterable[Tensor], world: World
 ) -> list[Statistics]:
-    """The statistics that `recalibrate` would give to ``model`` under each of ``masks``, in one pass; collective.
+    """The statistics that `recalibrate` would give to ``model`` after each pruning, in one pass; collective.
 
-    The model is not touched; without BatchNorm the answers are empty. Each network is measured by one rank, on all of
-    the batches, and the others get what it found: the answer does not depend on the number of ranks. Every rank passes
-    the same masks and batches.
+    Each pruned model is measured by one rank, on all of the batches, and the others receive what it found: the answer
+    does not depend on the number of ranks.
+
+    Args:
+        model: does not change.
+        prunings: the same on every rank.
+        batches: inputs of the model, the same on every rank.
+        world: the ranks that share the work.
+
+    Returns:
+        Statistics for each pruning; empty ones without BatchNorm.
     """
     norms = batch_norms(model)
-    everyone = [_reset(norms) for _ in masks]
+    everyone = [_reset(norms) for _ in prunings]
     if not any(everyone):
         return everyone
-    mine = range(world.rank, len(masks), world.size)
+    mine = range(world.rank, len(prunings), world.size)
     if mine:
         with _averaging(model, norms), torch.no_grad():
             for inputs in batches:
                 for i in mine:
-                    functional_call(model, {**masked_parameters(model, masks[i]), **everyone[i]}, (inputs,))
-    # Zeros from all ranks but one: in float64 the sum is that one's value, of a float32 or a count, to the bit.
+                    functional_call(model, {**prunings[i].pruned_parameters(model), **everyone[i]}, (inputs,))
+    # All ranks but one add zeros: in float64 the sum is that one's value, of a float32 or a count, to the bit.
     flat = [tensor.flatten().double() for statistics in everyone for tensor in statistics.values()]
     owned = [i in mine for i, statistics in enumerate(everyone) for _ in statistics]
     pieces = [piece if own else torch.zeros_like(piece) for piece, own in zip(flat, owned, strict=True)]
@@ -91,30 +109,26 @@ def recalibrated_statistics(
 
 
 def _reset(norms: dict[str, _BatchNorm]) -> Statistics:
-    """Fresh buffers: what `reset_running_stats` leaves."""
-    fresh: Statistics = {}
+    """New buffers, as `reset_running_stats` leaves them."""
+    buffers: Statistics = {}
     for name, norm in norms.items():
         prefix = f"{name}." if name else ""
         assert norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None
-        fresh[f"{prefix}running_mean"] = torch.zeros_like(norm.running_mean)
-        fresh[f"{prefix}running_var"] = torch.ones_like(norm.running_var)
-        fresh[f"{prefix}num_batches_tracked"] = torch.zeros_like(norm.num_batches_tracked)
-    return fresh
+        buffers[f"{prefix}running_mean"] = torch.zeros_like(norm.running_mean)
+        buffers[f"{prefix}running_var"] = torch.ones_like(norm.running_var)
+        buffers[f"{prefix}num_batches_tracked"] = torch.zeros_like(norm.num_batches_tracked)
+    return buffers
 
 
 @contextmanager
 def _averaging(model: nn.Module, norms: dict[str, _BatchNorm]) -> Iterator[None]:
     """BatchNorm alone in training mode, its statistics the mean of all batches; afterwards all is as before."""
-    modes = {module: module.training for module in model.modules()}
     momenta = {norm: norm.momentum for norm in norms.values()}
-    model.eval()
-    for norm in momenta:
-        norm.train()
-        norm.momentum = None  # torch's word for a cumulative mean
-    try:
-        yield
-    finally:
-        for module, training in modes.items():  # one by one: a frozen layer evaluates all along
-            module.training = training
-        for norm, momentum in momenta.items():
-            norm.momentum = momentum
+    with evaluation_mode(model, except_for=norms.values()):
+        try:
+            for norm in momenta:
+                norm.momentum = None  # for torch this means the mean of all batches
+            yield
+        finally:
+            for norm, momentum in momenta.items():
+                norm.momentum = momentum

@@ -1,26 +1,55 @@
-"""Lists of sparsities."""
+"""Sparsities: lists of them as text, their range, and how many of N they remove."""
 
 from __future__ import annotations
 
-from decimal import Decimal, InvalidOperation
+from decimal import ROUND_HALF_UP, Decimal, InvalidOperation
 
 from sfw_dist.errors import UserError
 
 
 def parse_sparsities(text: str) -> list[float]:
-    """Sparsities, ascending and distinct, of a comma list of numbers and inclusive ranges ``start:stop:step``.
+    """Read a comma-separated list of numbers and inclusive ranges ``start:stop:step``.
 
-    >>> parse_sparsities("0.5,0.9:0.92:0.01")
-    [0.5, 0.9, 0.91, 0.92]
+    Args:
+        text: for example ``0.5,0.9:0.99:0.01``.
+
+    Returns:
+        The sparsities, ascending, each once.
 
     Raises:
-        UserError: a piece that is neither, an empty range, or a sparsity outside [0, 1).
+        UserError: an item that is neither a number nor a range, an empty range, or a sparsity outside [0, 1).
+
+    Example:
+        >>> parse_sparsities("0.5,0.9:0.92:0.01")
+        [0.5, 0.9, 0.91, 0.92]
     """
     return sorted({float(value) for piece in text.split(",") for value in _expand(piece.strip())})
 
 
+def check_sparsity(sparsity: float) -> None:
+    """Raise :class:`UserError` for a sparsity outside [0, 1)."""
+    if 0 <= sparsity < 1:
+        return
+    remedy = "it is the fraction to remove"
+    if 1 < sparsity < 100:
+        remedy = f"write {sparsity / 100:g} for {sparsity:g} %"
+    elif sparsity == 1:
+        remedy = "1 would leave nothing"
+    raise UserError(f"sparsity must be in [0, 1), got {sparsity}: {remedy}")
+
+
+def removed_count(sparsity: float, n: int) -> int:
+    """How many of ``n`` a sparsity removes: ``sparsity * n`` rounded half up, the product computed in decimal.
+
+    Example:
+        >>> removed_count(0.29, 50)  # 14.5; in floating point the product is 14.499999999999998
+        15
+    """
+    return int((Decimal(str(sparsity)) * n).to_integral_value(ROUND_HALF_UP))
+
+
 def _expand(piece: str) -> list[Decimal]:
-    """The values of one number or range, in decimal: floating point ends 0.9:0.99:0.01 at 0.98."""
+    """The values of one number or range. In decimal, because in floating point 0.9:0.99:0.01 ends at 0.98."""
     try:
         start, *rest = [Decimal(number) for number in piece.split(":")]
         stop, step = rest or (start, Decimal(1))
@@ -36,3 +65,4 @@ def _expand(piece: str) -> list[Decimal]:
 
 
 PAPER_SPARSITIES = tuple(parse_sparsities("0.1:0.9:0.1,0.91:0.99:0.01"))
+"""The 18 sparsities of the paper's curves."""

@@ -1,22 +1,21 @@
-"""Layers, their exact counts and FLOPs after pruning."""
+"""What a pruning leaves: layers with their exact counts, and FLOPs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import NotRequired, TypedDict
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sfw_dist.pruning.low_rank import LowRank
-from sfw_dist.pruning.one_shot import Pruning
-from sfw_dist.pruning.scope import _LAYERS, _layers
+from sfw_dist.pruning.modes import evaluation_mode
+from sfw_dist.pruning.result import Pruning
+from sfw_dist.pruning.scope import WEIGHT_LAYERS, layers
 
 
 class LayerRow(TypedDict):
-    """One prunable parameter in `layer_table`."""
+    """One prunable parameter in :func:`layer_table`."""
 
     name: str
     shape: list[int]
@@ -28,11 +27,22 @@ class LayerRow(TypedDict):
 
 
 def layer_table(model: nn.Module, pruning: Pruning) -> list[LayerRow]:
-    """What is left of each prunable parameter of ``model``, in the order of ``named_parameters``."""
+    """What is left of each prunable parameter of ``model``, in the order of ``named_parameters``.
+
+    Example:
+        >>> from sfw_dist.pruning import prune
+        >>> net = nn.Linear(4, 2)
+        >>> layer_table(net, prune(net, 0.75))
+        [{'name': 'weight', 'shape': [2, 4], 'parameters': 8, 'kept': 2, 'sparsity': 0.75}]
+    """
     parameters = dict(model.named_parameters())
-    rows = [_row(name, list(parameters[name].shape), *counts) for name, counts in pruning.counts.items()]
-    if isinstance(pruning, LowRank):
-        return [{**row, "rank": pruning.ranks[row["name"]]} if row["name"] in pruning.ranks else row for row in rows]
+    rows = []
+    for name, (entries, kept) in pruning.counts.items():
+        shape, sparsity = list(parameters[name].shape), (entries - kept) / entries
+        row = LayerRow(name=name, shape=shape, parameters=entries, kept=kept, sparsity=sparsity)
+        if name in pruning.ranks:
+            row["rank"] = pruning.ranks[name]
+        rows.append(row)
     return rows
 
 
@@ -42,17 +52,25 @@ def dead_layers(pruning: Pruning) -> list[str]:
 
 
 def count_flops(model: nn.Module, example: Tensor) -> dict[str, int]:
-    """Dense forward FLOPs for one sample of every linear and convolution module, by the name of its weight.
+    """Count the dense forward FLOPs of one sample in every linear and convolution module.
 
-    A multiply-add is two FLOPs; biases are not counted. A module called several times counts each time, and one that
-    is never called, because its owner reads its weight (as ``nn.MultiheadAttention`` does), counts 0.
+    A multiply-add is two FLOPs; biases are not counted. A module that is called several times counts each time, and one
+    that is never called, because its owner reads its weight (as ``nn.MultiheadAttention`` does), counts 0.
 
     Args:
         model: runs once in evaluation mode without gradients; modes and buffers are afterwards what they were.
-        example: (batch, ...), an input on the model's device, of which the first sample is used.
+        example: ``(batch, ...)``, an input on the model's device; its first sample is used.
+
+    Returns:
+        FLOPs by the name of the module's weight.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 10))
+        >>> count_flops(net, torch.zeros(1, 1, 4, 4))
+        {'0.weight': 144, '2.weight': 160}
     """
     counter = FlopCounterMode(display=False)
-    names = {module: name for name, module in _layers(model, _LAYERS)}
+    names = {module: name for name, module in layers(model, WEIGHT_LAYERS)}
     flops = dict.fromkeys(names.values(), 0)
 
     def before(module: nn.Module, args: object) -> None:
@@ -64,7 +82,7 @@ def count_flops(model: nn.Module, example: Tensor) -> dict[str, int]:
     hooks = [module.register_forward_pre_hook(before) for module in names]
     hooks += [module.register_forward_hook(after) for module in names]
     try:
-        with _evaluation_mode(model), torch.no_grad(), counter:
+        with evaluation_mode(model), torch.no_grad(), counter:
             model(example[:1])
     finally:
         for hook in hooks:
@@ -73,24 +91,22 @@ def count_flops(model: nn.Module, example: Tensor) -> dict[str, int]:
 
 
 def kept_flops(flops: Mapping[str, int], pruning: Pruning) -> float:
-    """FLOPs that multiply by a kept weight, or by the two factors of one: each layer's count times what is kept of it.
+    """FLOPs that multiply by a kept weight, or by one of its two factors.
 
-    Of a removed filter these are its own; that the next layer may skip its channel is not counted.
+    Args:
+        flops: of :func:`count_flops`.
+        pruning: what is left. A removed filter saves its own FLOPs; that the next layer may skip its channel is not
+            counted.
+
+    Returns:
+        The sum over the layers, each one's FLOPs times the fraction of it that is kept.
+
+    Example:
+        >>> from sfw_dist.pruning import prune
+        >>> net = nn.Linear(4, 2)
+        >>> flops = count_flops(net, torch.zeros(1, 4))
+        >>> kept_flops(flops, prune(net, 0.75))
+        4.0
     """
     counts = pruning.counts
     return sum(count * counts[name][1] / counts[name][0] if name in counts else count for name, count in flops.items())
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():  # one by one: a frozen BatchNorm is in evaluation mode all along
-            module.training = training
-
-
-def _row(name: str, shape: list[int], parameters: int, kept: int) -> LayerRow:
-    return LayerRow(name=name, shape=shape, parameters=parameters, kept=kept, sparsity=(parameters - kept) / parameters)

@@ -1,4 +1,4 @@
-"""``python -m sfw_dist.report``."""
+"""Draw one or several runs on one page: ``python -m sfw_dist.report``."""
 
 from __future__ import annotations
 

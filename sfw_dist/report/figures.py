@@ -1,4 +1,4 @@
-"""The figures, each drawn in memory and returned as a PNG file's bytes."""
+"""The figures, each drawn in memory and returned as the bytes of a PNG file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sfw_dist.report.table import AS_TRAINED, RECALIBRATED, chosen_sparsities, c
 
 FloatArray = npt.NDArray[np.float64]
 Series = tuple[FloatArray, FloatArray]  # epochs, values
-Lines = dict[str, dict[str, Any]]  # what a legend says, and the style of the line beside it
+Lines = dict[str, dict[str, Any]]  # legend text and line style
 
 # Okabe and Ito's colours, which people with any colour vision can tell apart; their yellow is too pale for a line.
 # Brown and grey are ours, for an eighth and a ninth run; the markers help.
@@ -32,7 +32,10 @@ SPARSITY_TICKS = (0.0, 0.9, 0.99, 0.999, 0.5, 0.95, 0.995, 0.8, 0.98, 0.998, 0.7
 RATIO_TICKS = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)
 DASHES, DOTS = (0, (5, 4)), (0, (1, 2.5))
 DASHED: dict[str, Any] = {"linestyle": DASHES, "linewidth": 1}
-WITHOUT: dict[str, Any] = {"linestyle": (0, (4, 2)), "linewidth": 1.3}  # a curve as trained, beside one recalibrated
+WITHOUT: dict[str, Any] = {
+    "linestyle": (0, (4, 2)),
+    "linewidth": 1.3,
+}  # a curve as trained; others are recalibrated
 MOST_DECADES = 8  # of magnitudes below the largest weight
 MOST_LAYER_NAMES = 60
 LONGEST_LABEL = 48
@@ -66,7 +69,7 @@ def colour(index: int) -> str:
 
 
 def draw_all(runs: Sequence[Run]) -> dict[str, bytes]:
-    """Every figure that the runs have data for, by file name."""
+    """Draw every figure that the runs have data for; PNG files by name."""
     drawn = {}
     with matplotlib.rc_context(STYLE):
         for name, draw in DRAWINGS.items():
@@ -77,10 +80,11 @@ def draw_all(runs: Sequence[Run]) -> dict[str, bytes]:
 
 
 def draw_curve(runs: Sequence[Run]) -> Figure:
-    """Accuracy against sparsity, and against the theoretical speed-up; dotted: the dense accuracy as trained.
+    """Draw accuracy against sparsity and against the theoretical speed-up; dotted: the dense accuracy as trained.
 
-    Where any run has BatchNorm recalibrated, lines are solid with that and dashed, their markers hollow, without.
-    The axis of sparsity is logarithmic in the fraction that is kept: 90 % to 99 % take as much room as 0 % to 90 %.
+    Where any run has BatchNorm recalibrated, its lines are solid; lines without recalibration then are dashed with
+    hollow markers. The sparsity axis is logarithmic in the fraction that is kept: 90 % to 99 % take as much space as
+    0 % to 90 %.
     """
     figure = Figure(figsize=(10.5, 5.0), layout="constrained")
     by_sparsity, by_speedup = figure.subplots(1, 2, sharey=True, width_ratios=(1.9, 1))
@@ -115,7 +119,7 @@ def draw_curve(runs: Sequence[Run]) -> Figure:
 
 
 def draw_weights(runs: Sequence[Run]) -> Figure | None:
-    """How the weights are distributed: by value, and by magnitude in decades. None: no run has weights."""
+    """Draw the distribution of the weights, by value and by magnitude in decades. None: no run has weights."""
     weights = {index: run.weights for index, run in enumerate(runs) if run.weights is not None}
     if not weights:
         return None
@@ -136,7 +140,7 @@ def draw_weights(runs: Sequence[Run]) -> Figure | None:
 
 
 def draw_training(runs: Sequence[Run]) -> Figure | None:
-    """Loss, validation accuracy, learning rate and Frank-Wolfe gap by epoch. None: no run has finished an epoch."""
+    """Draw loss, validation accuracy, learning rate and Frank-Wolfe gap by epoch. None: no run finished an epoch."""
     trained = [index for index, run in enumerate(runs) if run.epochs()]
     panels = [panel for panel in PANELS if any(np.isfinite(panel.series(runs[index])[1]).any() for index in trained)]
     if not panels:
@@ -157,7 +161,7 @@ def draw_training(runs: Sequence[Run]) -> Figure | None:
 
 
 def draw_layers(runs: Sequence[Run]) -> Figure | None:
-    """The sparsity of each layer at a few sparsities of the whole network. None: no layer is listed."""
+    """Draw the sparsity of each layer at a few sparsities of the whole network. None: no layer is listed."""
     names = list(dict.fromkeys(layer.name for run in runs for result in run.results for layer in result.layers))
     sparsities = chosen_sparsities(runs, LAYER_SPARSITIES)
     if not names or not sparsities:
@@ -179,7 +183,7 @@ def draw_layers(runs: Sequence[Run]) -> Figure | None:
 
 
 def _draw_layers_at(axes: Axes, results: dict[int, PruningResult], place: dict[str, int]) -> None:
-    """One line a run. A layer without any weight, which no logarithm can show, is a cross at the upper edge."""
+    """One line for each run. A layer without weights, which has no logarithm, is a cross at the upper edge."""
     alive = [layer.density for result in results.values() for layer in result.layers if layer.density > 0]
     edge = 0.5 * min(alive, default=1.0)
     for index, result in results.items():
@@ -196,7 +200,7 @@ def _draw_layers_at(axes: Axes, results: dict[int, PruningResult], place: dict[s
 def _scale_sparsity(axes: Axes, direction: str, lowest_density: float, distance: float) -> None:
     """Show densities as sparsities, on a logarithmic scale that rises with sparsity.
 
-    ``distance`` is the least one between two ticks, as a fraction of the axis.
+    ``distance`` is the least distance between two ticks, as a fraction of the axis.
     """
     first, last = 1.12, 0.89 * lowest_density
     axes.set(**{f"{direction}scale": "log", f"{direction}lim": (first, last)})
@@ -232,7 +236,7 @@ def _histogram(axes: Axes, values: npt.NDArray[np.float32], edges: FloatArray, c
 def _legend(
     figure: Figure, runs: Sequence[Run], indices: Sequence[int] | None = None, lines: Lines | None = None
 ) -> None:
-    """Name the runs below the panels; ``lines`` are what lines of some style, of any colour, are."""
+    """Name the runs below the panels; ``lines`` explains the line styles that all colours share."""
     shown = range(len(runs)) if indices is None else indices
     handles = [Line2D([], [], color=colour(index), marker=_marker(index), markersize=4.5) for index in shown]
     labels = [_shortened(runs[index].label) for index in shown]

@@ -70,17 +70,20 @@ $runs
 
 DEFINITIONS = {
     "Sparsity": "The fraction of the weights that is removed: set to zero, smallest magnitudes first, once, with no "
-    "training afterwards. The columns name the sparsity asked for; the figures use the one achieved. Where the "
-    "pruning is “filters” it is a fraction of the filters that is asked for; where it is “low_rank”, of the "
-    "parameters, of which a weight then has those of its two factors.",
+    "training afterwards. The columns name the sparsity asked for; the figures use the one achieved. With "
+    "granularity “filter” the sparsity asked for is a fraction of the filters; with “rank” it is one of the "
+    "parameters, and a weight's parameters then are those of its two factors.",
+    "Pruning": "What is removed as one piece × what the pieces are ranked against × what makes a weight worth "
+    "keeping, and the scope: which parameters are pruned.",
     "Prunable weights": "Those that the scope allows to remove: the weights of convolutions and linear layers for "
     "“weights”, every parameter for “all”.",
     "Compression ratio": "All parameters of the network over those that are kept, biases and normalisation included. "
     "It is therefore a little below 1 / (1 − sparsity) when only weights are pruned.",
     "Theoretical speed-up": "FLOPs of the dense network over those that remain when multiplications by removed "
     "weights are skipped, in convolutions and linear layers. Hardware reaches it only with kernels for sparse weights.",
-    "BatchNorm recalibrated": "After pruning, the running statistics of BatchNorm were reset and measured anew on "
-    "training images; no weight changed. The dense network that such accuracies are compared with was, too.",
+    "BatchNorm recalibrated": "After pruning, the running statistics of BatchNorm were reset and measured again on "
+    "training images; no weight changed. The same was done to the dense network that such accuracies are compared "
+    "with.",
     "Top-1": "The fraction of images whose highest score is the right class.",
 }
 CAPTIONS = {
@@ -96,7 +99,7 @@ CAPTIONS = {
 
 
 def render(runs: Sequence[Run], images: Mapping[str, bytes]) -> str:
-    """The page as HTML. ``images`` are the PNG files by name; a figure that is not among them is said to be missing."""
+    """The page as HTML. ``images`` are the PNG files by name; where a figure is not among them the page says so."""
     results = [result for run in runs for result in run.results]
     title = ", ".join(run.label for run in runs) if len(runs) <= 3 else f"{len(runs)} runs"
     splits = ", ".join(sorted({result.split for result in results}))
@@ -138,7 +141,7 @@ def _accuracy_table(runs: Sequence[Run], sparsities: Sequence[float]) -> str:
 
 
 def _batchnorm_column(rows: Sequence[Curve]) -> list[list[str]]:
-    """A column's head and cells, a list each: empty where no run has two curves to tell apart."""
+    """A column's heading and cells, as lists; both are empty where no run has two curves to distinguish."""
     if all(row.batchnorm == AS_TRAINED for row in rows):
         return [[] for _ in (None, *rows)]
     return [["BatchNorm"], *([row.batchnorm] for row in rows)]
@@ -208,7 +211,7 @@ def _percent_or_missing(sparsity: float | None) -> str:
 
 
 def _methods(run: Run) -> str:
-    """How the run was pruned; the dense network, which was not, is left out where there is any other."""
+    """How the run was pruned; the unpruned network counts only where there is no other result."""
     return "; ".join(sorted({result.method for result in run.results if result.sparsity > 0})) or run.results[0].method
 
 

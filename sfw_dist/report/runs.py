@@ -1,4 +1,4 @@
-"""What a run's folder holds, read and checked."""
+"""Reads and checks what a run's folder holds."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from sfw_dist.errors import UserError
+from sfw_dist.pruning import PruningOptions
 
 Record = dict[str, Any]
 FloatArray = npt.NDArray[np.float32]
@@ -45,8 +46,7 @@ class PruningResult:
     sparsity: float  # as requested
     sparsity_all: float  # achieved, over all parameters
     sparsity_prunable: float  # achieved, over the parameters that the scope allows to remove
-    scope: str
-    kind: str
+    options: PruningOptions
     split: str
     seed: int | None
     samples: int
@@ -61,7 +61,7 @@ class PruningResult:
     dead_layers: tuple[str, ...]
     bn_layers: int | None  # None: the file is older than recalibration
     recalibration_batches: int
-    recalibrated: Scores | None  # with BatchNorm's statistics measured anew; None: they were not
+    recalibrated: Scores | None  # with BatchNorm's statistics measured again after pruning; None: they were not
 
     @property
     def compression_ratio(self) -> float:
@@ -75,8 +75,9 @@ class PruningResult:
 
     @property
     def method(self) -> str:
-        """How the weights were chosen, in words: results that differ in it are not points of one curve."""
-        return f"{self.kind}, {self.scope}"
+        """How the network was pruned, in words: results that differ in it are not points of one curve."""
+        options = self.options
+        return f"{options.granularity} × {options.ranking} × {options.criterion}, scope {options.scope}"
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class Run:
 
     @property
     def recalibrated(self) -> Run | None:
-        """The run with what its networks score with BatchNorm recalibrated, in place of as trained; None: never."""
+        """The run with the scores after BatchNorm recalibration in place of those as trained; None: there are none."""
         results = tuple(
             replace(result, **asdict(result.recalibrated)) for result in self.results if result.recalibrated is not None
         )
@@ -158,7 +159,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def _unique_labels(folders: Sequence[Path], configs: Sequence[Record]) -> list[str]:
-    """The run's name; a shared name is followed by the folder's name, or by its path if that is shared as well."""
+    """The run's name; if several runs share it, with the folder's name, or with its path if that is shared as well."""
     names = [
         " ".join(str(config.get("name") or folder.resolve().name).split())
         for folder, config in zip(folders, configs, strict=True)
@@ -193,7 +194,7 @@ def _read_config(folder: Path) -> tuple[Record, str]:
 
 
 def _read_metrics(path: Path) -> tuple[Record, ...] | None:
-    """The records that count: a run that resumed at a step, or started anew, wrote what follows that point again."""
+    """The records, without those that a later part of the run replaces because it resumed or started again."""
     if not path.is_file():
         return None
     lines = [(count, line) for count, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()]
@@ -236,8 +237,7 @@ def _result(record: Record) -> PruningResult:
         sparsity=float(record["sparsity"]),
         sparsity_all=float(record["achieved_sparsity_all"]),
         sparsity_prunable=float(record["achieved_sparsity_prunable"]),
-        scope=str(record["scope"]),
-        kind=str(record["kind"]),
+        options=PruningOptions.of_record(record),
         split=str(record["split"]),
         seed=record.get("seed"),
         samples=int(record["samples"]),

@@ -1,4 +1,4 @@
-"""The numbers of a report: the rows behind the curve, and what the page says about them."""
+"""The numbers of a report: the rows of the curve, and the notes about them."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ def curve_rows(runs: Sequence[Run]) -> list[dict[str, object]]:
             "optimizer": run.optimizer,
             "seed": result.seed,
             "split": result.split,
-            "scope": result.scope,
-            "kind": result.kind,
+            "scope": result.options.scope,
+            "granularity": result.options.granularity,
+            "ranking": result.options.ranking,
+            "criterion": result.options.criterion,
             "sparsity": result.sparsity,
             "achieved_sparsity_all": result.sparsity_all,
             "achieved_sparsity_prunable": result.sparsity_prunable,
@@ -78,7 +80,7 @@ def curves(runs: Sequence[Run]) -> list[Curve]:
 
 
 def chosen_sparsities(runs: Sequence[Run], wanted: Sequence[float]) -> list[float]:
-    """Those of the ``wanted`` sparsities that some run has; if there are none, as many of its own, spread evenly."""
+    """The ``wanted`` sparsities that some run has; if there are none, as many of the runs' own, evenly spread."""
     present = [sparsity for sparsity in wanted if any(run.at(sparsity) for run in runs)]
     if present:
         return present
@@ -101,7 +103,7 @@ def sparsity_within(run: Run, budget: float) -> float | None:
 
 
 def notes(runs: Sequence[Run]) -> list[str]:
-    """What a reader must know before comparing: what is missing, what differs, what died."""
+    """What a reader must know before comparing runs: missing data, differing settings, layers without weights."""
     splits = {result.split for run in runs for result in run.results}
     across = [f"The accuracies come from different splits ({', '.join(sorted(splits))})."] if len(splits) > 1 else []
     both = any(run.recalibrated for run in runs)
@@ -109,7 +111,7 @@ def notes(runs: Sequence[Run]) -> list[str]:
 
 
 def _batchnorm_notes(run: Run) -> list[str]:
-    """Where a curve is missing or has gaps although others are there."""
+    """Where the curve with BatchNorm recalibrated is missing or has gaps although other runs have one."""
     without = [percent(result.sparsity) for result in run.results if result.recalibrated is None]
     batches = sorted({result.recalibration_batches for result in run.results} - {0})
     found = []

@@ -1,4 +1,4 @@
-"""Reads the runs, draws the report in memory, and only then writes it."""
+"""Read the runs, draw the report in memory, and only then write it."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ def write_report(runs: list[Path], out: Path | None = None) -> Path:
         out: the report's folder; default: ``report`` in the first run's folder.
 
     Raises:
-        UserError: a folder is no run, has no pruning results, or holds a file that cannot be read. Nothing has been
-            written then.
+        UserError: a folder is no run, has no pruning results, or holds a file that cannot be read. Then nothing is
+            written.
     """
     return write_files(read_runs(runs), out)
 
 
 def write_files(runs: list[Run], out: Path | None) -> Path:
+    """Write the report of runs that were read already; arguments, answer and errors as for :func:`write_report`."""
     drawn = figures.draw_all(runs)
     files = {
         **drawn,
         "curve.csv": table.curve_csv(runs).encode(),
-        "index.html": page.render(runs, drawn).encode(),  # last: who finds the page finds what it speaks of
+        "index.html": page.render(runs, drawn).encode(),  # last: when the page is there, so is all it shows
     }
     folder = runs[0].folder / "report" if out is None else out
     try:

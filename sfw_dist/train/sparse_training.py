@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from sfw_dist.config import Config, CramConfig, GMPConfig
 from sfw_dist.errors import UserError
-from sfw_dist.pruning.masks import magnitude_masks
-from sfw_dist.pruning.one_shot import prune
+from sfw_dist.pruning import compute_masks, prune
 from sfw_dist.train.strategies import Strategy
 
 PREFIX = "method."
@@ -105,7 +104,7 @@ class GMP(TrainingMethod):
         if self._begin <= done <= self._end and (regular or done == self._end):
             sparsity = gmp_sparsity(self._config, done, self._steps)
             with _nan_blamed_on_lr():
-                self._masks = dict(magnitude_masks(self._strategy.model, sparsity, kind=self._config.ranking))
+                self._masks = dict(compute_masks(self._strategy.model, sparsity, ranking=self._config.ranking))
 
     @torch.no_grad()
     def _apply_masks(self) -> None:

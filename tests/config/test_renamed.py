@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from sfw_dist.config import Config, GMPConfig, OptimizerConfig, load_config, save_config
+from sfw_dist.config import Config, GMPConfig, OptimizerConfig, PruneConfig, load_config, save_config
 from sfw_dist.config.renamed import translate_arguments
+from sfw_dist.pruning.options import OLD_KINDS
 from tests.support.config_files import Write, error_of, parse
 
 NEW = Config(
@@ -63,3 +64,41 @@ def test_other_arguments_stay_as_they_are() -> None:
 def test_a_misspelt_name_is_still_an_error(write: Write) -> None:
     """Fails when translating hides an unknown key."""
     assert "unknown key gradually" in error_of("--config", write("gradually: {sparsity: 0.5}\n"))
+
+
+@pytest.mark.parametrize("kind", OLD_KINDS)
+def test_prune_kind_is_read_wherever_it_stands(kind: str, write: Write) -> None:
+    """Fails when old runs and configurations cannot be read, or are pruned in another way."""
+    granularity, ranking = OLD_KINDS[kind]
+    expected = PruneConfig(granularity=granularity, ranking=ranking)
+    assert load_config(write(f"prune: {{kind: '{kind}'}}")).prune == expected
+    assert parse("--name", "a", "--prune.kind", kind).prune == expected
+    assert parse("--name", "a", f"--prune.kind={kind}").prune == expected
+
+
+def test_prune_kind_in_a_base_and_new_words_above_it(write: Write) -> None:
+    """Fails when a base in the old words contradicts a file in the new ones, or wins over it."""
+    write("prune: {kind: filters-layerwise, scope: all}", "base.yaml")
+    found = load_config(write("base: base.yaml\nprune: {granularity: weight}")).prune
+    assert found == PruneConfig(scope="all", granularity="weight", ranking="layerwise")
+    assert load_config(write("base: base.yaml\nprune: {kind: global}")).prune == PruneConfig(scope="all")
+
+
+@pytest.mark.parametrize(
+    ("section", "told"),
+    [
+        ("{kind: rank}", "prune: unknown kind 'rank': choose one of global, layerwise"),
+        ("{kind: filters, ranking: global}", "prune: kind filters is an older word"),
+    ],
+)
+def test_a_wrong_prune_kind_in_a_file_is_told_with_the_file(section: str, told: str, write: Write) -> None:
+    """Fails when an unknown old word is passed over, or one of two that contradict each other."""
+    path = write(f"prune: {section}")
+    message = error_of("--config", path)
+    assert told in message and str(path) in message
+
+
+@pytest.mark.parametrize("argv", [["--prune.kind", "blocks"], ["--prune.kind"]])
+def test_a_wrong_prune_kind_on_the_command_line_is_told(argv: list[str]) -> None:
+    """Fails with a traceback, or when the word is passed over."""
+    assert "prune: unknown kind" in error_of("--name", "a", *argv)

@@ -13,7 +13,10 @@ from tests.support.config_files import Write, error_of
 @pytest.mark.parametrize(
     ("text", "key", "value", "remedy"),
     [
-        ("prune: {kind: rank}", "prune.kind", "rank", "'low_rank'"),
+        ("prune: {granularity: filters}", "prune.granularity", "filters", "'filter'"),
+        ("prune: {granularity: rank, ranking: layerwise}", "granularity rank", "layerwise", "write ranking global"),
+        ("prune: {criterion: best}", "criterion", "best", "choose one of magnitude"),
+        ("prune: {recalibrate: -1}", "recalibrate", "-1", "write 50"),
         ("optimizer: {lr: 0}", "optimizer.lr", "0.0", "write 1.0"),
         ("optimizer: {lr: .nan}", "optimizer.lr", "nan", "write 1.0"),
         ("optimizer: {momentum: 1}", "optimizer.momentum", "1.0", "write 0.9"),

@@ -18,7 +18,7 @@ from sfw_dist.data.datasets.download import Remote
 from sfw_dist.data.datasets.registry import TINY_IMAGENET
 from sfw_dist.data.manifest import read_manifest
 from sfw_dist.data.prepare import prepare, verify
-from sfw_dist.evaluate.sweep import evaluate
+from sfw_dist.evaluate.sweep import sweep_run
 from sfw_dist.train.run_folder import RunFolder
 from sfw_dist.train.trainer import train
 from tests.support.downloads import error_of
@@ -63,7 +63,7 @@ def test_tiny_imagenet_goes_from_its_folder_to_a_pruned_network(tiny: Path) -> N
         of_backend = replace(config, name=backend, data=replace(config.data, backend=backend))
         runs[backend] = RunFolder(of_backend.run_dir)
         assert train(of_backend, ONE_PROCESS) == 0
-        results = evaluate(runs[backend], ONE_PROCESS, sparsities=[0.0, 0.9])
+        results = sweep_run(runs[backend], ONE_PROCESS, sparsities=[0.0, 0.9])
         assert [result["samples"] for result in results] == [5, 5]
     assert runs["ram"].weights.read_bytes() == runs["folder"].weights.read_bytes()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,13 +11,12 @@ from safetensors.torch import load_file
 
 from sfw_dist.config import load_config, save_config
 from sfw_dist.evaluate.__main__ import main
-from sfw_dist.evaluate.pruned_models import TrainedRun
-from sfw_dist.evaluate.sparsity_search import GRID, evaluate_max_drop, search, stays_within
-from sfw_dist.evaluate.sweep import evaluate
+from sfw_dist.evaluate.pruned_models import PrunedModels
+from sfw_dist.evaluate.sparsity_search import GRID, search, search_run, stays_within
+from sfw_dist.evaluate.sweep import sweep_run
 from sfw_dist.train.metrics import Metrics
 from sfw_dist.train.run_folder import RunFolder
-from sfw_dist.train.trainer import train
-from tests.support.training import ONE_PROCESS, small_config
+from tests.support.training import ONE_PROCESS
 
 
 def _recorded(within: Callable[[int], bool]) -> tuple[int, list[int]]:
@@ -36,7 +34,7 @@ def _recorded(within: Callable[[int], bool]) -> tuple[int, list[int]]:
 
 @pytest.mark.parametrize("edge", [0, 1, 99, 100, 101, 637, 899, 900, 909, 910, 989, 994, 997, 998])
 def test_a_monotone_accuracy_gives_its_edge_exactly(edge: int) -> None:
-    """The answer is one step off, in particular beside a point of the grid."""
+    """The answer is one step off, in particular next to a point of the grid."""
     found, asked = _recorded(lambda sparsity: sparsity <= edge)
     assert found == edge and len(asked) <= 7
 
@@ -93,29 +91,18 @@ def test_a_tie_is_within(dense: int, pruned: int, points: float, within: bool) -
     assert stays_within(before, after, points) is within
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> RunFolder:
-    config = small_config(tmp_path_factory.mktemp("runs"), digits, epochs=4)
-    config.schedule.dynamic = False
-    config.schedule.milestones = [0.9]
-    assert train(config, ONE_PROCESS) == 0
-    run = RunFolder(config.run_dir)
-    shutil.rmtree(run.prune)  # as one does to measure anew
-    return run
-
-
 def test_the_file_holds_the_search_and_one_test_accuracy(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     """The test images take part in the search; or the answer is of other networks than its file says."""
     splits: list[str] = []
-    measure = TrainedRun.measure
+    measure = PrunedModels.measure
 
-    def noted(self: TrainedRun, split: str, masks: list[object], statistics: list[object]) -> object:
+    def noted(self: PrunedModels, split: str, prunings: list[object], statistics: list[object]) -> object:
         splits.append(split)
-        assert split == "validation" or len(masks) == 1
-        return measure(self, split, masks, statistics)  # type: ignore[arg-type]
+        assert split == "validation" or len(prunings) == 1
+        return measure(self, split, prunings, statistics)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(TrainedRun, "measure", noted)
-    result = evaluate_max_drop(run, ONE_PROCESS, 10.0, export=True)
+    monkeypatch.setattr(PrunedModels, "measure", noted)
+    result = search_run(run, ONE_PROCESS, 10.0, export=True)
     assert splits == ["validation"] * (len(splits) - 1) + ["test"] and len(splits) > 2
     path = run.prune / "max_drop_10.0.json"
     assert json.loads(path.read_text()) == json.loads(json.dumps(result))
@@ -127,7 +114,7 @@ def test_the_file_holds_the_search_and_one_test_accuracy(run: RunFolder, monkeyp
     assert not rows[round(found + 0.001, 3)]["within"] and result["bn_recalibrated"]
     assert rows[0.0]["drop"] == 0 and {row["samples"] for row in rows.values()} == {136}
 
-    (alone,) = evaluate(run, ONE_PROCESS, sparsities=[found], export=True)
+    (alone,) = sweep_run(run, ONE_PROCESS, sparsities=[found], export=True)
     assert (alone["top1_recalibrated"], alone["samples"]) == (result["test"]["top1"], result["test"]["samples"])
     assert alone["parameters_kept"] == result["parameters_kept"]
     exported, same = (load_file(path.with_suffix(".safetensors")) for path in (path, run.prune / f"s{found:.4f}.json"))

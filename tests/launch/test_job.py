@@ -64,10 +64,10 @@ def test_what_is_requeued(monkeypatch: pytest.MonkeyPatch, environment: dict[str
 def test_a_preempted_task_asks_for_its_requeue(file: Path, run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     """The signal kills the task, which then counts as failed."""
     train.main(["--config", str(file), "--cluster", "debug"])
-    submission = Submission.new(run, "prune", ClusterConfig(), tasks=[[0.5]], scope=None, kind=None)
+    submission = Submission.new(run, "prune", ClusterConfig(), tasks=[[0.5]])
     asked: list[bool] = []
     monkeypatch.setattr(job, "requeue", lambda: asked.append(True))
-    monkeypatch.setattr(job, "evaluate", lambda *arguments, **options: signal.raise_signal(signal.SIGUSR2))
+    monkeypatch.setattr(job, "sweep_run", lambda *arguments, **options: signal.raise_signal(signal.SIGUSR2))
     before = signal.getsignal(signal.SIGUSR2)
     try:
         PruneJob(run.path, submission.folder, 0)()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from launch import collect, job, prune_array, retry, train
+from launch.slurm import ClusterConfig
+from launch.submission import Submission
 from sfw_dist.train.run_folder import RunFolder
 
 
@@ -19,18 +20,15 @@ def test_what_failed_here_is_listed_and_tried_again(
     """A failed task goes unnoticed; or everything is computed again for its sake."""
     assert train.main(["--config", str(file), "--cluster", "debug"]) == 0
 
-    def broken_for_half(name: str) -> Callable[..., Any]:
-        whole = getattr(job, name)
+    sweep_run = job.sweep_run
 
-        def evaluate(run: RunFolder, world: object, *, sparsities: list[float], **options: Any) -> Any:
-            if sparsities == [0.5]:
-                raise RuntimeError("the node died")
-            return whole(run, world, sparsities=sparsities, **options)
-
-        return evaluate
+    def broken_for_half(*arguments: Any, sparsities: list[float]) -> Any:
+        if sparsities == [0.5]:
+            raise RuntimeError("the node died")
+        return sweep_run(*arguments, sparsities=sparsities)
 
     with monkeypatch.context() as patch:
-        patch.setattr(job, "evaluate", broken_for_half("evaluate"))
+        patch.setattr(job, "sweep_run", broken_for_half)
         with pytest.raises(RuntimeError, match="the node died"):
             prune_array.main([str(run.path), "--sparsities", "0.2,0.5", "--cluster", "debug"])
     capsys.readouterr()
@@ -43,3 +41,13 @@ def test_what_failed_here_is_listed_and_tried_again(
     assert collect.main([str(run.path)]) == 0
     assert (run.prune / "s0.2000.json").stat().st_mtime_ns == before
     assert retry.retry(run) == []
+
+
+def test_an_array_from_before_is_retried_as_it_was_asked_for(file: Path, run: RunFolder) -> None:
+    """Its record has the older words, and null for what was the run's."""
+    assert train.main(["--config", str(file), "--cluster", "debug"]) == 0
+    Submission.new(run, "prune", ClusterConfig(kind="debug"), tasks=[[0.5]], scope=None, kind="filters")
+    (again,) = retry.retry(run)
+    assert again.is_finished(0)
+    (result,) = [json.loads(path.read_text()) for path in run.prune.glob("s*.json")]
+    assert (result["scope"], result["granularity"], result["ranking"]) == ("weights", "filter", "global")

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from sfw_dist.distributed.world import World
-from sfw_dist.evaluate.pruned_models import TrainedRun
-from sfw_dist.evaluate.sparsity_search import evaluate_max_drop
-from sfw_dist.evaluate.sweep import evaluate
-from sfw_dist.pruning.masks import magnitude_masks
+from sfw_dist.evaluate.pruned_models import PrunedModels
+from sfw_dist.evaluate.sparsity_search import search_run
+from sfw_dist.evaluate.sweep import sweep_run
+from sfw_dist.pruning import compute_masks
 from sfw_dist.pruning.recalibration import recalibrated_statistics
 from sfw_dist.train.run_folder import RunFolder
 from sfw_dist.train.trainer import train
@@ -31,7 +31,7 @@ def _statistics(rank: int, world_size: int) -> list[dict[str, Tensor]]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.BatchNorm2d(6))
     batches = [3 * torch.randn(7, 3, 8, 8) + i for i in range(4)]
-    masks = [magnitude_masks(model, sparsity) for sparsity in (0.0, 0.5, 0.8, 0.9, 0.95)]
+    masks = [compute_masks(model, sparsity) for sparsity in (0.0, 0.5, 0.8, 0.9, 0.95)]
     world = _world(rank, world_size)
     return [found for some in (masks, masks[:2]) for found in recalibrated_statistics(model, some, batches, world)]
 
@@ -55,8 +55,8 @@ def run(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> RunFolder:
 def _both_commands(rank: int, world_size: int, folder: str) -> str:
     """What a sweep and a search answer, as JSON."""
     run, world = RunFolder(Path(folder)), _world(rank, world_size)
-    sweep = evaluate(run, world, sparsities=[0.0, 0.5, 0.8])
-    return json.dumps({"sweep": sweep, "search": evaluate_max_drop(run, world, 5.0)})
+    sweep = sweep_run(run, world, sparsities=[0.0, 0.5, 0.8])
+    return json.dumps({"sweep": sweep, "search": search_run(run, world, 5.0)})
 
 
 def test_commands_answer_the_same_on_two_ranks(run: RunFolder) -> None:
@@ -85,8 +85,8 @@ def _assert_same(mine: Any, theirs: Any, key: str = "") -> None:
 
 def test_the_batches_of_a_rank_are_those_of_one_process(run: RunFolder) -> None:
     """A rank's share of the training images would give each network other statistics."""
-    alone = TrainedRun(run, ONE_PROCESS)
-    second = TrainedRun(run, _world(1, 2))
+    alone = PrunedModels(run, ONE_PROCESS)
+    second = PrunedModels(run, _world(1, 2))
     assert alone.batches == second.batches == 10
     pairs = zip(alone._training_batches(), second._training_batches(), strict=True)
     assert all(mine.equal(theirs) for mine, theirs in pairs)

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from sfw_dist.config import Config
 from sfw_dist.distributed.world import World
-from sfw_dist.evaluate.sweep import evaluate
+from sfw_dist.evaluate.sweep import sweep_run
 from sfw_dist.models import build_model
 from sfw_dist.train import checkpoint
 from sfw_dist.train.run_folder import RunFolder
@@ -275,7 +275,7 @@ def test_a_run_changes_its_engine_and_all_else_stays(
     assert [e["engine"] for e in events if e["event"] in ("start", "resume")] == ["ddp", "fsdp"]
     assert {e["validation_samples"] for e in events if e["event"] == "epoch"} == {136}
     measured = events[-1]
-    alone = evaluate(run, ONE_PROCESS, sparsities=[0.0])[0]
+    alone = sweep_run(run, ONE_PROCESS, sparsities=[0.0])[0]
     assert measured["samples"] == alone["samples"] == 451
     assert measured["top1"] == alone["top1"]
     assert measured["loss"] == pytest.approx(alone["loss"], rel=1e-5)

@@ -17,7 +17,7 @@ import yaml
 from safetensors.torch import load_file
 
 from sfw_dist.config import Config, save_config
-from sfw_dist.evaluate.sweep import evaluate
+from sfw_dist.evaluate.sweep import sweep_run
 from sfw_dist.train.run_folder import RunFolder
 from tests.support.training import ONE_PROCESS, small_config
 
@@ -143,7 +143,7 @@ def test_it_goes_on_at_another_number_of_ranks(moved: Config) -> None:
 def test_evaluation_does_not_depend_on_the_number_of_ranks(whole: Config) -> None:
     """451 test images do not split into two: a padded sampler would count one twice."""
     run = RunFolder(whole.run_dir)
-    alone = evaluate(run, ONE_PROCESS, sparsities=[0.0, 0.8])
+    alone = sweep_run(run, ONE_PROCESS, sparsities=[0.0, 0.8])
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     ended = _run(*torchrun, "-m", "sfw_dist.evaluate", str(run.path), "--sparsities", "0,0.8")
     assert ended.status == 0, ended.stderr

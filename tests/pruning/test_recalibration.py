@@ -1,4 +1,4 @@
-"""BatchNorm's statistics, measured anew; that ranks agree is in tests/dist, and the accuracy in test_evaluate."""
+"""BatchNorm's statistics after recalibration; tests/multiprocess has several ranks, tests/evaluate the accuracy."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from torch import Tensor, nn
 
 from sfw_dist.errors import UserError
 from sfw_dist.models import build_model
-from sfw_dist.pruning.masks import magnitude_masks
-from sfw_dist.pruning.one_shot import prune
+from sfw_dist.pruning import compute_masks, prune
 from sfw_dist.pruning.recalibration import batch_norms, recalibrate, recalibrated_statistics
 from tests.support.training import ONE_PROCESS
 
 
 def _model() -> nn.Module:
-    """BatchNorm with statistics of an earlier life, dropout, and a second BatchNorm behind the first."""
+    """BatchNorm with statistics from earlier training, dropout, and a second BatchNorm after the first."""
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.9), nn.Conv2d(8, 6, 3), nn.BatchNorm2d(6)
     )
@@ -84,7 +83,7 @@ def test_many_networks_in_one_pass_are_each_as_if_alone() -> None:
     model, batches = _model().eval(), _batches()
     before = copy.deepcopy(model.state_dict())
     sparsities = (0.9, 0.0, 0.5)
-    masks = [magnitude_masks(model, sparsity) for sparsity in sparsities]
+    masks = [compute_masks(model, sparsity) for sparsity in sparsities]
     together = recalibrated_statistics(model, masks, iter(batches), ONE_PROCESS)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     for sparsity, statistics in zip(sparsities, together, strict=True):
@@ -101,7 +100,7 @@ def test_without_batchnorm_nothing_is_done() -> None:
     """A network without BatchNorm is an error, or runs over all the data for nothing."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2), nn.BatchNorm1d(2, track_running_stats=False))
     assert batch_norms(model) == {} and recalibrate(model, iter(int, 1)) == 0  # type: ignore[arg-type]
-    masks = [magnitude_masks(model, 0.5)] * 2
+    masks = [compute_masks(model, 0.5)] * 2
     assert recalibrated_statistics(model, masks, [], ONE_PROCESS) == [{}, {}]
     assert recalibrated_statistics(_model(), [], [], ONE_PROCESS) == []
 

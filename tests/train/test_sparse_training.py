@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from sfw_dist.config import Config, CramConfig, GMPConfig, OptimizerConfig, SampledConfig
 from sfw_dist.errors import UserError
-from sfw_dist.evaluate.sweep import evaluate
-from sfw_dist.pruning.masks import magnitude_masks
+from sfw_dist.evaluate.sweep import sweep_run
+from sfw_dist.pruning import compute_masks
 from sfw_dist.train import trainer as training
 from sfw_dist.train.__main__ import main
 from sfw_dist.train.k_schedule import k_frac
@@ -157,7 +157,7 @@ def test_a_step_is_the_papers(dense: bool) -> None:
     with torch.no_grad():
         for name, p in twin.named_parameters():
             p.add_(0.3 * g[name])
-        masks = magnitude_masks(twin, 0.6)
+        masks = compute_masks(twin, 0.6)
         for name, p in twin.named_parameters():
             p.mul_(masks.get(name, torch.ones(())))
     h = {name: x * masks.get(name, torch.ones(())) for name, x in gradient().items()}
@@ -196,7 +196,7 @@ def test_a_step_trains_the_network_that_was_drawn() -> None:
     model, twin = network(), network().train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with torch.no_grad():
-        masks = magnitude_masks(twin, 0.6)
+        masks = compute_masks(twin, 0.6)
         for name, mask in masks.items():
             twin.get_parameter(name).mul_(mask)
     expected_loss = F.cross_entropy(twin(images), labels)
@@ -322,7 +322,7 @@ def test_a_network_trained_by_gmp_is_measured_as_others_are(tmp_path: Path, digi
     """Fails when cutting it to its own sparsity changes it: its zeros are what magnitude pruning removes."""
     config = replace(small_config(tmp_path / "runs", digits, epochs=3), **baselines()["gmp"])
     assert training.train(config, ONE_PROCESS) == 0
-    dense, cut = evaluate(RunFolder(config.run_dir), ONE_PROCESS, sparsities=[0.0, 0.9])
+    dense, cut = sweep_run(RunFolder(config.run_dir), ONE_PROCESS, sparsities=[0.0, 0.9])
     assert (dense["top1"], dense["loss"]) == (cut["top1"], cut["loss"])
 
 
