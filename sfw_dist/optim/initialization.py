@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, get_args
 
 import torch
@@ -21,6 +20,7 @@ from sfw_dist.errors import UserError
 from sfw_dist.optim.first_step_loss import Batch, FirstStep, Loss, Start
 from sfw_dist.optim.param_groups import constraint_of
 from sfw_dist.optim.update import Rescale
+from sfw_dist.pruning.modes import evaluation_mode
 
 
 def sfw_init(
@@ -109,7 +109,8 @@ def sfw_init(
     half_batches = _endless(batches, device)
     keep_random_state = torch.random.fork_rng([device] if device.type == "cuda" else [])
     # Of the attention kernels only the plain one can be differentiated twice.
-    with _modes_of_a_first_step(model), keep_random_state, sdpa_kernel(SDPBackend.MATH):
+    norms = [module for module in model.modules() if isinstance(module, _NormBase)]
+    with evaluation_mode(model, except_for=norms), keep_random_state, sdpa_kernel(SDPBackend.MATH):
         for step in range(1, steps + 1):
             first, second, new = next(half_batches), next(half_batches), next(half_batches)
             after, slopes = first_step.loss_after(scales, _joined(first, second), _joined(first, new))
@@ -196,16 +197,3 @@ def _endless(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
 
 def _joined(one: Batch, other: Batch) -> Batch:
     return torch.cat([one[0], other[0]]), torch.cat([one[1], other[1]])
-
-
-@contextmanager
-def _modes_of_a_first_step(model: nn.Module) -> Iterator[None]:
-    """Normalisation by the batch's statistics, all else as in evaluation."""
-    before = {module: module.training for module in model.modules()}
-    try:
-        for module in before:
-            module.training = isinstance(module, _NormBase)
-        yield
-    finally:
-        for module, training in before.items():
-            module.training = training
