@@ -117,7 +117,7 @@ def test_two_hundred_epochs_left_early_or_not_leave_nothing_behind(config: DataC
     before = held()
     memory = resident_bytes()
     epochs(20, 220)
-    assert held() == before
+    assert all(now <= then for now, then in zip(held(), before, strict=True))
     assert resident_bytes() - memory < 16 << 20
     loader.close()
 
@@ -129,14 +129,14 @@ def resident_bytes() -> int:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_close_in_the_middle_of_an_epoch(config: DataConfig, backend: BackendName) -> None:
     """close() leaves a thread behind, or the iterator waits for it for ever."""
-    before = threading.active_count()
+    before = set(threading.enumerate())
     loader = open_loader(replace(config, backend=backend, workers=2), "train", seed=0)
     batches = iter(loader)
     next(batches)
     loader.close()
     with pytest.raises((RuntimeError, UserError), match=r"closed|cannot be loaded"):
         within(60, lambda: list(batches))
-    assert threading.active_count() == before
+    assert not set(threading.enumerate()) - before
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
