@@ -1,0 +1,30 @@
+"""Lets the API pages show docstrings that use reStructuredText roles and ``::`` before indented blocks."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import griffe
+
+ROLE = re.compile(r":(?:class|func|meth|mod|attr|data|exc):`(?P<short>~?\.?)(?P<target>[\w.]+)`")
+
+
+def to_markdown(text: str) -> str:
+    """Replace roles by links that may lead nowhere, and ``::`` at the end of a line by ``:``."""
+
+    def link(match: re.Match[str]) -> str:
+        target = match["target"]
+        shown = target.rsplit(".", 1)[-1] if "~" in match["short"] else target
+        return f'<autoref optional identifier="{target}"><code>{shown}</code></autoref>'
+
+    return re.sub(r"::$", ":", ROLE.sub(link, text), flags=re.MULTILINE)
+
+
+class SphinxRoles(griffe.Extension):
+    """Translates every docstring after its object was loaded."""
+
+    def on_object(self, *, obj: Any, **kwargs: Any) -> None:
+        """Translate the docstring of one object."""
+        if obj.docstring:
+            obj.docstring.value = to_markdown(obj.docstring.value)
