@@ -1,4 +1,4 @@
-"""Lets the API pages show docstrings that use reStructuredText roles and ``::`` before indented blocks."""
+"""Lets the API pages show docstrings with reStructuredText roles, ``::`` before indented blocks, and ``Example:``."""
 
 from __future__ import annotations
 
@@ -11,14 +11,18 @@ ROLE = re.compile(r":(?:class|func|meth|mod|attr|data|exc):`(?P<short>~?\.?)(?P<
 
 
 def to_markdown(text: str) -> str:
-    """Replace roles by links that may lead nowhere, and ``::`` at the end of a line by ``:``."""
+    """The docstring in Markdown, with the names of sections that griffe knows.
+
+    A role becomes a link, which is plain text where the manual has no such name.
+    """
 
     def link(match: re.Match[str]) -> str:
         target = match["target"]
         shown = target.rsplit(".", 1)[-1] if "~" in match["short"] else target
         return f'<autoref optional identifier="{target}"><code>{shown}</code></autoref>'
 
-    return re.sub(r"::$", ":", ROLE.sub(link, text), flags=re.MULTILINE)
+    text = re.sub(r"^Example:$", "Examples:", ROLE.sub(link, text), flags=re.MULTILINE)
+    return re.sub(r"::$", ":", text, flags=re.MULTILINE)
 
 
 class SphinxRoles(griffe.Extension):

@@ -14,9 +14,12 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 NOT_RUN = "# not run here: "
 """How a Python block begins that a plain process cannot run; the reason follows."""
 
-_FENCE = re.compile(r"^```(?P<language>\w*)(?: title=\"(?P<title>[^\"]+)\")?\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
+_FENCE = re.compile(
+    r"^```(?P<language>\w*)(?: title=\"(?P<title>[^\"]+)\")?\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
+)
 _INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
+_PLACEHOLDER = re.compile(r"…|\b(VERB|MODULE)\b")
 _INLINE_COMMAND = re.compile(r"(python|torchrun|sfw-dist|make|pip|sbatch|slurm/local_cluster/\w+)\s+[-\w./]")
 
 
@@ -54,10 +57,10 @@ def block_commands(page: Path) -> list[list[str]]:
 
 
 def inline_commands(page: Path) -> list[list[str]]:
-    """The commands in the running text of a page, as words; those with an ellipsis are no whole commands."""
+    """The commands in the running text of a page, as words; those with an ellipsis or ``VERB`` are no whole commands."""
     prose = _FENCE.sub("", page.read_text())
     spans = (match[1] for match in _INLINE.finditer(prose))
-    return [shlex.split(span) for span in spans if _INLINE_COMMAND.match(span) and "…" not in span]
+    return [shlex.split(span) for span in spans if _INLINE_COMMAND.match(span) and not _PLACEHOLDER.search(span)]
 
 
 def links(page: Path) -> list[str]:

@@ -1,6 +1,6 @@
 """Run the Python blocks of one page in order, in one namespace: ``python -m tests.docs.run_page PAGE``.
 
-A block with a title is the content of a file, which is written into the present folder instead.
+A block with a title is the content of a file, which is written into the current folder instead.
 """
 
 from __future__ import annotations
@@ -13,15 +13,18 @@ import torch
 from tests.docs.pages import NOT_RUN, Block, blocks
 
 
-def run_page(page: Path) -> None:
-    """Run, or write, every Python block of ``page``; a traceback then shows the lines of the page."""
-    namespace = {"__name__": "page"}
+def write_files(page: Path) -> None:
+    """Write the blocks of ``page`` that have a title."""
     for block in blocks(page):
-        if block.language != "python":
-            continue
         if block.title is not None:
             Path(block.title).write_text(block.text)
-        elif not block.text.startswith(NOT_RUN):
+
+
+def run_blocks(page: Path) -> None:
+    """Run the other Python blocks of ``page``; a traceback shows the lines of the page."""
+    namespace = {"__name__": "page"}
+    for block in blocks(page):
+        if block.language == "python" and block.title is None and not block.text.startswith(NOT_RUN):
             exec(compiled(block), namespace)
 
 
@@ -33,4 +36,6 @@ def compiled(block: Block) -> object:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    run_page(Path(sys.argv[1]).resolve())
+    page = Path(sys.argv[1]).resolve()
+    write_files(page)
+    run_blocks(page)

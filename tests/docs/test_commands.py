@@ -108,8 +108,9 @@ def check_module(name: str, arguments: Sequence[str], monkeypatch: pytest.Monkey
         patch.setattr(argparse.ArgumentParser, "parse_args", stop_after(argparse.ArgumentParser.parse_args))
         if parses_a_run(module):
             patch.setattr(module, "parse_run", stop_after(module.parse_run))
-        with pytest.raises(ParsedError):
+        with pytest.raises((ParsedError, SystemExit)) as stopped:
             module.main()
+        assert "--help" in arguments or stopped.type is ParsedError, f"{name} refuses {' '.join(arguments)}"
 
 
 def parses_a_run(module: ModuleType) -> bool:

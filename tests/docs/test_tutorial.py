@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.docs.pages import ROOT, block_commands
-from tests.docs.run_page import run_page
+from tests.docs.run_page import write_files
 
 TUTORIAL = ROOT / "docs" / "tutorial.md"
 FEW_EPOCHS = ["--train.epochs", "2"]
@@ -24,7 +24,7 @@ def test_commands_of_the_tutorial_run(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
-    run_page(TUTORIAL)
+    write_files(TUTORIAL)
     for words in block_commands(TUTORIAL):
         if words[0] not in ("python", "torchrun"):
             continue
