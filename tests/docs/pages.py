@@ -57,7 +57,7 @@ def block_commands(page: Path) -> list[list[str]]:
 
 
 def inline_commands(page: Path) -> list[list[str]]:
-    """The commands in the running text of a page, as words; those with an ellipsis or ``VERB`` are no whole commands."""
+    """The commands in the running text of a page, as words; without those that have placeholders."""
     prose = _FENCE.sub("", page.read_text())
     spans = (match[1] for match in _INLINE.finditer(prose))
     return [shlex.split(span) for span in spans if _INLINE_COMMAND.match(span) and not _PLACEHOLDER.search(span)]
