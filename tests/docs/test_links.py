@@ -12,6 +12,8 @@ from tests.docs.pages import PAGES, ROOT, code_spans, links, page_id
 
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
 MAPPED = ("sfw_dist", "launch", "experiments")
+NAMING_PAGES = ("sfw_dist", "launch", "experiments", "benchmarks", "configs", "examples", "results")
+TEXTS = (".py", ".md", ".yaml")
 PATH = re.compile(r"[\w.*-]+(/[\w.*-]+)*(/|\.(py|cpp|md|yaml|toml|txt|sbatch|sh))")
 
 
@@ -20,6 +22,14 @@ def test_links_lead_to_files(page: Path) -> None:
     """A link of a page leads nowhere."""
     missing = [target for target in links(page) if not (page.parent / target).exists()]
     assert not missing
+
+
+def test_pages_named_in_the_source_exist() -> None:
+    """A help text sends the reader to a page that was moved."""
+    sources = [path for folder in NAMING_PAGES for path in (ROOT / folder).rglob("*.*") if path.suffix in TEXTS]
+    named = {(path, page) for path in sources for page in re.findall(r"\bdocs/[\w/-]+\.md", path.read_text())}
+    missing = [(path.name, page) for path, page in named if not (ROOT / page).exists()]
+    assert named and not missing
 
 
 def test_every_page_is_in_the_navigation() -> None:
