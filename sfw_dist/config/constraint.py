@@ -25,8 +25,8 @@ class ConstraintConfig:
     """The set each constrained tensor stays in; exactly one of tau, diameter and radius gives its size."""
 
     set: str = "k_sparse"
-    """Name of the set: k_sparse is the paper's K-sparse polytope, docs/algorithm.md has the others; or the import path
-    of a class of your own, package.module:ClassName."""
+    """Name of the set: k_sparse is the paper's K-sparse polytope, docs/explanation/algorithm.md has the others; or the
+    import path of a class of your own, package.module:ClassName."""
     k_frac: float = 0.05
     """K as a fraction, in (0, 1]: of a tensor's entries (k_sparse, k_support), of its filters (group_k_support), of the
     greatest rank it can have (spectral_k_support)."""

@@ -110,7 +110,7 @@ class OptimizerConfig:
     momentum: float = 0.9
     """Momentum ρ in [0, 1)."""
     rescale: Rescale = "gradient"
-    """How the learning rate is turned into a step size γ (sfw; docs/algorithm.md)."""
+    """How the learning rate is turned into a step size γ (sfw; docs/explanation/algorithm.md)."""
     weight_decay: float = 0.0
     """L2 penalty: of all tensors for sgd and projected_sgd, of the unconstrained ones for sfw and adagrad_sfw."""
     constraint: ConstraintConfig = field(default_factory=ConstraintConfig)
@@ -122,7 +122,8 @@ class OptimizerConfig:
     unconstrained_lr: float = 0.05
     """Initial learning rate of those tensors."""
     grads: Literal["all_reduce", "reduce_to_owner", "reduce_to_owner_bf16"] = "all_reduce"
-    """To whom gradients go: all ranks, or for sfw the tensor's owner alone, which moves half (docs/distributed.md)."""
+    """To whom gradients go: all ranks, or for sfw only the tensor's owner, which moves half
+    (docs/explanation/distributed.md)."""
 
     def __post_init__(self) -> None:
         remedy = "write 1.0 for sfw, 0.05 for sgd or 0.01 for adagrad_sfw"
@@ -254,7 +255,7 @@ class Config:
     seed: int = 0
     """Seed of the initial weights, the order and the augmentation."""
     engine: Literal["ddp", "fsdp", "deepspeed"] = "ddp"
-    """ddp: the whole network on every rank; fsdp, deepspeed: divided between them (docs/engines.md)."""
+    """ddp: the whole network on every rank; fsdp, deepspeed: divided between them (docs/how-to/fsdp-deepspeed.md)."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -264,7 +265,7 @@ class Config:
     method: Literal["plain", "sampled", "gmp", "cram"] = "plain"
     """plain: the optimizer's steps only; sampled: each step trains the network pruned to a sparsity drawn for it, or
     dense; gmp: gradual magnitude pruning while SGD trains; cram: compression-aware minimization, two gradients a step
-    (docs/algorithm.md)."""
+    (docs/explanation/training-methods.md)."""
     sampled: SampledConfig = field(default_factory=SampledConfig)
     gmp: GMPConfig = field(default_factory=GMPConfig)
     cram: CramConfig = field(default_factory=CramConfig)

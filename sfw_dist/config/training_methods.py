@@ -11,7 +11,10 @@ from sfw_dist.config.check import require
 
 @dataclass
 class InitConfig:
-    """SFW-Init: a scale for each tensor, learned before a new run's first step (docs/algorithm.md)."""
+    """SFW-Init: a scale for each tensor, learned before a new run's first step.
+
+    See docs/explanation/training-methods.md.
+    """
 
     steps: int = 0
     """Iterations, of one and a half batches each; the paper has 390, 0 skips SFW-Init."""
