@@ -29,7 +29,7 @@ from sfw_dist.optim.initialization import sfw_init
 from sfw_dist.optim.sfw import SFW
 from sfw_dist.pruning import prune, recalibrate
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "SFW",

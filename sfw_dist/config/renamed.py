@@ -10,7 +10,7 @@ from sfw_dist.pruning.options import without_old_words
 
 KEYS = {"gradual": "gmp", "gradual.kind": "ranking"}
 """The new last part of a key, by the key's old dotted name."""
-VALUES = {("method", "gradual"): "gmp"}
+VALUES = {("method", "gradual"): "gmp", ("data.backend", "torch"): "ram"}
 """The new value, by dotted key and old value."""
 REMOVED = {"optimizer.overlap"}
 """Old dotted names of fields that are gone and never changed a result; they are ignored in files."""

@@ -102,3 +102,8 @@ def test_a_wrong_prune_kind_in_a_file_is_told_with_the_file(section: str, told: 
 def test_a_wrong_prune_kind_on_the_command_line_is_told(argv: list[str]) -> None:
     """Fails with a traceback, or when the word is passed over."""
     assert "prune: unknown kind" in error_of("--name", "a", *argv)
+
+
+def test_the_torch_backend_of_version_0_1_0_is_the_memory_map(write: Write) -> None:
+    """Fails when a run that read its data with the backend that is gone cannot be resumed."""
+    assert load_config(write("name: run\ndata: {backend: torch}\n")).data.backend == "ram"
