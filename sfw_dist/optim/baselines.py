@@ -194,6 +194,8 @@ class AdaGradSFW(ConstrainedOptimizer):
         if "sum_of_squares" not in state:
             state["sum_of_squares"] = torch.zeros_like(parameter)
         metric = state["sum_of_squares"].addcmul_(m, m).sqrt().add_(group["delta"])
+        if lr == 0:  # the model of a step of length 0 is 0/0
+            return
         y = parameter.clone()
         for _ in range(group["inner_steps"]):
             q = m + metric * (y - parameter) / lr

@@ -18,8 +18,8 @@ logger = logging.getLogger(__name__)
 
 def check_group(group: dict[str, Any]) -> None:
     """Raise ``ValueError`` for an option outside its domain."""
-    if not 0 < group["lr"] < math.inf:
-        raise ValueError(f"lr must be > 0, got {group['lr']}: write lr=1.0 for SFW, lr=0.05 for unconstrained groups")
+    if not 0 <= group["lr"] < math.inf:  # 0 is where a warm-up begins
+        raise ValueError(f"lr must be at least 0, got {group['lr']}: write 1.0 for SFW, 0.05 for unconstrained groups")
     if not 0 <= group["momentum"] < 1:
         raise ValueError(f"momentum must be in [0, 1), got {group['momentum']}: write momentum=0.9")
     if not group["weight_decay"] >= 0:

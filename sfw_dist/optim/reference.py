@@ -65,7 +65,7 @@ def sfw_step(
     norm, distance = float(m.norm()), float((θ - v).norm())
     f = {"gradient": norm / distance if distance > 0 else math.inf, "fast_gradient": 2 * norm / D}
     f |= {"diameter": 1 / D, "none": 1.0}
-    γ = min(lr * f[rescale], 1.0) if norm > 0 else 0.0  # where m = 0 every v is a minimizer: θ stays
+    γ = min(lr * f[rescale], 1.0) if norm > 0 and lr > 0 else 0.0  # where m = 0 every v is a minimizer: θ stays
     θ_next = (1 - γ) * θ + γ * v
     return Step(θ_next, m, γ, float((m * (θ - v)).sum()), γ * distance / norm if norm > 0 else 0.0)
 

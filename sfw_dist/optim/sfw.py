@@ -55,7 +55,7 @@ class SFW(Optimizer):
     Args:
         params: parameters or param groups, usually from :func:`~sfw_dist.constrain`. Tensors outside their set are
             divided by their gauge.
-        lr: learning rate η > 0.
+        lr: learning rate η ≥ 0.
         momentum: ρ in [0, 1).
         rescale: how the learning rate becomes a step size, see above.
         weight_decay: L2 penalty ≥ 0 of the unconstrained tensors.

@@ -151,12 +151,13 @@ def step_stats(sums: Products, lr: Number, rescale: Rescale, diameter: Number) -
         lr, rescale, diameter: their learning rate and how it becomes a step size, see :func:`rescale_ratio`.
 
     Returns:
-        float64 ``(…, 3)``. Where m = 0 all are 0, and θ stays; where θ = v and m ≠ 0, γ is 1, and θ stays too. γ is NaN
-        where m is not finite.
+        float64 ``(…, 3)``. Where m = 0 or lr = 0, γ is 0 and θ stays; where θ = v otherwise, γ is 1 and θ stays too. γ
+        is NaN where m is not finite.
     """
     norm, distance = square_root(sums.direction_squared), square_root(sums.distance_squared)
     numerator, denominator = rescale_ratio(rescale, norm, distance, diameter)
-    gamma = torch.where(norm == 0, norm, torch.as_tensor(lr * (numerator / denominator)).clamp(0, 1))
+    stays = (norm == 0) | (torch.as_tensor(lr, device=norm.device) == 0)  # at θ = v, 0 · ∞ is no number
+    gamma = torch.where(stays, 0.0, torch.as_tensor(lr * (numerator / denominator)).clamp(0, 1))
     gamma = torch.where(norm.isfinite(), gamma, torch.nan)
-    effective = torch.where(norm == 0, norm, gamma * distance / norm)
+    effective = torch.where(norm == 0, 0.0, gamma * distance / norm)
     return torch.stack([gamma, sums.gap, effective], -1)

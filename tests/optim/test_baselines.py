@@ -183,7 +183,7 @@ def test_step_hooks_fire_once(kind: Kind) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda p: AdaGradSFW(p, lr=0.0), r"lr must be > 0, got 0\.0"),
+        (lambda p: AdaGradSFW(p, lr=-0.1), r"lr must be at least 0, got -0\.1"),
         (lambda p: AdaGradSFW(p, inner_steps=0), "inner_steps must be a whole number from 1, got 0: write 2"),
         (lambda p: AdaGradSFW(p, delta=0.0), r"delta must be > 0, got 0\.0: write 1e-8"),
         (lambda p: ProjectedSGD(p, momentum=1.0), r"momentum must be in \[0, 1\), got 1\.0"),
@@ -212,3 +212,13 @@ def test_what_it_cannot_take_is_refused_before_anything_moved(kind: Kind) -> Non
     assert torch.equal(other.detach(), before)
     with pytest.raises(ValueError, match="another optimizer's"):
         made.load_state_dict(SGD([other, table.weight], lr=0.1).state_dict())
+
+
+@pytest.mark.parametrize("kind", [AdaGradSFW, ProjectedSGD])
+def test_a_rate_of_zero_leaves_a_tensor_where_it_is(kind: Any) -> None:
+    """Fails when a warm-up that begins at 0 divides by it: weights become NaN."""
+    p = nn.Parameter(torch.tensor([0.3, -0.2]))
+    optimizer = kind([{"params": [p], "constraint": LpBall(2, radius=1.0)}], lr=0.0)
+    p.grad = torch.tensor([1.0, 2.0])
+    optimizer.step()
+    assert torch.equal(p.detach(), torch.tensor([0.3, -0.2]))

@@ -81,7 +81,7 @@ def assert_same(fused: SFW, plain: SFW) -> None:
     )
     assert mine_of._kernel is not None and theirs_of._kernel is None
     for slot, mine, theirs in zip(fused._distribution.replicated_shards, mine_of._read, theirs_of._read, strict=True):
-        size = slot.codec.nbytes  # beyond the header, whose NaN may have either sign
+        size = slot.codec.nbytes  # beyond the statistics, whose NaN may have either sign
         assert torch.equal(mine[24:size], theirs[24:size]), slot.name
 
 

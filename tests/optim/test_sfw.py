@@ -558,8 +558,8 @@ def test_a_sparse_gradient_is_refused_before_anything_moved() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lr": 0.0}, "lr must be > 0, got 0.0"),
-        ({"lr": math.nan}, "lr must be > 0, got nan"),
+        ({"lr": -0.1}, "lr must be at least 0, got -0.1"),
+        ({"lr": math.nan}, "lr must be at least 0, got nan"),
         ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
         ({"momentum": -0.1}, r"momentum must be in \[0, 1\), got -0.1"),
         ({"weight_decay": -1.0}, "weight_decay must be at least 0, got -1.0"),
@@ -652,3 +652,17 @@ def test_after_a_gradient_that_was_not_finite_the_optimizer_steps_on() -> None:
     optimizer.step()
     assert torch.equal(optimizer.state[p]["momentum_buffer"], p.grad)
     assert p.isfinite().all() and p.count_nonzero() == 3
+
+
+@pytest.mark.parametrize("rescale", ["gradient", "fast_gradient", "diameter", "none"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_rate_of_zero_leaves_a_tensor_where_it_is(rescale: Any, fused: bool) -> None:
+    """Fails when the end of a linear schedule gives 0·∞ at a vertex, and "the gradient is not finite"."""
+    p = nn.Parameter(torch.tensor([0.5, 0.0, 0.0]))
+    group = {"params": [p], "constraint": KSparsePolytope(k=1, radius=0.5)}
+    optimizer = SFW([group], lr=0.0, rescale=rescale, fused=fused)
+    for gradient in ([-1.0, 0.5, 0.0], [0.0, -2.0, 1.0]):  # the first one's vertex is where p is
+        p.grad = torch.tensor(gradient)
+        optimizer.step()
+        assert p.tolist() == [0.5, 0.0, 0.0]
+        assert next(iter(optimizer.statistics().values())).gamma == 0

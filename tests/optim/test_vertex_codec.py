@@ -16,7 +16,7 @@ from sfw_dist.optim.vertex_codec import STATS, VertexCodec
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
-STATSS = torch.tensor([0.25, -1e-300, 3.0], dtype=torch.float64)
+SOME_STATS = torch.tensor([0.25, -1e-300, 3.0], dtype=torch.float64)
 
 RESNET_LAYER = 2_359_296  # 512 · 512 · 3 · 3
 
@@ -36,19 +36,19 @@ def format_of(constraint: Constraint, n: int, dtype: torch.dtype) -> VertexCodec
     return VertexCodec(n, constraint.support(n), dtype)
 
 
-def sent(vertex_format: VertexCodec, vertex: Vertex, header: Tensor = STATSS) -> tuple[Tensor, Vertex]:
+def sent(vertex_format: VertexCodec, vertex: Vertex, stats: Tensor = SOME_STATS) -> tuple[Tensor, Vertex]:
     """What arrives, through a slot that held garbage, amid others that must stay as they are."""
     nbytes = vertex_format.nbytes
     buffer = torch.randint(0, 256, (nbytes + 16,), dtype=torch.uint8)
     before = buffer.clone()
-    vertex_format.encode(header, vertex, buffer[8:][:nbytes])
+    vertex_format.encode(stats, vertex, buffer[8:][:nbytes])
     assert torch.equal(buffer[:8], before[:8]) and torch.equal(buffer[-8:], before[-8:])
     return vertex_format.decode(buffer[8:][:nbytes])
 
 
 def check(vertex_format: VertexCodec, vertex: Vertex) -> None:
-    header, arrived = sent(vertex_format, vertex)
-    assert equal_bits(header, STATSS)
+    stats, arrived = sent(vertex_format, vertex)
+    assert equal_bits(stats, SOME_STATS)
     shape = torch.Size([vertex_format.n])
     # Adding 0 turns −0 into 0: only where every entry is sent does a −0 arrive as one.
     assert equal_bits(arrived.dense(shape) + 0.0, vertex.dense(shape) + 0.0)
@@ -123,13 +123,13 @@ def test_whole_vertices_keep_every_bit(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     "constraint", [KSparsePolytope(k=3, radius=1.0), KSupportBall(k=3, radius=1.0), Unconstrained()], ids=repr
 )
-def test_header_survives_nan(constraint: Constraint) -> None:
-    """NaN in the header is how the other ranks learn of a gradient that is not finite, whatever the vertex holds."""
-    header = torch.tensor([math.nan, math.inf, -0.0], dtype=torch.float64)
+def test_statistics_survive_nan(constraint: Constraint) -> None:
+    """NaN in the stats is how the other ranks learn of a gradient that is not finite, whatever the vertex holds."""
+    stats = torch.tensor([math.nan, math.inf, -0.0], dtype=torch.float64)
     x = torch.tensor([1.0, math.nan, 2.0, 3.0])
     vertex = Vertex(None, x) if isinstance(constraint, Unconstrained) else constraint.lmo_vertex(x)
-    assert header.numel() == STATS
-    assert equal_bits(sent(format_of(constraint, 4, torch.float32), vertex, header)[0], header)
+    assert stats.numel() == STATS
+    assert equal_bits(sent(format_of(constraint, 4, torch.float32), vertex, stats)[0], stats)
 
 
 def test_bytes_of_a_large_layer_at_5_percent() -> None:
@@ -158,7 +158,7 @@ def test_the_smaller_way_to_write_a_support_is_chosen(n: int, radius: float | No
 
 
 def test_every_entry_given_needs_no_support() -> None:
-    """24 bytes of header and the values."""
+    """24 bytes of stats and the values."""
     assert VertexCodec(1000, 1000, torch.float32).nbytes == 24 + 4000
     assert VertexCodec(1000, 1000, torch.float64).nbytes == 24 + 8000
     assert VertexCodec(1000, 1000, torch.float32, radius=1.0).nbytes == 24 + 128 + 128

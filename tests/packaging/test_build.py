@@ -88,7 +88,7 @@ def test_the_wheel_requires_torch_and_numpy_alone(wheel: zipfile.ZipFile) -> Non
     assert sorted(line.split(">")[0] for line in required if "extra ==" not in line) == ["numpy", "torch"]
     assert metadata["Version"] == sfw_dist.__version__
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = {"train", "ffcv", "deepspeed", "slurm", "examples", "all", "docs", "dev"}
+    extras = {"train", "ffcv", "deepspeed", "slurm", "deploy", "examples", "all", "docs", "dev"}
     assert set(metadata.get_all("Provides-Extra") or []) == set(project["optional-dependencies"]) == extras
 
 

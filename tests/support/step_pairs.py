@@ -104,7 +104,7 @@ class Pair:
         return there, [None if g is None else m for g, m in zip(there, self.momenta, strict=True)]
 
     def compute_vertices(self, gradients: Sequence[Tensor | None]) -> None:
-        """Both answer; momentum, support and signs are equal bit for bit, headers to 1e-12."""
+        """Both answer; momentum, support and signs are equal bit for bit, statistics to 1e-12."""
         self.kernel.compute_vertices(*self.given(gradients), self.options())
         self.compare_answers(gradients)
 
@@ -114,15 +114,15 @@ class Pair:
             self.slots, self.states, self.shards, self.momenta, gradients, strict=True
         ):
             keeps = slot.group["momentum"] > 0
-            header, vertex = compute_vertex(slot, state if keeps else {"step": state["step"]}, gradient)
+            stats, vertex = compute_vertex(slot, state if keeps else {"step": state["step"]}, gradient)
             if gradient is not None and not keeps:
                 state["momentum_buffer"].copy_(m)  # without momentum it is memory to work in
             exactly(m, state["momentum_buffer"], f"momentum of {slot.codec}")
             actual = shard.read.cpu()
-            torch.testing.assert_close(header_of(actual), header, rtol=1e-12, atol=1e-15, equal_nan=True)
-            if header.isfinite().all():
+            torch.testing.assert_close(stats_of(actual), stats, rtol=1e-12, atol=1e-15, equal_nan=True)
+            if stats.isfinite().all():
                 expected = actual.clone()
-                slot.codec.encode(header, vertex, expected)
+                slot.codec.encode(stats, vertex, expected)
                 exactly(actual[STATS_BYTES:], expected[STATS_BYTES:], f"vertex of {slot.codec}")
         for guard, guarded in zip(self.guards, self.guarded, strict=True):
             exactly(guard, guarded.cpu(), "bytes between the slots")
@@ -135,8 +135,8 @@ class Pair:
     def compare_moves(self) -> None:
         """Parameters are equal bit for bit, if torch too moves by the bytes in the slots."""
         for slot, shard in zip(self.slots, self.shards, strict=True):
-            header, vertex = slot.codec.decode(shard.read.cpu())
-            apply_update(slot, header[0], vertex)
+            stats, vertex = slot.codec.decode(shard.read.cpu())
+            apply_update(slot, stats[0], vertex)
         for slot, shard in zip(self.slots, self.shards, strict=True):
             entries = ENTRY_TYPES[shard.parameter.dtype]
             exactly(shard.parameter.view(entries), slot.parameter.detach().view(entries), f"θ of {slot.codec}")
@@ -146,7 +146,7 @@ class Pair:
         return [torch.randn(slot.parameter.numel()).to(slot.parameter.dtype) for slot in self.slots]
 
 
-def header_of(slot: Tensor) -> Tensor:
+def stats_of(slot: Tensor) -> Tensor:
     return slot[:STATS_BYTES].view(torch.float64)
 
 
@@ -202,7 +202,7 @@ def run_not_finite(pair: Pair, value: float) -> None:
         gradient[gradient.numel() // 2] = value
     pair.compute_vertices(gradients)
     for i, (shard, state, m, momentum) in enumerate(zip(pair.shards, pair.states, pair.momenta, before, strict=True)):
-        assert header_of(shard.read)[0].isnan().item() == (i % 2 == 0)
+        assert stats_of(shard.read)[0].isnan().item() == (i % 2 == 0)
         if i % 2 == 0:  # as the optimizer does: it raises, and the momentum starts anew
             state["step"].zero_()
             shard.read.zero_()

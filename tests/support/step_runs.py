@@ -91,7 +91,7 @@ class Twins:
             self.step()
 
     def compare(self) -> None:
-        """Momentum and vertices bit for bit, headers to 1e-12; parameters bit for bit where γ is, in float32."""
+        """Momentum and vertices bit for bit, statistics to 1e-12; parameters bit for bit where γ is, in float32."""
         from sfw_dist.optim.kernels.cuda import CUDAKernel
 
         mine, theirs = (either._distribution.distributors(either.param_groups)[0] for either in self.both)

@@ -77,7 +77,7 @@ class CPUKernel:
         momenta: Sequence[Tensor | None],
         options: Sequence[dict[str, Any]],
     ) -> None:
-        """Momentum, vertex and header; gradients have their parameters' types."""
+        """Momentum, vertex and statistics; gradients have their parameters' types."""
         tasks = self._computed
         tasks["theta"] = [self._address("theta", i, self._shards[i].parameter) for i in self._own]
         tasks["gradient"] = [

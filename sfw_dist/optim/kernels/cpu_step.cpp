@@ -649,7 +649,7 @@ void lay_out(const Task& t, const Scratch& s) {
         std::fill((int32_t*)(t.slot + STATS) + before, (int32_t*)(t.slot + STATS) + t.support, -1);
 }
 
-void write_header(const Task& t, double squared, double distance_squared, double gap) {
+void write_stats(const Task& t, double squared, double distance_squared, double gap) {
     const double norm = std::sqrt(squared), distance = std::sqrt(distance_squared);
     double factor = 1;
     switch (t.rescale) {
@@ -658,17 +658,17 @@ void write_header(const Task& t, double squared, double distance_squared, double
         case DIAMETER: factor = 1 / t.diameter; break;
     }
     double gamma = std::min(std::max(t.lr * factor, 0.0), 1.0), effective = gamma * distance / norm;
-    if (norm == 0) gamma = effective = 0;
+    if (norm == 0 || t.lr == 0) gamma = effective = 0;  // at θ = v, 0 · ∞ is no number
     if (!std::isfinite(norm)) gamma = std::nan("");
-    double* header = (double*)t.slot;
-    header[0] = gamma, header[1] = gap, header[2] = effective;
+    double* stats = (double*)t.slot;
+    stats[0] = gamma, stats[1] = gap, stats[2] = effective;
 }
 
-void header(const Task& t, const Scratch& s) {
+void stats_of_rows(const Task& t, const Scratch& s) {
     const int64_t rows = rows_of(t);
     double* sums = s.sums + 3 * t.row;
     const double squared = tree_sum(sums, rows, 3), distance = tree_sum(sums + 1, rows, 3);
-    write_header(t, squared, distance, tree_sum(sums + 2, rows, 3));
+    write_stats(t, squared, distance, tree_sum(sums + 2, rows, 3));
 }
 
 // ---------------------------------------------------------------------------------------------- unconstrained tensors
@@ -695,11 +695,11 @@ void sgd_row(Task& t, const Scratch& s, int64_t row) {
     s.sums[3 * (t.row + row)] = infinite ? std::nan("") : 0.0;
 }
 
-void sgd_header(const Task& t, const Scratch& s) {
+void sgd_stats(const Task& t, const Scratch& s) {
     double poison = 0;
     for (int64_t row = 0; row < rows_of(t); row++) poison += s.sums[3 * (t.row + row)];
-    double* header = (double*)t.slot;
-    header[0] = t.lr + poison, header[1] = poison, header[2] = t.lr;
+    double* stats = (double*)t.slot;
+    stats[0] = t.lr + poison, stats[1] = poison, stats[2] = t.lr;
 }
 
 void stay(const Task& t) {  // a step of length 0, to a vertex that any rank can decode
@@ -874,7 +874,7 @@ void compute_vertices(Task* tasks, int64_t number, Scratch* scratch, int32_t thr
         });
 #pragma omp for schedule(static)
         for (int64_t i = begin; i < end; i++)
-            if (tasks[i].gradient) tasks[i].kind == UNCONSTRAINED ? sgd_header(tasks[i], s) : header(tasks[i], s);
+            if (tasks[i].gradient) tasks[i].kind == UNCONSTRAINED ? sgd_stats(tasks[i], s) : stats_of_rows(tasks[i], s);
     }
 }
 

@@ -72,7 +72,7 @@ class CUDAKernel:
         momenta: Sequence[Tensor | None],
         options: Sequence[dict[str, Any]],
     ) -> None:
-        """Momentum, vertex and header; gradients may have another type than their parameters."""
+        """Momentum, vertex and statistics; gradients may have another type than their parameters."""
         table = [(0,) * layout.STEP.value] * len(self._shards)
         for i, gradient, m, values in zip(self._own, gradients, momenta, options, strict=True):
             if gradient is not None and m is not None:

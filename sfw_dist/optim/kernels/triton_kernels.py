@@ -127,7 +127,7 @@ def momentum_kernel(rows, shards, steps, state, histogram, ROW: tl.constexpr):
             tl.store(state + BROKEN, 0)
             poison = tl.where(broken, float("nan"), 0.0).to(tl.float64)
             lr = learning_rate(step)  # 0 without a gradient
-            _write_header(slot, lr + poison, poison, lr)
+            _write_stats(slot, lr + poison, poison, lr)
 
 
 @triton.jit
@@ -181,7 +181,7 @@ def count_kernel(rows, shards, steps, state, counts, ROW: tl.constexpr):
 
 @triton.jit
 def encode_kernel(rows, shards, steps, state, counts, sums, ROW: tl.constexpr):
-    """The vertex and, of it and θ and m, the sums from which the header follows."""
+    """The vertex and, of it and θ and m, the sums from which the statistics follow."""
     shard, start, left = row_of_program(rows, shards, ROW)
     table = shards + shard * COLUMNS
     step = steps + shard * STEP
@@ -237,12 +237,14 @@ def encode_kernel(rows, shards, steps, state, counts, sums, ROW: tl.constexpr):
             factor = 1 / diameter
         else:
             factor = tl.full((), 1.0, tl.float64)
-        gamma = learning_rate(step) * factor
+        lr = learning_rate(step)
+        gamma = lr * factor
         gamma = tl.where(gamma > 1, 1.0, gamma)
+        gamma = tl.where(lr == 0, 0.0, gamma)  # at θ = v, 0 · ∞ is no number
         gamma = tl.where(norm < float("inf"), gamma, float("nan"))
         moves = present & (norm != 0)
         effective = tl.where(moves, gamma * distance / norm, 0.0)
-        _write_header(slot, tl.where(moves, gamma, 0.0), tl.where(present, gap, 0.0), effective)
+        _write_stats(slot, tl.where(moves, gamma, 0.0), tl.where(present, gap, 0.0), effective)
 
 
 @triton.jit
@@ -324,8 +326,8 @@ def _total(table, sums):
 
 
 @triton.jit
-def _write_header(slot, gamma, gap, effective):
-    header = slot.to(tl.pointer_type(tl.float64))
-    tl.store(header, gamma)
-    tl.store(header + 1, gap)
-    tl.store(header + 2, effective)
+def _write_stats(slot, gamma, gap, effective):
+    stats = slot.to(tl.pointer_type(tl.float64))
+    tl.store(stats, gamma)
+    tl.store(stats + 1, gap)
+    tl.store(stats + 2, effective)
