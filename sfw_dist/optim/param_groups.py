@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, get_args
 
 import torch
+from torch import Tensor
 
 from sfw_dist.constraints import Constraint, Unconstrained, constraint_from_spec
 from sfw_dist.distributed.dtensor import full_tensor, to_local
@@ -46,7 +47,8 @@ def constraint_of(group: dict[str, Any], index: int) -> Constraint:
 
 def name_of(group: dict[str, Any], number: int, index: int) -> str:
     """A parameter's name; ``number`` is its group's."""
-    return group["param_names"][index] if "param_names" in group else f"group{number}.param{index}"
+    names = group.get("param_names", ())
+    return names[index] if index < len(names) else f"group{number}.param{index}"
 
 
 def names_by_number(groups: Sequence[dict[str, Any]]) -> dict[int, str]:
@@ -89,13 +91,20 @@ def merge_param_groups(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]
 
 
 @torch.no_grad()
-def make_feasible(group: dict[str, Any]) -> None:
+def make_feasible(group: dict[str, Any], *, leave: Sequence[Tensor] = ()) -> None:
     """A feasible start: divide tensors that lie outside their set by their gauge; collective for DTensors.
+
+    Args:
+        group: whose sets are bound.
+        leave: parameters that are left as they are.
 
     Raises:
         ValueError: a parameter without entries.
     """
+    left = set(leave)
     for index, parameter in enumerate(group["params"]):
+        if parameter in left:
+            continue
         if parameter.numel() == 0:
             raise ValueError(f"a parameter of shape {tuple(parameter.shape)} has no entries: leave it out")
         gauge = constraint_of(group, index).gauge(full_tensor(parameter))

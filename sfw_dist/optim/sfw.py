@@ -23,6 +23,9 @@ from sfw_dist.optim.state_dict import by_place, check_shapes, gather_state, load
 from sfw_dist.optim.statistics import LastStep, StepStatistics
 from sfw_dist.optim.update import Rescale
 
+_OPTIONS = ("lr", "momentum", "rescale", "weight_decay", "constraint")
+"""What every param group has."""
+
 
 class SFW(Optimizer):
     """Stochastic Frank-Wolfe with momentum (Lu et al., ICLR 2022, Algorithm 1; Pokutta et al., arXiv 2010.07243).
@@ -45,6 +48,8 @@ class SFW(Optimizer):
         1  momentum, LMO, step size              the tensors it owns, n / world_size         -
         2  all-gather of the vertices            writes its own segment, reads all           ~ 0.13·n at k_frac 5 %
         3  θ ← (1 − γ)·θ + γ·v                   all tensors, from the same bytes            -
+
+    Groups, parameters and state that a framework or the script has changed are taken in at the next step.
 
     A tensor's owner follows from names, sizes and costs alone (:mod:`sfw_dist.optim.sharding.assignment`), checked by
     hash. Momentum is kept by the owner only. One rank and N ranks give bitwise equal parameters from equal gradients,
@@ -107,17 +112,25 @@ class SFW(Optimizer):
         super().add_param_group(param_group)
         try:
             check_group(self.param_groups[-1])
-            make_feasible(self.param_groups[-1])
+            if self._distribution.specs is None:  # __init__ is still adding groups, and plans once at its end
+                make_feasible(self.param_groups[-1])
+            else:
+                self._follow_groups()
         except ValueError:
             self.param_groups.pop()
             raise
-        if self._distribution.specs is not None:  # else __init__ is still adding groups, and plans once at its end
-            self._plan()
 
     def __getstate__(self) -> dict[str, Any]:
         """torch keeps its own attributes only; with ours, copies and pickles of an optimizer can step."""
         ours = {name: getattr(self, name) for name in ("_group", "_distribution", "_last_step")}
         return {**super().__getstate__(), **ours, "_grad_reducer": None}
+
+    def _follow_groups(self) -> None:
+        for group in self.param_groups:
+            for option in _OPTIONS:
+                group.setdefault(option, self.defaults[option])
+        self._last_step.clear()
+        self._distribution.follow(self.param_groups, self.state)
 
     def _plan(self, *, keep_owners: bool = True) -> None:
         self._last_step.clear()
@@ -165,7 +178,8 @@ class SFW(Optimizer):
             state, self._distribution.ranks = self.state_dict(), ranks
             self.load_state_dict(state)
         if self._distribution.changed(self.param_groups):
-            self._plan()
+            self._follow_groups()
+        self._distribution.complete(self.state)
         distributors = self._distribution.distributors(self.param_groups)
         for shard in (shard for distributor in distributors for shard in distributor.shards):
             # By every rank and before any work: an owner that raised alone would leave the others waiting.

@@ -12,13 +12,14 @@ from torch.distributed.tensor import DTensor
 from sfw_dist.constraints import Constraint
 from sfw_dist.distributed.rank_group import RankGroup, verify_agreement
 from sfw_dist.ops.pairwise_sum import ROW
-from sfw_dist.optim.param_groups import constraint_of, name_of
+from sfw_dist.optim.param_groups import check_group, constraint_of, make_feasible, name_of
 from sfw_dist.optim.shard import Shard, State, new_state, step_cost
 from sfw_dist.optim.sharding.assignment import ShardSpec, TensorSpec, assign
 from sfw_dist.optim.sharding.dtensors import FlatSegment, distributors_of_dtensors, distributors_of_flat_buffers
 from sfw_dist.optim.sharding.interface import Distributor
 from sfw_dist.optim.sharding.replicated import ReplicatedDistributor
 from sfw_dist.optim.sharding.sharded import ShardedDistributor
+from sfw_dist.optim.state_dict import gather_state, load_owned
 
 Groups = Sequence[dict[str, Any]]
 
@@ -43,7 +44,8 @@ class Distribution:
         """Owners of the whole tensors' shards; ``None`` before the first plan."""
         self.replicated_shards: list[Shard] = []
         """Shards of the whole tensors, in the order of ``specs``."""
-        self._sets: list[Constraint] = []
+        self._planned: list[tuple[dict[str, Any], tuple[Tensor, ...], Constraint | tuple[Constraint, ...]]] = []
+        """Each group with its parameters and sets, as they were when they were planned."""
         self._replicated: ReplicatedDistributor | None = None
         self._sharded: list[ShardedDistributor] | None = None
         self._flat: dict[Tensor, Sequence[FlatSegment]] | None = None
@@ -79,29 +81,81 @@ class Distribution:
         Raises:
             ValueError: a set that is not bound, or one that needs a tensor whole that is divided; ranks that differ.
         """
-        self._sets, self._replicated, self._sharded = _sets(groups), None, None
+        self._planned = [(group, tuple(group["params"]), group["constraint"]) for group in groups]
+        self._replicated = self._sharded = None
         pinned = (self.specs or ()) if keep_owners else ()
         specs, fingerprint, self.replicated_shards = assign_shards(groups, self.ranks.size, self._split, pinned)
         self.specs = specs
         if self.replicated_shards:  # DTensors alone need no agreement here: pipeline stages have their own optimizers
             devices = {shard.parameter.device for shard in self.replicated_shards}
             verify_agreement(fingerprint, self.ranks, devices)
-        known = {spec.tensor for spec in pinned}
-        for shard, spec in zip(self.replicated_shards, specs, strict=True):
-            own = state[shard.parameter]
-            # State exists from the start, so that a checkpoint before the first step looks like later ones. Tensors of
-            # other owners have an empty one: torch's distributed checkpoints take an optimizer without any state for
-            # one that never stepped, and would make this rank step alone.
-            if spec.tensor not in known and (self.replicate or spec.owner == self.ranks.rank):
-                own.update(new_state(shard, torch.zeros(())))
+        for shard in self.replicated_shards:
+            state.setdefault(shard.parameter, {})  # of other owners, too, see complete
         self._sharded = distributors_of_dtensors(groups)
-        for shard in (shard for one in self._sharded for shard in one.shards):
-            if not state[shard.parameter]:
-                state[shard.parameter].update(new_state(shard, torch.zeros(())))
+        self.complete(state)
 
     def changed(self, groups: Groups) -> bool:
-        """Whether a group was given another set since the plan."""
-        return not self.is_flat and any(a is not b for a, b in zip(self._sets, _sets(groups), strict=True))
+        """Whether groups, parameters or sets are other objects than those that were planned."""
+        return not self.is_flat and not (
+            len(groups) == len(self._planned)
+            and all(
+                group is planned
+                and group["constraint"] is sets
+                and len(group["params"]) == len(parameters)
+                and all(p is q for p, q in zip(group["params"], parameters, strict=True))
+                for group, (planned, parameters, sets) in zip(groups, self._planned, strict=True)
+            )
+        )
+
+    def follow(self, groups: Groups, state: State) -> None:
+        """Plan groups that :meth:`changed`; collective, for every rank has changed them alike.
+
+        Tensors that stayed keep their state, new ones are brought into their sets, and what left is forgotten.
+
+        Raises:
+            ValueError: a parameter or an option that the optimizer does not take.
+        """
+        old = [p for _, parameters, _ in self._planned for p in parameters]
+        new = [p for group in groups for p in group["params"]]
+        for group in groups:
+            check_group(group)
+            make_feasible(group, leave=old)
+        appended = len(new) >= len(old) and all(p is q for p, q in zip(old, new, strict=False))
+        saved = {} if appended else self._state_of_whole_tensors(state)
+        for parameter in (*saved, *(set(old) - set(new))):
+            state.pop(parameter, None)
+        self.plan(groups, state, keep_owners=appended)
+        by_number = {spec.tensor: s.parameter for spec, s in zip(self.specs or (), self.replicated_shards, strict=True)}
+        kept = {number: saved[p] for number, p in by_number.items() if p in saved}
+        specs = [spec for spec in self.specs or () if spec.tensor in kept]
+        shards = [s for spec, s in zip(self.specs or (), self.replicated_shards, strict=True) if spec.tensor in kept]
+        load_owned(kept, specs, shards, state, None if self.replicate else self.ranks.rank)
+
+    def _state_of_whole_tensors(self, state: State) -> dict[Tensor, dict[str, Tensor]]:
+        """By parameter, whole on every rank; collective."""
+        specs, shards = self.specs or (), self.replicated_shards
+        if not shards:
+            return {}
+        if self.ranks.size == 1 or self.replicate:
+            return {shard.parameter: dict(state[shard.parameter]) for shard in shards if state.get(shard.parameter)}
+        self.complete(state)
+        gathered = gather_state(specs, shards, state, self.ranks)
+        return {shard.parameter: gathered[spec.tensor] for spec, shard in zip(specs, shards, strict=True)}
+
+    def complete(self, state: State) -> None:
+        """Give every shard that this rank steps the state of a tensor that took no step, where it has none.
+
+        State exists from the start, so that a checkpoint before the first step looks like later ones; for the tensors
+        of other owners it is empty: torch's distributed checkpoints take an optimizer without any state for one that
+        never stepped, and would make this rank step alone.
+        """
+        owned = zip(self.replicated_shards, self.specs or (), strict=True)
+        shards = [shard for shard, spec in owned if self.replicate or spec.owner == self.ranks.rank]
+        for shard in (*shards, *(shard for one in self._sharded or () for shard in one.shards)):
+            own = state.setdefault(shard.parameter, {})
+            if "step" not in own:
+                rows = () if self._flat is None else (len(self._flat[shard.parameter]),)
+                own.update(new_state(shard, torch.zeros(rows, device=shard.parameter.device if rows else None)))
 
     def distributors(self, groups: Groups) -> list[Distributor]:
         """What steps the tensors of these groups; collective where it is not planned yet."""
@@ -133,10 +187,7 @@ class Distribution:
         self._by_groups = {}
         self._sharded = [one for group in groups for one in self._sharded_of([group])]
         state.clear()
-        for shard in self.shards:
-            if not state[shard.parameter]:
-                count = torch.zeros(len(self._flat[shard.parameter]), device=shard.parameter.device)
-                state[shard.parameter] = new_state(shard, count)
+        self.complete(state)
 
 
 def assign_shards(
@@ -184,7 +235,3 @@ def _tensor_spec(group: dict[str, Any], number: int, index: int, split: int | No
     unit = ROW if split is not None and n > split and constraint.divisible else 0
     description = f"{tuple(parameter.shape)} {parameter.dtype} {constraint!r}"
     return TensorSpec(name_of(group, number, index), step_cost(parameter.shape, constraint), n, description, unit)
-
-
-def _sets(groups: Groups) -> list[Constraint]:
-    return [constraint_of(group, j) for group in groups for j in range(len(group["params"]))]

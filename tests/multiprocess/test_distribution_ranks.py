@@ -1,0 +1,71 @@
+"""Groups, parameters and state that change on several ranks alike: owners change, momentum stays with its tensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from sfw_dist import SFW, KSparsePolytope, constrain, verify_replicas
+from sfw_dist.distributed.dtensor import full_tensor
+from tests.support.changing_groups import KEEPS_MOMENTUM, LOSES_ALL, LOSES_B, Run, expected
+from tests.support.ranks import run_on_ranks
+
+CHANGES = {change.__name__: change for change in (*KEEPS_MOMENTUM, *LOSES_ALL, *LOSES_B)}
+
+
+def on_every_rank(rank: int) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, change in CHANGES.items():
+        run = Run("abc", split=8192)
+        found[name] = run.train(change)
+        verify_replicas(dict(run.tensors))
+        found[f"{name} state"] = len(run.optimizer.state_dict()["state"])
+    return found
+
+
+@pytest.fixture(scope="module")
+def ranks() -> list[dict[str, Any]]:
+    return run_on_ranks(on_every_rank, 3)
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_ranks_follow_as_one_process_does(ranks: list[dict[str, Any]], name: str) -> None:
+    """Fails when a new owner starts without the momentum that another rank had."""
+    wanted = expected(CHANGES[name])
+    for rank in ranks:
+        for tensor, value in rank[name].items():
+            assert torch.equal(value, wanted[tensor]), tensor
+        assert rank[f"{name} state"] == len(rank[name])
+
+
+def prepared(rank: int) -> dict[str, Any]:
+    """As Accelerate prepares FSDP2: the module's parameters become DTensors, and take the place of those in groups."""
+    torch.manual_seed(0)
+    net = nn.Linear(20, 30)
+    optimizer = SFW(constrain(net, KSparsePolytope(k_frac=0.2, tau=5.0)), lr=0.1)
+    names = {p: name for name, p in net.named_parameters()}
+    fully_shard(net, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    new = dict(net.named_parameters())
+    for group in optimizer.param_groups:
+        group["params"] = [new[names[p]] for p in group["params"]]
+    before = [full_tensor(p).clone() for p in net.parameters()]
+    for _ in range(3):
+        net(torch.ones(4, 20)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    moved = [not torch.equal(full_tensor(p), old) for p, old in zip(net.parameters(), before, strict=True)]
+    state = optimizer.state_dict()["state"]
+    return {"moved": moved, "sharded": all(isinstance(s["momentum_buffer"], DTensor) for s in state.values())}
+
+
+def test_parameters_that_became_dtensors_are_trained() -> None:
+    """Fails when nothing is trained, without a word, after a framework has replaced the parameters."""
+    for rank in run_on_ranks(prepared, 2):
+        assert rank == {"moved": [True, True], "sharded": True}

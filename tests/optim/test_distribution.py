@@ -1,0 +1,90 @@
+"""The optimizer follows what a script or a framework does to its groups, parameters and state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from sfw_dist import SFW, KSparsePolytope
+from tests.support.changing_groups import (
+    KEEPS_MOMENTUM,
+    LOSES_ALL,
+    LOSES_B,
+    Run,
+    append_to_a_group,
+    clear_and_add,
+    expected,
+    parameter,
+    pop_the_first,
+    replace_groups_by_copies,
+)
+
+
+@pytest.mark.parametrize("change", [*KEEPS_MOMENTUM, *LOSES_ALL, *LOSES_B], ids=lambda change: change.__name__)
+def test_what_changed_is_followed(change: Callable[[Run], None]) -> None:
+    """Fails when a tensor is trained no longer, or without a word not at all, or loses a momentum that stayed."""
+    found, wanted = Run("abc").train(change), expected(change)
+    for name, value in found.items():
+        assert torch.equal(value, wanted[name]), name
+
+
+def test_cleared_groups_that_come_again_train() -> None:
+    """Fails when groups that were cleared and added are stepped with the old ones' options, or not at all."""
+    run = Run("abc")
+    before = {name: p.detach().clone() for name, p in run.tensors.items()}
+    after = run.train(clear_and_add)
+    assert all(not torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_rate_that_is_set_after_groups_were_copied_counts() -> None:
+    """Fails when the step reads the options of groups that are no longer the optimizer's."""
+    run = Run("ab")
+    replace_groups_by_copies(run)
+    run.step(0)
+    before = {name: p.detach().clone() for name, p in run.tensors.items()}
+    for group in run.optimizer.param_groups:
+        group["lr"] = 0.0
+    run.step(1)
+    assert all(torch.equal(p, before[name]) for name, p in run.tensors.items())
+
+
+def test_states_can_be_saved_after_a_change() -> None:
+    """Fails when the state of a tensor that left is in the way of a checkpoint."""
+    run = Run("abc")
+    run.train(pop_the_first)
+    state = run.optimizer.state_dict()
+    assert len(state["state"]) == len(run.tensors) == 2
+    again = Run("bc")
+    again.optimizer.load_state_dict(state)
+
+
+def test_a_new_parameter_is_brought_into_its_set() -> None:
+    """Fails when a parameter that joins by hand is stepped from outside of its set."""
+    run = Run("ab")
+    run.step(0)
+    append_to_a_group(run)
+    run.tensors["d"].data.fill_(3.0)
+    run.step(1)
+    ball = KSparsePolytope(k_frac=0.1, radius=0.5)
+    assert ball.gauge(run.tensors["d"].detach()) <= 1 + 1e-6
+
+
+def test_a_parameter_that_cannot_be_trained_is_refused() -> None:
+    """Fails when an integer tensor that was put into a group stops the step somewhere inside."""
+    run = Run("a")
+    run.optimizer.param_groups[0]["params"].append(torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="real floating-point"):
+        run.step(0)
+
+
+def test_a_group_made_by_hand_has_the_defaults() -> None:
+    """Fails when a group that was not added by add_param_group lacks options."""
+    p = parameter("c")
+    optimizer = SFW([parameter("b")], lr=0.01)
+    optimizer.param_groups.append({"params": [p]})
+    p.grad = torch.ones_like(p)
+    before = p.detach().clone()
+    optimizer.step()
+    torch.testing.assert_close(p.detach(), before - 0.01)
