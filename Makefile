@@ -78,7 +78,7 @@ format: setup
 	ruff format .
 
 docs: setup
-	python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict
 
 BENCHMARKS := step vertex_codec balance loader training scaling.model
 # These make network namespaces: as root, or with sudo.

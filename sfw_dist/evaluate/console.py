@@ -12,14 +12,14 @@ from rich.table import Table
 def print_sweep(results: Sequence[Mapping[str, Any]]) -> None:
     """Print one line for each sparsity."""
     recalibrated = any(result["bn_recalibrated"] for result in results)
-    extra = ["recal. top-1 %"] if recalibrated else []
-    table = Table("sparsity", "top-1 %", *extra, "top-5 %", "loss", "parameters kept", "speed-up in theory")
+    extra = ["top-1 %, recalibrated"] if recalibrated else []
+    table = Table("sparsity", "top-1 %", "top-5 %", "loss", *extra, "parameters kept", "speed-up in theory")
     for result in results:
         again = [_percent(result["top1_recalibrated"])] if recalibrated else []
         top5, loss = _percent(result["top5"]), _loss(result["loss"])
         kept = f"{result['parameters_kept']:,}"
         table.add_row(
-            f"{result['sparsity']:.4g}", _percent(result["top1"]), *again, top5, loss, kept, _speed_up(result)
+            f"{result['sparsity']:.4g}", _percent(result["top1"]), top5, loss, *again, kept, _speed_up(result)
         )
     Console().print(table)
 

@@ -6,6 +6,7 @@ import base64
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from pathlib import Path
 from string import Template
 
 from sfw_dist.report.figures import colour
@@ -241,11 +242,12 @@ def _shown(value: object) -> str:
 
 def _details(run: Run, index: int) -> str:
     """The commands that repeat the run (elsewhere: its folder is taken), its configuration and its environment."""
-    folder = shlex.quote(str(run.folder))
+    config, again = (shlex.quote(str(path)) for path in (run.folder / "config.yaml", Path("repeated", run.folder.name)))
     sparsities = ",".join(f"{result.sparsity:g}" for result in run.results)
+    ranks = run.environment.get("world_size", 1)  # the last bits of sums over ranks depend on their number
     commands = (
-        f"python -m sfw_dist.train --config {folder}/config.yaml --runs_dir repeated\n"
-        f"python -m sfw_dist.evaluate {folder} --sparsities {sparsities}"
+        f"python -m launch.local --nproc {ranks} --config {config} --runs_dir repeated\n"
+        f"python -m sfw_dist.evaluate {again} --sparsities {sparsities}"
     )
     environment = "".join(
         f'<tr><th scope="row">{escape(str(key))}</th><td>{escape(_shown(value))}</td></tr>'

@@ -169,7 +169,7 @@ def _drop_unfinished_line(path: Path) -> None:
 def environment() -> dict[str, Any]:
     """Return what a result depends on in addition to the configuration; no host names, no environment variables."""
     return {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [*_started_as(), *sys.argv[1:]],
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor_cores": os.cpu_count(),
@@ -179,6 +179,14 @@ def environment() -> dict[str, Any]:
         **_git_state(),
         **{package: _version(package) for package in _PACKAGES},
     }
+
+
+def _started_as() -> list[str]:
+    """``python -m MODULE`` as it was typed, or the script's name."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is None:
+        return [Path(sys.argv[0]).name]
+    return ["python", "-m", spec.name.removesuffix(".__main__")]
 
 
 def _version(package: str) -> str | None:

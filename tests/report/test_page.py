@@ -65,6 +65,15 @@ def test_files_from_before_recalibration_are_read(make_run: MakeRun) -> None:
     assert "plain: the network has no BatchNorm to recalibrate." in text
 
 
+def test_the_commands_repeat_the_run_on_as_many_ranks(make_run: MakeRun) -> None:
+    """Fails when the page says how to repeat a run of two ranks on one, or evaluates the old run again."""
+    run = make_run("first")
+    (run / "environment.json").write_text(json.dumps({"world_size": 2}))
+    text = page_of(run)
+    assert f"python -m launch.local --nproc 2 --config {run}/config.yaml --runs_dir repeated" in text
+    assert "python -m sfw_dist.evaluate repeated/first --sparsities" in text
+
+
 def test_table_shows_percent_with_one_decimal(make_run: MakeRun) -> None:
     """Fractions instead of percent, cells under the wrong sparsity, or a missing sparsity that shifts the row."""
     runs = [make_run("a"), make_run("b", accuracy={0.0: 0.99, 0.9: 0.3})]

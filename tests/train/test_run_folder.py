@@ -8,7 +8,10 @@ import os
 import platform
 import socket
 import stat
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -231,3 +234,14 @@ def test_missing_or_damaged_weights_are_named_in_one_line(made: RunFolder, conte
         made.load_weights()
     message = str(raised.value)
     assert "\n" not in message and str(made.path) in message and "--resume auto" in message
+
+
+def test_the_command_of_a_run_can_be_typed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails when a run that was started by ``python -m`` is recorded as ``__main__.py``."""
+    started = ModuleType("__main__")
+    started.__spec__ = ModuleSpec("sfw_dist.train.__main__", None)
+    monkeypatch.setitem(sys.modules, "__main__", started)
+    monkeypatch.setattr(sys, "argv", ["/somewhere/__main__.py", "--name", "x"])
+    assert environment()["command"] == ["python", "-m", "sfw_dist.train", "--name", "x"]
+    started.__spec__ = None
+    assert environment()["command"] == ["__main__.py", "--name", "x"]
