@@ -150,6 +150,7 @@ def test_a_run_without_name_or_file_is_an_error() -> None:
     assert "--name NAME" in error_of()
 
 
+@pytest.mark.slow
 def test_help_lists_every_option_with_its_default_and_examples() -> None:
     """Fails when ``python -m sfw_dist.train --help`` leaves an option out, hides a default or does not exit with 0."""
     command = [sys.executable, "-m", "sfw_dist.train", "--help"]
