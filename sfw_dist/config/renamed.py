@@ -24,7 +24,7 @@ def translate_tree(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         prefix: dotted name of ``tree`` itself with a dot at its end, empty for a whole file.
 
     Raises:
-        UserError: an unknown ``prune.kind``, or one next to a granularity or ranking.
+        UserError: an unknown ``prune.kind``, or an old word next to the one that replaces it.
 
     Example:
         >>> translate_tree({"method": "gradual", "gradual": {"kind": "layerwise"}})
@@ -39,7 +39,10 @@ def translate_tree(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
             value = translate_tree(value, f"{dotted}.")
             if dotted == "prune":
                 value = _without_prune_kind(value)
-        translated[KEYS.get(dotted, key)] = _new_value(dotted, value)
+        new = KEYS.get(dotted, key)
+        if new != key and new in tree:
+            raise UserError(f"{prefix}{key} is an older word for {prefix}{new}, and both are given: leave {key} out")
+        translated[new] = _new_value(dotted, value)
     return translated
 
 

@@ -179,8 +179,8 @@ class SFW(Optimizer):
             self.load_state_dict(state)
         if self._distribution.changed(self.param_groups):
             self._follow_groups()
-        self._distribution.complete(self.state)
         distributors = self._distribution.distributors(self.param_groups)
+        self._distribution.complete(self.state)
         for shard in (shard for distributor in distributors for shard in distributor.shards):
             # By every rank and before any work: an owner that raised alone would leave the others waiting.
             if shard.parameter.grad is not None and shard.parameter.grad.is_sparse:
@@ -223,6 +223,8 @@ class SFW(Optimizer):
         Raises:
             RuntimeError: (gloo) not every rank called within five minutes; on rank 0 it names the missing ones.
         """
+        if self._distribution.changed(self.param_groups):
+            self._follow_groups()
         state = super().state_dict()
         for group in state["param_groups"]:
             group["constraint"] = to_plain(group["constraint"])
@@ -249,6 +251,8 @@ class SFW(Optimizer):
         for group in groups:
             group["constraint"] = from_plain(group["constraint"])
         distribution = self._distribution
+        if distribution.changed(self.param_groups):
+            self._follow_groups()
         if distribution.is_flat:  # as the framework saved it
             super().load_state_dict({"state": state_dict["state"], "param_groups": groups})
             return

@@ -99,6 +99,13 @@ class Shard:
         local = to_local(buffer).view(-1)
         return local if local.numel() == self.numel else local[self.start : self.stop]
 
+    def holds(self, buffer: Tensor) -> bool:
+        """Whether a momentum buffer has the type, device and number of entries that the step expects."""
+        local = to_local(buffer)
+        whole = local.numel() == to_local(self.parameter).numel()
+        fits = local.numel() == self.numel or whole
+        return fits and buffer.dtype == self.dtype and local.device == to_local(self.parameter).device
+
     def steps_taken(self, state: State) -> Tensor:
         """How many steps this tensor has taken, a scalar; a view of the state."""
         step: Tensor = state[self.parameter]["step"]

@@ -6,6 +6,7 @@ scores the first are kept. So every mask is a subset of the mask of any lower sp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -120,8 +121,11 @@ def filter_masks(scores: Mapping[str, Tensor], sparsity: float, groups: Iterable
         Bool masks by name, of the scores' shapes.
     """
     masks: dict[str, Tensor] = {}
+    largest = max((float(x.max()) for x in scores.values()), default=0.0)
+    # A power of two changes no bit of a comparison, and keeps squares from overflowing or vanishing.
+    exponent = math.frexp(largest)[1] if math.isfinite(largest) else 0
     for names in groups:
-        sizes = [_filter_sizes(name, scores[name]) for name in names]
+        sizes = [_filter_sizes(name, scores[name], exponent) for name in names]
         kept = _keep_filters(torch.cat(sizes), sparsity).split([len(of_tensor) for of_tensor in sizes])
         for name, filters in zip(names, kept, strict=True):
             shape = scores[name].shape
@@ -129,14 +133,14 @@ def filter_masks(scores: Mapping[str, Tensor], sparsity: float, groups: Iterable
     return masks
 
 
-def _filter_sizes(name: str, scores: Tensor) -> Tensor:
-    """Root mean squares, float64 ``(out,)``; infinite for the first of the largest, which stays."""
+def _filter_sizes(name: str, scores: Tensor, exponent: int) -> Tensor:
+    """Root mean squares over 2^exponent, float64 ``(out,)``; infinite for the first of the largest, which stays."""
     if (scores < 0).any():
         raise UserError(
             f"scores[{name!r}] has negative entries, and filters are ranked by root mean squares: give numbers of at "
             "least 0"
         )
-    squares = scores.double().square().flatten(1)
+    squares = (scores.double() * 2.0**-exponent).square().flatten(1)
     sizes = (tree_sum(squares, 1) / squares.shape[1]).sqrt()
     return sizes.index_fill(0, select(sizes, 1), torch.inf)
 

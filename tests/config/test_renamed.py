@@ -107,3 +107,11 @@ def test_a_wrong_prune_kind_on_the_command_line_is_told(argv: list[str]) -> None
 def test_the_torch_backend_of_version_0_1_0_is_the_memory_map(write: Write) -> None:
     """Fails when a run that read its data with the backend that is gone cannot be resumed."""
     assert load_config(write("name: run\ndata: {backend: torch}\n")).data.backend == "ram"
+
+
+@pytest.mark.parametrize(
+    "both", ["gmp: {sparsity: 0.9}\ngradual: {sparsity: 0.8}", "gradual: {kind: global, ranking: global}"]
+)
+def test_an_old_word_next_to_its_new_one_is_refused(write: Write, both: str) -> None:
+    """Fails when the later of the two replaces the earlier without a word."""
+    assert "is an older word for" in error_of("--config", write(f"name: run\n{both}\n"))

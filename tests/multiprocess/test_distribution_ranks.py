@@ -11,8 +11,9 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
-from sfw_dist import SFW, KSparsePolytope, constrain, verify_replicas
+from sfw_dist import SFW, KSparsePolytope, constrain, reduce_to_owner, verify_replicas
 from sfw_dist.distributed.dtensor import full_tensor
 from tests.support.changing_groups import KEEPS_MOMENTUM, LOSES_ALL, LOSES_B, Run, expected
 from tests.support.ranks import run_on_ranks
@@ -43,6 +44,31 @@ def test_ranks_follow_as_one_process_does(ranks: list[dict[str, Any]], name: str
         for tensor, value in rank[name].items():
             assert torch.equal(value, wanted[tensor]), tensor
         assert rank[f"{name} state"] == len(rank[name])
+
+
+def reordered(rank: int) -> dict[str, torch.Tensor]:
+    """Groups change their order between the backward pass and the step; gradients have gone to their owners alone."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(40, 50), nn.Linear(50, 30))
+    optimizer = SFW(constrain(net, KSparsePolytope(k_frac=0.1, tau=5.0)), lr=0.1)
+    replica: nn.Module = net
+    if dist.is_initialized():
+        replica = DistributedDataParallel(net)
+        replica.register_comm_hook(optimizer, reduce_to_owner)
+    for _ in range(4):
+        optimizer.zero_grad()
+        replica(torch.ones(4, 40)).square().mean().backward()
+        optimizer.param_groups.reverse()
+        optimizer.step()
+    return {name: p.detach().clone() for name, p in net.named_parameters()}
+
+
+def test_owners_stay_when_groups_are_reordered() -> None:
+    """Fails when a new owner steps on the gradient that went to the old one: replicas agree, and all are wrong."""
+    wanted = reordered(0)
+    for rank in run_on_ranks(reordered, 2):
+        for name, value in rank.items():
+            torch.testing.assert_close(value, wanted[name], rtol=1e-5, atol=1e-6)
 
 
 def prepared(rank: int) -> dict[str, Any]:

@@ -9,9 +9,11 @@ import torch
 
 from sfw_dist import SFW, KSparsePolytope
 from tests.support.changing_groups import (
+    CHANGE_AT,
     KEEPS_MOMENTUM,
     LOSES_ALL,
     LOSES_B,
+    STEPS,
     Run,
     append_to_a_group,
     clear_and_add,
@@ -88,3 +90,60 @@ def test_a_group_made_by_hand_has_the_defaults() -> None:
     before = p.detach().clone()
     optimizer.step()
     torch.testing.assert_close(p.detach(), before - 0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("fused", [True, False])
+def test_parameters_that_change_their_type_are_followed(dtype: torch.dtype, fused: bool) -> None:
+    """Fails when the compiled kernel reads memory with the old type: wrong numbers, or the end of the process."""
+    torch.manual_seed(0)
+    net, other = torch.nn.Linear(300, 40), torch.nn.Linear(300, 40)
+    other.load_state_dict(net.state_dict())
+    optimizers = []
+    for model, each in ((net, fused), (other, False)):
+        optimizer = SFW(
+            [{"params": list(model.parameters()), "constraint": KSparsePolytope(k=9, radius=0.5)}], lr=0.1, fused=each
+        )
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        model.to(dtype)
+        optimizers.append(optimizer)
+    for number in range(3):
+        for model, optimizer in zip((net, other), optimizers, strict=True):
+            generator = torch.Generator().manual_seed(number)
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=generator).to(dtype)
+            optimizer.step()
+    for p, q in zip(net.parameters(), other.parameters(), strict=True):
+        assert p.dtype == dtype and torch.equal(p, q) and p.isfinite().all()
+
+
+def test_a_plan_that_is_refused_leaves_momentum_as_it_was() -> None:
+    """Fails when a mistake in a group, which is then mended, costs all momentum."""
+    run, wanted = Run("abc"), expected(replace_groups_by_copies)
+    for number in range(STEPS):
+        run.step(number)
+        if number == CHANGE_AT:
+            groups = run.optimizer.param_groups
+            groups.reverse()
+            good, groups[0]["constraint"] = groups[0]["constraint"], KSparsePolytope(k=3, tau=1.0)
+            with pytest.raises(ValueError, match="bind it"):
+                run.optimizer.state_dict()
+            groups[0]["constraint"] = good
+    for name, p in run.tensors.items():
+        assert torch.equal(p.detach(), wanted[name]), name
+
+
+def test_states_are_saved_and_loaded_as_the_groups_are_now() -> None:
+    """Fails when a change that no step has seen yet gives momenta to the wrong tensors, or skips a new one's set."""
+    run = Run("abc")
+    run.step(0)
+    run.optimizer.param_groups.reverse()
+    run.optimizer.load_state_dict(run.optimizer.state_dict())
+    for name, p in run.tensors.items():
+        assert run.optimizer.state[p]["momentum_buffer"].shape == p.shape, name
+    append_to_a_group(run)
+    run.tensors["d"].data.fill_(3.0)
+    run.optimizer.load_state_dict(run.optimizer.state_dict())
+    assert run.optimizer.param_groups[0]["constraint"].gauge(run.tensors["d"].detach()) <= 1 + 1e-6

@@ -15,6 +15,7 @@ from sfw_dist.pruning import (
     dead_layers,
 )
 from sfw_dist.pruning.granularity import Ranking
+from sfw_dist.pruning.masks import filter_masks
 from tests.support.pruning import (
     filters_of,
     flat,
@@ -161,3 +162,10 @@ def test_channels_last_filters_are_the_same() -> None:
     expected = compute_masks(model, 0.5, granularity="filter")
     found = compute_masks(model.to(memory_format=torch.channels_last), 0.5, granularity="filter")
     assert all(torch.equal(found[name], mask) for name, mask in expected.items())
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1.0, 1e200])
+def test_filters_are_ranked_at_any_scale_of_the_scores(scale: float) -> None:
+    """Fails when squares of float64 scores overflow or vanish, and the wrong filters go, or none."""
+    scores = {"w": scale * torch.tensor([[1.0, 2.0], [3.0, 4.0], [9.0, 8.0], [7.0, 6.0]], dtype=torch.float64)}
+    assert filter_masks(scores, 0.5, [["w"]])["w"][:, 0].tolist() == [False, False, True, True]

@@ -102,11 +102,11 @@ class CPUKernel:
     def _address(self, what: str, index: int, x: Tensor) -> int:
         """Of the shard's first entry: in the tensor, or in a copy where memory is not row-major (channels_last)."""
         shard = self._shards[index]
-        if not x.is_contiguous():
+        if not x.is_contiguous() or x.dtype != shard.parameter.dtype:
             # One copy a parameter, shared by all its shards.
             key = (what, id(shard.parameter))
             if key not in self._staged:
-                self._staged[key] = torch.empty_like(x, memory_format=torch.contiguous_format)
+                self._staged[key] = torch.empty(x.shape, dtype=shard.parameter.dtype)
             x = self._staged[key].copy_(x)
         return x.data_ptr() + shard.start * x.element_size()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,9 +20,12 @@ from sfw_dist.optim.sharding.dtensors import FlatSegment, distributors_of_dtenso
 from sfw_dist.optim.sharding.interface import Distributor
 from sfw_dist.optim.sharding.replicated import ReplicatedDistributor
 from sfw_dist.optim.sharding.sharded import ShardedDistributor
-from sfw_dist.optim.state_dict import gather_state, load_owned
 
 Groups = Sequence[dict[str, Any]]
+
+
+_Described = tuple[Tensor, torch.dtype, torch.Size, torch.device]
+"""A parameter, and what the plan of its step depends on."""
 
 
 class Distribution:
@@ -44,7 +48,7 @@ class Distribution:
         """Owners of the whole tensors' shards; ``None`` before the first plan."""
         self.replicated_shards: list[Shard] = []
         """Shards of the whole tensors, in the order of ``specs``."""
-        self._planned: list[tuple[dict[str, Any], tuple[Tensor, ...], Constraint | tuple[Constraint, ...]]] = []
+        self._planned: list[tuple[dict[str, Any], list[_Described], Constraint | tuple[Constraint, ...]]] = []
         """Each group with its parameters and sets, as they were when they were planned."""
         self._replicated: ReplicatedDistributor | None = None
         self._sharded: list[ShardedDistributor] | None = None
@@ -81,28 +85,43 @@ class Distribution:
         Raises:
             ValueError: a set that is not bound, or one that needs a tensor whole that is divided; ranks that differ.
         """
-        self._planned = [(group, tuple(group["params"]), group["constraint"]) for group in groups]
-        self._replicated = self._sharded = None
-        pinned = (self.specs or ()) if keep_owners else ()
-        specs, fingerprint, self.replicated_shards = assign_shards(groups, self.ranks.size, self._split, pinned)
-        self.specs = specs
-        if self.replicated_shards:  # DTensors alone need no agreement here: pipeline stages have their own optimizers
-            devices = {shard.parameter.device for shard in self.replicated_shards}
-            verify_agreement(fingerprint, self.ranks, devices)
-        for shard in self.replicated_shards:
+        pinned = self._pinned(groups) if keep_owners else []
+        specs, fingerprint, shards = assign_shards(groups, self.ranks.size, self._split, pinned)
+        if shards:  # DTensors alone need no agreement here: pipeline stages have their own optimizers
+            verify_agreement(fingerprint, self.ranks, {shard.parameter.device for shard in shards})
+        sharded = distributors_of_dtensors(groups)
+        # From here on nothing can fail, so that a plan that was refused leaves the last one as it was.
+        self.specs, self.replicated_shards, self._replicated, self._sharded = specs, shards, None, sharded
+        self._planned = [
+            (group, [(p, p.dtype, p.shape, p.device) for p in group["params"]], group["constraint"]) for group in groups
+        ]
+        for shard in shards:
             state.setdefault(shard.parameter, {})  # of other owners, too, see complete
-        self._sharded = distributors_of_dtensors(groups)
         self.complete(state)
 
+    def _pinned(self, groups: Groups) -> list[ShardSpec]:
+        """The shards of tensors that were planned before and have kept their size, wherever in the groups they are."""
+        whole = [p for group in groups for p in group["params"] if not isinstance(p, DTensor)]
+        places = {p: place for place, p in enumerate(whole)}
+        kept = [
+            replace(spec, tensor=places[shard.parameter])
+            for spec, shard in zip(self.specs or (), self.replicated_shards, strict=True)
+            if shard.parameter in places and shard.parameter.numel() == shard.global_numel
+        ]
+        return sorted(kept, key=lambda spec: (spec.tensor, spec.start))
+
     def changed(self, groups: Groups) -> bool:
-        """Whether groups, parameters or sets are other objects than those that were planned."""
+        """Whether groups, parameters or sets are others than those that were planned, or parameters of another type."""
         return not self.is_flat and not (
             len(groups) == len(self._planned)
             and all(
                 group is planned
                 and group["constraint"] is sets
                 and len(group["params"]) == len(parameters)
-                and all(p is q for p, q in zip(group["params"], parameters, strict=True))
+                and all(
+                    p is q and p.dtype is dtype and p.shape == shape and p.device == device
+                    for p, (q, dtype, shape, device) in zip(group["params"], parameters, strict=True)
+                )
                 for group, (planned, parameters, sets) in zip(groups, self._planned, strict=True)
             )
         )
@@ -110,37 +129,21 @@ class Distribution:
     def follow(self, groups: Groups, state: State) -> None:
         """Plan groups that :meth:`changed`; collective, for every rank has changed them alike.
 
-        Tensors that stayed keep their state, new ones are brought into their sets, and what left is forgotten.
+        Tensors that stayed keep their owners and state, new ones are brought into their sets, and the state of those
+        that left is dropped.
 
         Raises:
-            ValueError: a parameter or an option that the optimizer does not take.
+            ValueError: a parameter or an option that the optimizer does not take; the last plan stays.
         """
-        old = [p for _, parameters, _ in self._planned for p in parameters]
-        new = [p for group in groups for p in group["params"]]
+        old = [p for _, parameters, _ in self._planned for p, *_ in parameters]
         for group in groups:
             check_group(group)
             make_feasible(group, leave=old)
-        appended = len(new) >= len(old) and all(p is q for p, q in zip(old, new, strict=False))
-        saved = {} if appended else self._state_of_whole_tensors(state)
-        for parameter in (*saved, *(set(old) - set(new))):
-            state.pop(parameter, None)
-        self.plan(groups, state, keep_owners=appended)
-        by_number = {spec.tensor: s.parameter for spec, s in zip(self.specs or (), self.replicated_shards, strict=True)}
-        kept = {number: saved[p] for number, p in by_number.items() if p in saved}
-        specs = [spec for spec in self.specs or () if spec.tensor in kept]
-        shards = [s for spec, s in zip(self.specs or (), self.replicated_shards, strict=True) if spec.tensor in kept]
-        load_owned(kept, specs, shards, state, None if self.replicate else self.ranks.rank)
-
-    def _state_of_whole_tensors(self, state: State) -> dict[Tensor, dict[str, Tensor]]:
-        """By parameter, whole on every rank; collective."""
-        specs, shards = self.specs or (), self.replicated_shards
-        if not shards:
-            return {}
-        if self.ranks.size == 1 or self.replicate:
-            return {shard.parameter: dict(state[shard.parameter]) for shard in shards if state.get(shard.parameter)}
-        self.complete(state)
-        gathered = gather_state(specs, shards, state, self.ranks)
-        return {shard.parameter: gathered[spec.tensor] for spec, shard in zip(specs, shards, strict=True)}
+        self.plan(groups, state)
+        present = {p for group in groups for p in group["params"]}
+        for parameter in old:
+            if parameter not in present:
+                state.pop(parameter, None)
 
     def complete(self, state: State) -> None:
         """Give every shard that this rank steps the state of a tensor that took no step, where it has none.
@@ -153,9 +156,15 @@ class Distribution:
         shards = [shard for shard, spec in owned if self.replicate or spec.owner == self.ranks.rank]
         for shard in (*shards, *(shard for one in self._sharded or () for shard in one.shards)):
             own = state.setdefault(shard.parameter, {})
-            if "step" not in own:
-                rows = () if self._flat is None else (len(self._flat[shard.parameter]),)
-                own.update(new_state(shard, torch.zeros(rows, device=shard.parameter.device if rows else None)))
+            buffer: Tensor | None = own.get("momentum_buffer")
+            if "step" in own and (buffer is None or shard.holds(buffer)):
+                continue
+            rows = () if self._flat is None else (len(self._flat[shard.parameter]),)
+            fresh = new_state(shard, torch.zeros(rows, device=shard.parameter.device if rows else None))
+            if "step" in own and buffer is not None and buffer.numel() == shard.numel:
+                # The parameter has another type or device now, and takes its momentum along.
+                fresh = {"step": own["step"], "momentum_buffer": buffer.to(shard.parameter.device, shard.dtype)}
+            own.update(fresh)
 
     def distributors(self, groups: Groups) -> list[Distributor]:
         """What steps the tensors of these groups; collective where it is not planned yet."""
