@@ -33,7 +33,7 @@ def test_commands_of_the_tutorial_run(tmp_path: Path, monkeypatch: pytest.Monkey
             command += FEW_EPOCHS
         result = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, f"{' '.join(words)}\n{result.stdout}\n{result.stderr}"
-    assert (tmp_path / "runs" / "digits_sfw" / "report" / "index.html").exists()
+    assert (tmp_path / "runs" / "tutorial" / "report" / "index.html").exists()
 
 
 def _free_port(words: list[str]) -> list[str]:
