@@ -36,7 +36,7 @@ def compute_vertex(shard: Shard, state: dict[str, Any], gradient: Tensor | None)
     if m is None:
         return no_update(shard)
     if shard.constraint.is_unconstrained:
-        lr = torch.as_tensor(shard.group["lr"], dtype=torch.float64, device=m.device)
+        lr = torch.zeros((), dtype=torch.float64, device=m.device) + shard.group["lr"]
         poison = torch.where(m.isfinite().all(), 0.0, torch.nan).to(lr)
         return torch.stack([lr + poison, poison, lr]), Vertex(None, m)
     # Some sets look at rows and singular values, so a whole tensor has its shape.
@@ -156,8 +156,10 @@ def step_stats(sums: Products, lr: Number, rescale: Rescale, diameter: Number) -
     """
     norm, distance = square_root(sums.direction_squared), square_root(sums.distance_squared)
     numerator, denominator = rescale_ratio(rescale, norm, distance, diameter)
-    stays = (norm == 0) | (torch.as_tensor(lr, device=norm.device) == 0)  # at θ = v, 0 · ∞ is no number
-    gamma = torch.where(stays, 0.0, torch.as_tensor(lr * (numerator / denominator)).clamp(0, 1))
+    gamma = torch.as_tensor(lr * (numerator / denominator)).clamp(0, 1)
+    # At θ = v, 0 · ∞ is no number. A rate that is a number is compared here: to send it to a GPU would wait for it.
+    stays = (norm == 0) | (lr == 0) if isinstance(lr, Tensor) or lr != 0 else torch.ones_like(norm, dtype=torch.bool)
+    gamma = torch.where(stays, 0.0, gamma)
     gamma = torch.where(norm.isfinite(), gamma, torch.nan)
     effective = torch.where(norm == 0, 0.0, gamma * distance / norm)
     return torch.stack([gamma, sums.gap, effective], -1)

@@ -21,6 +21,8 @@ from sfw_dist.optim.kernels.interface import DTYPE_CODES, LAYOUT_CODES, RESCALE_
 # Entries of a row and warps of its program, 16 entries a thread.
 _ROW = 4096
 _WARPS = 8
+_READABLE = (torch.float32, torch.bfloat16, torch.float16)
+"""Types of parameters and gradients that the kernels read."""
 
 
 class CUDAKernel:
@@ -64,7 +66,7 @@ class CUDAKernel:
         self._sums = self._zeros(sum(rows), 3, dtype=torch.float64)
         self._steps = _Table(len(shards), layout.STEP.value, self._device)
         self._parameters = _Table(len(shards), 1, self._device)
-        self._staged: dict[tuple[str, Tensor], Tensor] = {}
+        self._staged: dict[tuple[str, Tensor, torch.dtype], Tensor] = {}
 
     def compute_vertices(
         self,
@@ -116,12 +118,14 @@ class CUDAKernel:
         )
 
     def _row_major(self, what: str, parameter: Tensor, x: Tensor) -> Tensor:
-        """The parameter or its gradient or, where that has another memory format (channels_last), a copy of it."""
-        if x.is_contiguous():
+        """The parameter or its gradient or, where the kernels cannot read it (channels_last, float64), a copy of it."""
+        if x.is_contiguous() and x.dtype in _READABLE:
             return x
-        if (what, parameter) not in self._staged:
-            self._staged[what, parameter] = torch.empty_like(x, memory_format=torch.contiguous_format)
-        return self._staged[what, parameter].copy_(x)
+        dtype = x.dtype if x.dtype in _READABLE else parameter.dtype
+        key = (what, parameter, dtype)
+        if key not in self._staged:
+            self._staged[key] = torch.empty(x.shape, dtype=dtype, device=x.device)
+        return self._staged[key].copy_(x)
 
     def _launch(self, kernel: Any, rows: Tensor, *arguments: Tensor, **constants: int) -> None:
         if len(rows) == 0:
@@ -177,9 +181,7 @@ class _Table:
 
 
 def _check(shard: KernelShard) -> None:
-    assert (
-        shard.parameter.dtype in (torch.float32, torch.bfloat16, torch.float16) and shard.codec.dtype == torch.float32
-    ), shard.parameter.dtype
+    assert shard.parameter.dtype in _READABLE and shard.codec.dtype == torch.float32, shard.parameter.dtype
     for slot in (shard.read, shard.written):
         if slot is not None:
             assert slot.dtype == torch.uint8 and slot.shape == (shard.codec.nbytes,), slot.shape
