@@ -174,8 +174,11 @@ class Constraint(ABC):
         Returns:
             A task (:mod:`sfw_dist.distributed.coalesced`) that every rank runs, those without entries too, and that
             returns the vertex over this rank's entries as a :class:`Vertex`, or ``None`` where the rank has none.
+
+        Raises:
+            ValueError: the set defines none.
         """
-        raise NotImplementedError(f"{type(self).__name__} is not divisible")
+        raise ValueError(f"{self!r} has no LMO for divided tensors: define sharded_lmo, or set divisible = False")
 
     @classmethod
     def sharded_lmos(cls, directions: Sequence[ShardedDirection]) -> AsyncTask:

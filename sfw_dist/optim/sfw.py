@@ -183,7 +183,11 @@ class SFW(Optimizer):
         self._distribution.complete(self.state)
         for shard in (shard for distributor in distributors for shard in distributor.shards):
             # By every rank and before any work: an owner that raised alone would leave the others waiting.
-            if shard.parameter.grad is not None and shard.parameter.grad.is_sparse:
+            gradient = shard.parameter.grad
+            if gradient is not None and gradient.shape != shard.parameter.shape:
+                shapes = f"{tuple(gradient.shape)}, and the parameter {tuple(shard.parameter.shape)}"
+                raise UserError(f"the gradient of {shard.name} has shape {shapes}: call zero_grad after resizing it")
+            if gradient is not None and gradient.is_sparse:
                 raise UserError(
                     f"{shard.name} has a sparse gradient: SFW needs dense ones (nn.Embedding(sparse=False))"
                 )

@@ -100,11 +100,14 @@ class Shard:
         return local if local.numel() == self.numel else local[self.start : self.stop]
 
     def holds(self, buffer: Tensor) -> bool:
-        """Whether a momentum buffer has the type, device and number of entries that the step expects."""
-        local = to_local(buffer)
-        whole = local.numel() == to_local(self.parameter).numel()
-        fits = local.numel() == self.numel or whole
-        return fits and buffer.dtype == self.dtype and local.device == to_local(self.parameter).device
+        """Whether a momentum buffer has the shape, type and device that the step expects, and lies row by row."""
+        fits = buffer.shape == self.parameter.shape or buffer.shape == (self.numel,)
+        return (
+            fits
+            and buffer.dtype == self.dtype
+            and buffer.device == self.parameter.device
+            and (buffer.is_contiguous() or isinstance(buffer, DTensor))
+        )
 
     def steps_taken(self, state: State) -> Tensor:
         """How many steps this tensor has taken, a scalar; a view of the state."""

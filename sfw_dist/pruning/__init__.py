@@ -12,7 +12,7 @@ Example:
 from sfw_dist.pruning.criteria import CRITERIA
 from sfw_dist.pruning.low_rank import LowRank
 from sfw_dist.pruning.masks import Masks
-from sfw_dist.pruning.one_shot import Pruner, compute_masks, prune
+from sfw_dist.pruning.one_shot import Pruner, prune
 from sfw_dist.pruning.options import PruningOptions
 from sfw_dist.pruning.recalibration import recalibrate
 from sfw_dist.pruning.result import Pruning
@@ -27,7 +27,6 @@ __all__ = [
     "Pruner",
     "Pruning",
     "PruningOptions",
-    "compute_masks",
     "count_flops",
     "dead_layers",
     "kept_flops",

@@ -12,7 +12,6 @@ from typing import Literal, overload
 
 from torch import Tensor, nn
 
-from sfw_dist.errors import UserError
 from sfw_dist.pruning.criteria import CRITERIA, check_scores
 from sfw_dist.pruning.granularity import GRANULARITIES, GranularityName, Prunable, Ranking
 from sfw_dist.pruning.low_rank import LowRank
@@ -141,32 +140,4 @@ def prune(
     options.check_sparsity(sparsity)
     pruning = Pruner(model, options, scores=scores).at(sparsity)
     pruning.apply_to(model)
-    return pruning
-
-
-def compute_masks(
-    model: nn.Module,
-    sparsity: float,
-    *,
-    scope: Scope = "weights",
-    granularity: MaskGranularity = "weight",
-    ranking: Ranking = "global",
-    criterion: str = "magnitude",
-    scores: Mapping[str, Tensor] | None = None,
-) -> Masks:
-    """The masks that :func:`prune` would apply, with its arguments and errors; ``model`` does not change.
-
-    Raises:
-        UserError: as :func:`prune`, and for granularity "rank", which has no masks.
-
-    Example:
-        >>> masks = compute_masks(nn.Linear(4, 2), 0.25)
-        >>> masks["weight"].shape, masks.kept
-        (torch.Size([2, 4]), 6)
-    """
-    options = PruningOptions(scope, granularity, ranking, criterion)
-    options.check_sparsity(sparsity)
-    pruning = Pruner(model, options, scores=scores).at(sparsity)
-    if not isinstance(pruning, Masks):
-        raise UserError(f"granularity {granularity} leaves no masks: call prune, or take weight, 2:4 or filter")
     return pruning

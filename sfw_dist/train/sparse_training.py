@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sfw_dist.config import Config, CramConfig, GMPConfig
 from sfw_dist.errors import UserError
-from sfw_dist.pruning import compute_masks, prune
+from sfw_dist.pruning import Masks, Pruner, PruningOptions, prune
 from sfw_dist.train.strategies import Strategy
 
 PREFIX = "method."
@@ -104,7 +104,9 @@ class GMP(TrainingMethod):
         if self._begin <= done <= self._end and (regular or done == self._end):
             sparsity = gmp_sparsity(self._config, done, self._steps)
             with _nan_blamed_on_lr():
-                self._masks = dict(compute_masks(self._strategy.model, sparsity, ranking=self._config.ranking))
+                masks = Pruner(self._strategy.model, PruningOptions(ranking=self._config.ranking)).at(sparsity)
+            assert isinstance(masks, Masks)
+            self._masks = dict(masks)
 
     @torch.no_grad()
     def _apply_masks(self) -> None:

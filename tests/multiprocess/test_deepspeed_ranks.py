@@ -28,7 +28,7 @@ from sfw_dist.models import build_model
 from sfw_dist.optim.sfw import SFW
 from sfw_dist.train.strategies import Strategy
 from sfw_dist.train.strategies.ddp import DDPStrategy
-from tests.support.ranks import run_on_ranks
+from tests.support.ranks import error_of, run_on_ranks
 from tests.support.training import small_config
 
 STEPS, HALF = 50, 25
@@ -411,15 +411,6 @@ def refused_engines(rank: int) -> list[str]:
         error_of(UserError, engine.load, engine.tensors(), other, "that"),
         error_of(UserError, engine.train_step, torch.full((8, 1, 8, 8), torch.inf), torch.arange(8)),
     ]
-
-
-def error_of(kind: type[Exception], function: Callable[..., Any], *arguments: Any) -> str:
-    """The message of the error that must come."""
-    try:
-        function(*arguments)
-    except kind as error:
-        return str(error)
-    raise AssertionError(f"{function.__name__} raised no {kind.__name__}")
 
 
 # -------------------------------------------------------------------------------------------------- the tests

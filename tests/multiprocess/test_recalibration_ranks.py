@@ -14,10 +14,10 @@ from sfw_dist.distributed.world import World
 from sfw_dist.evaluate.pruned_models import PrunedModels
 from sfw_dist.evaluate.sparsity_search import search_run
 from sfw_dist.evaluate.sweep import sweep_run
-from sfw_dist.pruning import compute_masks
 from sfw_dist.pruning.recalibration import recalibrated_statistics
 from sfw_dist.train.run_folder import RunFolder
 from sfw_dist.train.trainer import train
+from tests.support.pruning import compute_masks
 from tests.support.ranks import run_on_ranks
 from tests.support.training import ONE_PROCESS, small_config
 

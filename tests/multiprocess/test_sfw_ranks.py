@@ -25,7 +25,7 @@ from sfw_dist import SFW, KSparsePolytope, KSupportBall, LpBall, Unconstrained, 
 from sfw_dist.constraints import Constraint
 from sfw_dist.errors import UserError
 from sfw_dist.optim import state_dict as state
-from tests.support.ranks import run_on_ranks
+from tests.support.ranks import error_of, run_on_ranks
 
 WORLD_SIZES = (1, 2, 3, 4)
 STEPS, HALF = 50, 25
@@ -264,15 +264,6 @@ def state_dict_on_rank_0_alone(rank: int, world_size: int, store: str) -> str:
     message = error_of(RuntimeError, optimizer.state_dict)
     told.set("told", "")
     return message
-
-
-def error_of(kind: type[Exception], function: Callable[..., Any], *arguments: Any) -> str:
-    """The message of the error that must come."""
-    try:
-        function(*arguments)
-    except kind as error:
-        return str(error)
-    raise AssertionError(f"{function.__name__} raised no {kind.__name__}")
 
 
 # -------------------------------------------------------------------------------------------------- the tests

@@ -11,24 +11,22 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sfw_dist.errors import UserError
-from sfw_dist.pruning import CRITERIA, PruningOptions, compute_masks, prune
+from sfw_dist.pruning import CRITERIA, PruningOptions, prune
 from sfw_dist.pruning.criteria import register
 from sfw_dist.pruning.granularity import Ranking
 from sfw_dist.pruning.one_shot import MaskGranularity
 from tests.support.pruning import (
+    compute_masks,
     filters_of,
     flat,
     four_layers,
     linears,
+    magnitudes,
     removed_count,
     small_net,
     sparsities,
     tied_matrices,
 )
-
-
-def magnitudes(model: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter.detach().abs() for name, parameter in model.named_parameters()}
 
 
 @pytest.mark.parametrize("ranking", ["global", "layerwise"])

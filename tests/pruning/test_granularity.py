@@ -14,7 +14,6 @@ from sfw_dist.pruning import (
     CRITERIA,
     Pruner,
     PruningOptions,
-    compute_masks,
     count_flops,
     kept_flops,
     layer_table,
@@ -22,6 +21,7 @@ from sfw_dist.pruning import (
 )
 from sfw_dist.pruning.granularity import Ranking
 from tests.support.pruning import (
+    compute_masks,
     filters_of,
     flat,
     four_layers,
@@ -58,7 +58,7 @@ def test_filters_leave_alone_what_has_none() -> None:
     """Dimension 0 of a transposed convolution counts inputs; a BatchNorm has no filters."""
     model = nn.Sequential(nn.ConvTranspose2d(4, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 4, 1), nn.Conv2d(4, 2, 1))
     for scope, skipped in (("weights", 2), ("all", 7)):
-        masks = compute_masks(model, 0.5, scope=scope, granularity="filter")  # type: ignore[arg-type]
+        masks = compute_masks(model, 0.5, scope=scope, granularity="filter")
         assert len(masks.skipped) == skipped and "2.weight" not in masks.skipped
         assert sum(filters_of(masks["2.weight"])) == 2
 

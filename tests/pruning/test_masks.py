@@ -10,13 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sfw_dist.pruning import (
-    compute_masks,
-    dead_layers,
-)
+from sfw_dist.pruning import dead_layers
 from sfw_dist.pruning.granularity import Ranking
 from sfw_dist.pruning.masks import filter_masks
 from tests.support.pruning import (
+    compute_masks,
     filters_of,
     flat,
     four_layers,

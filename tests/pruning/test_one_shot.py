@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from sfw_dist.errors import UserError
 from sfw_dist.pruning import (
-    compute_masks,
     prune,
 )
 from sfw_dist.pruning.granularity import Ranking
 from sfw_dist.pruning.one_shot import MaskGranularity
 from tests.support.pruning import (
+    compute_masks,
     flat,
     linears,
     small_net,
@@ -117,9 +117,9 @@ def test_masks_leave_the_model_alone_and_prune_applies_exactly_them(
 def test_bad_arguments_are_user_errors() -> None:
     """A misspelt scope must not fall through to another one, nor "2:4" quietly remove half when 0.9 was asked."""
     with pytest.raises(UserError, match=r"unknown scope 'weight': choose one of weights, all"):
-        compute_masks(small_net(), 0.5, scope="weight")  # type: ignore[arg-type]
+        compute_masks(small_net(), 0.5, scope="weight")
     with pytest.raises(UserError, match=r"unknown granularity '2:8': choose one of weight, 2:4, filter, rank"):
-        compute_masks(small_net(), 0.5, granularity="2:8")  # type: ignore[arg-type]
+        compute_masks(small_net(), 0.5, granularity="2:8")
     with pytest.raises(UserError, match=r"granularity 2:4 removes exactly 0.5, got sparsity 0.9"):
         compute_masks(small_net(), 0.9, granularity="2:4")
     with pytest.raises(UserError, match="BatchNorm2d has nothing to prune"):

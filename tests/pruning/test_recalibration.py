@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from sfw_dist.errors import UserError
 from sfw_dist.models import build_model
-from sfw_dist.pruning import compute_masks, prune
+from sfw_dist.pruning import prune
 from sfw_dist.pruning.recalibration import batch_norms, recalibrate, recalibrated_statistics
+from tests.support.pruning import compute_masks
 from tests.support.training import ONE_PROCESS
 
 

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from sfw_dist.pruning import (
-    compute_masks,
     count_flops,
     prune,
 )
+from tests.support.pruning import compute_masks
 
 
 def test_weights_are_found_by_module_type() -> None:

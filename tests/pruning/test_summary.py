@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 from sfw_dist.pruning import (
     Masks,
-    compute_masks,
     count_flops,
     dead_layers,
     kept_flops,
     layer_table,
 )
 from tests.support.pruning import (
+    compute_masks,
     linears,
     small_net,
 )

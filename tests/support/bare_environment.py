@@ -38,9 +38,9 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = Bare
 def with_dependencies(*distributions: str) -> set[str]:
     """Distributions and all that they require in this environment, as canonical names; without extras."""
     found: set[str] = set()
-    todo = [canonicalize_name(name) for name in distributions]
-    while todo:
-        name = todo.pop()
+    unseen = [canonicalize_name(name) for name in distributions]
+    while unseen:
+        name = unseen.pop()
         if name in found:
             continue
         try:
@@ -50,7 +50,7 @@ def with_dependencies(*distributions: str) -> set[str]:
         found.add(name)
         for requirement in requirements:
             if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-                todo.append(canonicalize_name(requirement.name))
+                unseen.append(canonicalize_name(requirement.name))
     return found
 
 

@@ -4,14 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from decimal import ROUND_HALF_UP, Decimal
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sfw_dist.pruning import PAPER_SPARSITIES
+from sfw_dist.pruning import PAPER_SPARSITIES, Masks, Pruner, PruningOptions
 
 sparsities = st.one_of(st.floats(0, 0.999), st.sampled_from(PAPER_SPARSITIES))
+
+
+def compute_masks(
+    model: nn.Module, sparsity: float, *, scores: Mapping[str, Tensor] | None = None, **words: Any
+) -> Masks:
+    """The masks of a pruning, without applying them."""
+    masks = Pruner(model, PruningOptions(**words), scores=scores).at(sparsity)
+    assert isinstance(masks, Masks)
+    return masks
+
+
+def magnitudes(model: nn.Module) -> dict[str, Tensor]:
+    """Of every parameter, by name."""
+    return {name: parameter.detach().abs() for name, parameter in model.named_parameters()}
 
 
 def removed_count(sparsity: float, n: int) -> int:

@@ -77,3 +77,12 @@ def _rank(
     except Exception:
         Path(folder, f"{rank}.error").write_text(traceback.format_exc())
         raise
+
+
+def error_of(kind: type[Exception], function: Callable[..., Any], *arguments: Any) -> str:
+    """The message of the error that must come."""
+    try:
+        function(*arguments)
+    except kind as error:
+        return str(error)
+    raise AssertionError(f"{function.__name__} raised no {kind.__name__}")

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from sfw_dist.config import Config, CramConfig, GMPConfig, OptimizerConfig, SampledConfig
 from sfw_dist.errors import UserError
 from sfw_dist.evaluate.sweep import sweep_run
-from sfw_dist.pruning import compute_masks
 from sfw_dist.train import trainer as training
 from sfw_dist.train.__main__ import main
 from sfw_dist.train.k_schedule import k_frac
@@ -34,6 +33,7 @@ from sfw_dist.train.sparse_training import (
     gmp_sparsity,
 )
 from sfw_dist.train.strategies import build_strategy
+from tests.support.pruning import compute_masks
 from tests.support.training import ONE_PROCESS, baselines, small_config
 
 STEPS = 20

@@ -43,9 +43,9 @@ def prefetch(
         for job in jobs:
             yield make(job)
         return
-    todo: queue.SimpleQueue[tuple[Job, Future[Result]] | None] = queue.SimpleQueue()
+    submitted: queue.SimpleQueue[tuple[Job, Future[Result]] | None] = queue.SimpleQueue()
     # Daemons, unlike the threads of an executor: a read that hangs must not keep the interpreter from ending.
-    workers = [threading.Thread(target=_work, args=(make, todo), daemon=True) for _ in range(threads)]
+    workers = [threading.Thread(target=_work, args=(make, submitted), daemon=True) for _ in range(threads)]
     for worker in workers:
         worker.start()
     pending: deque[tuple[Job, Future[Result]]] = deque()
@@ -55,7 +55,7 @@ def prefetch(
         while True:
             for job in islice(remaining, threads + _SPARE - len(pending)):
                 pending.append((job, Future()))
-                todo.put(pending[-1])
+                submitted.put(pending[-1])
             if not pending:
                 return
             job, future = pending.popleft()
@@ -73,14 +73,14 @@ def prefetch(
         for _, future in pending:
             future.cancel()
         for _ in workers:
-            todo.put(None)
+            submitted.put(None)
         if not stalled:
             for worker in workers:
                 worker.join()
 
 
-def _work(make: Callable[[Job], Result], todo: queue.SimpleQueue[tuple[Job, Future[Result]] | None]) -> None:
-    while (item := todo.get()) is not None:
+def _work(make: Callable[[Job], Result], submitted: queue.SimpleQueue[tuple[Job, Future[Result]] | None]) -> None:
+    while (item := submitted.get()) is not None:
         job, future = item
         if future.set_running_or_notify_cancel():
             try:

@@ -50,6 +50,8 @@ class Distribution:
         """Shards of the whole tensors, in the order of ``specs``."""
         self._planned: list[tuple[dict[str, Any], list[_Described], Constraint | tuple[Constraint, ...]]] = []
         """Each group with its parameters and sets, as they were when they were planned."""
+        self._stepped: list[Shard] = []
+        """Shards whose momentum this rank keeps."""
         self._replicated: ReplicatedDistributor | None = None
         self._sharded: list[ShardedDistributor] | None = None
         self._flat: dict[Tensor, Sequence[FlatSegment]] | None = None
@@ -95,6 +97,8 @@ class Distribution:
         self._planned = [
             (group, [(p, p.dtype, p.shape, p.device) for p in group["params"]], group["constraint"]) for group in groups
         ]
+        owned = [s for s, spec in zip(shards, specs, strict=True) if self.replicate or spec.owner == self.ranks.rank]
+        self._stepped = [*owned, *(shard for one in sharded for shard in one.shards)]
         for shard in shards:
             state.setdefault(shard.parameter, {})  # of other owners, too, see complete
         self.complete(state)
@@ -152,18 +156,19 @@ class Distribution:
         of other owners it is empty: torch's distributed checkpoints take an optimizer without any state for one that
         never stepped, and would make this rank step alone.
         """
-        owned = zip(self.replicated_shards, self.specs or (), strict=True)
-        shards = [shard for shard, spec in owned if self.replicate or spec.owner == self.ranks.rank]
-        for shard in (*shards, *(shard for one in self._sharded or () for shard in one.shards)):
+        for shard in self._stepped:
             own = state.setdefault(shard.parameter, {})
             buffer: Tensor | None = own.get("momentum_buffer")
             if "step" in own and (buffer is None or shard.holds(buffer)):
                 continue
-            rows = () if self._flat is None else (len(self._flat[shard.parameter]),)
-            fresh = new_state(shard, torch.zeros(rows, device=shard.parameter.device if rows else None))
-            if "step" in own and buffer is not None and buffer.numel() == shard.numel:
-                # The parameter has another type or device now, and takes its momentum along.
-                fresh = {"step": own["step"], "momentum_buffer": buffer.to(shard.parameter.device, shard.dtype)}
+            count = torch.zeros(())
+            if self._flat is not None:
+                count = torch.zeros(len(self._flat[shard.parameter]), device=shard.parameter.device)
+            fresh = new_state(shard, count)
+            if "step" in own and buffer is not None and buffer.shape in (shard.parameter.shape, (shard.numel,)):
+                # The parameter has another type or device than before: momentum goes with it.
+                there = buffer.to(shard.parameter.device, shard.dtype).contiguous()
+                fresh = {"step": own["step"], "momentum_buffer": there}
             own.update(fresh)
 
     def distributors(self, groups: Groups) -> list[Distributor]:
@@ -195,6 +200,7 @@ class Distribution:
         self._flat = {groups[number]["params"][0]: tensors for number, tensors in segments.items()}
         self._by_groups = {}
         self._sharded = [one for group in groups for one in self._sharded_of([group])]
+        self._stepped = self.shards
         state.clear()
         self.complete(state)
 

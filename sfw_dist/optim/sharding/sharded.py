@@ -33,6 +33,8 @@ from sfw_dist.optim.shard import Shard, State, new_state
 from sfw_dist.optim.update import step_stats, update_momentum, updated_entries
 from sfw_dist.optim.vertex_codec import STATS
 
+_UNCONSTRAINED = "unconstrained"
+
 
 class ShardedDistributor:
     """Tensors divided between the same ranks, stepped together; a :class:`~.interface.Distributor`.
@@ -61,6 +63,10 @@ class ShardedDistributor:
                 self._lmos.setdefault((type(shard.constraint), shard.dtype), []).append(i)
         self._sums = ShardedSums(self._partitions, device)
         self._parts = torch.tensor([len(partition.parts) for partition in self._partitions], device=device)
+        diameters = [s.constraint.diameter(s.global_numel) for s in self.shards]
+        self._diameters = torch.tensor(diameters, dtype=torch.float64, device=device)
+        self._rules: list[str] = []
+        self._by_rule: dict[str, Tensor] = {}
         self._directions: list[Tensor | None] = []
         self.vertices: list[Vertex | None] = []
         """Over this rank's entries, after :meth:`compute_vertices`; ``None`` where it has none, or no gradient."""
@@ -147,20 +153,24 @@ class ShardedDistributor:
         """float64 ``(shards, 3)`` from the sums ``(4, shards)``."""
         stats = torch.zeros(len(self.shards), STATS, dtype=torch.float64, device=self._device)
         rates = self._learning_rates()
-        kinds: dict[str, list[int]] = {}
-        for i, shard in enumerate(self.shards):
-            unconstrained = shard.constraint.is_unconstrained
-            kinds.setdefault("unconstrained" if unconstrained else shard.group["rescale"], []).append(i)
-        for kind, indices in kinds.items():
+        for rule, indices in self._tensors_by_rule().items():
             lr, sums = rates[indices], Products(*totals[:3, indices])
-            if kind == "unconstrained":
+            if rule == _UNCONSTRAINED:
                 poison = sums.direction_squared
                 stats[indices] = torch.stack([lr + poison, poison, lr], 1)
             else:
-                diameters = [self.shards[i].constraint.diameter(self.shards[i].global_numel) for i in indices]
-                diameter = torch.tensor(diameters, dtype=torch.float64, device=self._device)
-                stats[indices] = step_stats(sums, lr, kind, diameter)  # type: ignore[arg-type]
+                stats[indices] = step_stats(sums, lr, rule, self._diameters[indices])  # type: ignore[arg-type]
         return torch.where((totals[3] == self._parts)[:, None], stats, 0.0)
+
+    def _tensors_by_rule(self) -> dict[str, Tensor]:
+        """Which tensors become their step sizes by which rule; sent to the device again only when a rule changed."""
+        rules = [_UNCONSTRAINED if s.constraint.is_unconstrained else s.group["rescale"] for s in self.shards]
+        if rules != self._rules:
+            self._rules, self._by_rule = rules, {}
+            for rule in dict.fromkeys(rules):
+                places = [i for i, other in enumerate(rules) if other == rule]
+                self._by_rule[rule] = torch.tensor(places, device=self._device)
+        return self._by_rule
 
     def _learning_rates(self) -> Tensor:
         rates = [shard.group["lr"] for shard in self.shards]
