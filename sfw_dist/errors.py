@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -60,6 +61,28 @@ def needs_extra(what: str, extra: str) -> Iterator[None]:
         missing = isinstance(error, ModuleNotFoundError) and package
         reason = f"needs {_DISTRIBUTIONS.get(package, package)}" if missing else f"cannot be imported ({error})"
         raise MissingExtraError(f"{what} {reason}: pip install 'sfw-dist[{extra}]'") from None
+
+
+def import_path(path: str, key: str, remedy: str) -> object:
+    """What a user names as ``package.module:name``.
+
+    Args:
+        path: the import path.
+        key: where it was given, for the message.
+        remedy: what to write instead.
+
+    Raises:
+        UserError: it cannot be imported.
+
+    Example:
+        >>> import_path("math:pi", "model.name", "write package.module:function")
+        3.141592653589793
+    """
+    module, _, name = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{key}: cannot import {path} ({error}): {remedy}") from None
 
 
 @contextmanager

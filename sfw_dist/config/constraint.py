@@ -6,7 +6,6 @@ Names of sets, and the fields that each takes, come from the classes in :mod:`sf
 from __future__ import annotations
 
 import difflib
-import importlib
 import inspect
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 
 from sfw_dist.constraints import Constraint, constraint_kinds
 from sfw_dist.constraints.matrix import SVD
-from sfw_dist.errors import UserError
+from sfw_dist.errors import UserError, import_path
 
 SIZES = ("tau", "diameter", "radius")
 
@@ -145,12 +144,8 @@ def _not_a_field(prefix: str, key: str, name: str) -> UserError:
 
 
 def _import_class(path: str) -> type[Constraint]:
-    module_name, _, class_name = path.partition(":")
     remedy = "write package.module:ClassName of a subclass of sfw_dist.constraints.Constraint that can be imported"
-    try:
-        found = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"optimizer.constraint.set: cannot import {path} ({error}): {remedy}") from None
+    found = import_path(path, "optimizer.constraint.set", remedy)
     if not (inspect.isclass(found) and issubclass(found, Constraint)):
         raise UserError(f"optimizer.constraint.set: {path} is no constraint set: {remedy}")
     return found

@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 
 from torch import nn
 
-from sfw_dist.errors import UserError, needs_extra
+from sfw_dist.errors import UserError, import_path, needs_extra
 from sfw_dist.models.cnn import cnn3, cnn5
 from sfw_dist.models.resnet import ResNet18
 from sfw_dist.models.vgg import vgg16
@@ -100,16 +100,11 @@ def _refuse_width(name: str, width: float) -> None:
 
 
 def _import_function(path: str) -> Callable[..., object]:
-    module, _, attribute = path.partition(":")
     remedy = "write package.module:function of a function of num_classes and in_channels that can be imported"
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"model.name: cannot import {path} ({error}): {remedy}") from None
+    found = import_path(path, "model.name", remedy)
     if not callable(found):
         raise UserError(f"model.name: {path} is no function: {remedy}")
-    function: Callable[..., object] = found
-    return function
+    return found
 
 
 def _checked_module(name: str, built: object) -> nn.Module:

@@ -58,8 +58,8 @@ def check_scores(
         model: the network.
 
     Raises:
-        UserError: a name that the model does not have, a parameter without scores, another shape, or a score that is
-            not finite.
+        UserError: a name that the model does not have, a parameter without scores, no dense real tensor, another
+            shape, or a score that is not finite.
     """
     known = dict(model.named_parameters())
     for name in scores:
@@ -73,7 +73,13 @@ def check_scores(
     for name, parameter in parameters.items():
         if name not in scores:
             raise UserError(f"scores lack {name!r}: give a tensor of shape {tuple(parameter.shape)} for it")
-        score = scores[name].detach()
+        score = scores[name]
+        if not isinstance(score, Tensor) or score.is_sparse or score.is_complex():
+            what = (
+                f"a {score.layout} {score.dtype} tensor" if isinstance(score, Tensor) else f"a {type(score).__name__}"
+            )
+            raise UserError(f"scores[{name!r}] is {what}: give a dense tensor of real numbers")
+        score = score.detach()
         if score.shape != parameter.shape:
             raise UserError(
                 f"scores[{name!r}] has shape {tuple(score.shape)}: give one score an entry, {tuple(parameter.shape)}"

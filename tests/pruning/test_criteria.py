@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -73,6 +74,17 @@ def test_scores_of_filters_are_their_root_mean_squares() -> None:
         ({"4.wieght": torch.zeros(10, 16)}, "weight", r"scores\['4.wieght'\] .*did you mean '4.weight'\?"),
         ({"2.weight": None}, "weight", r"scores lack '2.weight': give a tensor of shape \(16, 8, 3, 3\)"),
         ({"4.weight": torch.zeros(16, 10)}, "weight", r"has shape \(16, 10\): give one score an entry, \(10, 16\)"),
+        ({"4.weight": np.zeros((10, 16))}, "weight", r"'4.weight'\] is a ndarray: give a dense tensor"),
+        (
+            {"4.weight": torch.zeros(10, 16).to_sparse()},
+            "weight",
+            r"is torch.sparse_coo of torch.float32: give a dense",
+        ),
+        (
+            {"4.weight": torch.zeros(10, 16, dtype=torch.complex64)},
+            "weight",
+            r"of torch.complex64: give a dense tensor",
+        ),
         ({"4.weight": torch.full((10, 16), torch.nan)}, "weight", r"'4.weight'\] is not finite"),
         ({"4.weight": torch.full((10, 16), -torch.inf)}, "2:4", r"'4.weight'\] is not finite"),
         (
