@@ -74,11 +74,9 @@ def check_scores(
         if name not in scores:
             raise UserError(f"scores lack {name!r}: give a tensor of shape {tuple(parameter.shape)} for it")
         score = scores[name]
+        kind = type(score).__name__ if not isinstance(score, Tensor) else f"{score.layout} {score.dtype}"
         if not isinstance(score, Tensor) or score.is_sparse or score.is_complex():
-            what = (
-                f"a {score.layout} {score.dtype} tensor" if isinstance(score, Tensor) else f"a {type(score).__name__}"
-            )
-            raise UserError(f"scores[{name!r}] is {what}: give a dense tensor of real numbers")
+            raise UserError(f"scores[{name!r}] is {kind}: give a dense tensor of real numbers")
         score = score.detach()
         if score.shape != parameter.shape:
             raise UserError(
