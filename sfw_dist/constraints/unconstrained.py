@@ -12,7 +12,17 @@ from sfw_dist.constraints.base import Constraint, Vertex
 
 
 class Unconstrained(Constraint):
-    """All tensors: the optimizer takes momentum-SGD steps instead. It has no LMO."""
+    """The whole space, over which the optimizer takes momentum-SGD steps instead; it has no LMO.
+
+    Example:
+        >>> from sfw_dist import SFW
+        >>> p = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+        >>> optimizer = SFW([{"params": [p], "constraint": Unconstrained(), "lr": 0.1}])
+        >>> p.grad = torch.ones(2)
+        >>> optimizer.step()
+        >>> p.tolist()
+        [0.8999999761581421, 1.899999976158142]
+    """
 
     kind = "unconstrained"
     is_unconstrained: ClassVar[bool] = True

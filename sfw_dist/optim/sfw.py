@@ -227,7 +227,7 @@ class SFW(Optimizer):
         Raises:
             RuntimeError: (gloo) not every rank called within five minutes; on rank 0 it names the missing ones.
         """
-        if self._distribution.changed(self.param_groups):
+        if self._distribution.changed(self.param_groups, sets_too=False):  # they would give momenta to other tensors
             self._follow_groups()
         state = super().state_dict()
         for group in state["param_groups"]:

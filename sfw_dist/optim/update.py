@@ -1,7 +1,8 @@
 """One step of one shard: momentum, vertex, step size, update; in torch operations, for any set and type.
 
 :mod:`sfw_dist.optim.reference` states the same step in ten lines of float64. The compiled kernels of
-:mod:`sfw_dist.optim.kernels` compute it for all tensors at once, and agree with this module to the bit.
+:mod:`sfw_dist.optim.kernels` compute it for all tensors at once: on a CPU with the same bits, on a GPU up to the last
+bits of step sizes.
 """
 
 from __future__ import annotations

@@ -71,6 +71,22 @@ def test_owners_stay_when_groups_are_reordered() -> None:
             torch.testing.assert_close(value, wanted[name], rtol=1e-5, atol=1e-6)
 
 
+def saved_alone(rank: int) -> int:
+    """Rank 0 alone saves, as most scripts do, after all ranks have given a tensor another set."""
+    run = Run("ab", replicate_momentum=True)
+    run.step(0)
+    run.optimizer.param_groups[0]["constraint"] = KSparsePolytope(k_frac=0.2, radius=0.5)
+    saved = len(run.optimizer.state_dict()["state"]) if rank == 0 else 2
+    run.step(1)
+    verify_replicas(dict(run.tensors))
+    return saved
+
+
+def test_rank_0_may_save_alone_after_a_set_has_changed() -> None:
+    """Fails when a state dict that waits for nobody begins to plan, and the others take a step meanwhile."""
+    assert run_on_ranks(saved_alone, 2, timeout=60.0) == [2, 2]
+
+
 def prepared(rank: int) -> dict[str, Any]:
     """As Accelerate prepares FSDP2: the module's parameters become DTensors, and take the place of those in groups."""
     torch.manual_seed(0)

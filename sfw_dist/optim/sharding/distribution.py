@@ -114,13 +114,18 @@ class Distribution:
         ]
         return sorted(kept, key=lambda spec: (spec.tensor, spec.start))
 
-    def changed(self, groups: Groups) -> bool:
-        """Whether groups, parameters or sets are others than those that were planned, or parameters of another type."""
+    def changed(self, groups: Groups, *, sets_too: bool = True) -> bool:
+        """Whether groups or parameters are others than those that were planned, or parameters of another type.
+
+        Args:
+            groups: the optimizer's now.
+            sets_too: whether another set counts as a change.
+        """
         return not self.is_flat and not (
             len(groups) == len(self._planned)
             and all(
                 group is planned
-                and group["constraint"] is sets
+                and (group["constraint"] is sets or not sets_too)
                 and len(group["params"]) == len(parameters)
                 and all(
                     p is q and p.dtype is dtype and p.shape == shape and p.device == device
