@@ -30,6 +30,7 @@ from benchmarks.gradients import K_FRAC, K_MIN, TAU, training_run
 from sfw_dist import SFW, KSparsePolytope, constrain
 from sfw_dist.distributed.rank_group import RankGroup
 from sfw_dist.files import write_json
+from sfw_dist.optim.param_groups import entries
 from sfw_dist.optim.sharding.distribution import assign_shards
 from sfw_dist.optim.sharding.replicated import ReplicatedDistributor
 
@@ -91,7 +92,7 @@ def rank_of_four(model: nn.Module, rank: int) -> Step:
     Every tensor has one owner here, for the LMO of a divided one waits for messages.
     """
     optimizer = SFW(groups_of(model), lr=1e-3, split=None)
-    specs, _, shards = assign_shards(optimizer.param_groups, RANKS, split=None)
+    specs, _, shards = assign_shards(list(entries(optimizer.param_groups)), RANKS, split=None)
     distributor = ReplicatedDistributor(shards, [spec.owner for spec in specs], RankGroup(None, rank, RANKS))
     segment = distributor._segment
 

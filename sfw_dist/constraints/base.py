@@ -95,6 +95,12 @@ class Constraint(ABC):
         if "kind" in cls.__dict__:
             _REGISTRY[cls.kind] = cls
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles are plain values and :func:`constraint_from_spec`, which ``torch.load(weights_only=True)`` may call:
+        frameworks put whole param groups into their checkpoints.
+        """
+        return constraint_from_spec, (self.spec(),)
+
     @abstractmethod
     def lmo_vertex(self, x: Tensor) -> Vertex:
         """``argmin_{v∈C} ⟨v, x⟩`` by its nonzeros; NaN in ``x`` makes NaN in ``v``."""
@@ -337,3 +343,6 @@ def selected_vertex(selected: Tensor, values: Tensor) -> Vertex:
     bit of θ.
     """
     return Vertex(None, torch.where(selected & values.ne(0), values, -0.0))
+
+
+torch.serialization.add_safe_globals([constraint_from_spec])

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from sfw_dist.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -24,10 +31,26 @@ class RankGroup:
 
     @classmethod
     def of(cls, group: dist.ProcessGroup | None) -> RankGroup:
-        """The group's, the default group's, or this process alone."""
-        if dist.is_available() and dist.is_initialized():
-            return cls(group, dist.get_rank(group), dist.get_world_size(group))
-        return cls.alone()
+        """The group's, the default group's, or this process alone.
+
+        Raises:
+            UserError: this rank is not in the group.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls.alone()
+        rank = dist.get_rank(group)
+        if rank < 0:
+            raise UserError(f"rank {dist.get_rank()} is not in process_group: build the optimizer on its ranks alone")
+        return cls(group, rank, dist.get_world_size(group))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RankGroup:
+        """The same ranks, for a copy of an optimizer."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.group is not None:
+            raise UserError("an optimizer with process_group= cannot be pickled: save its state_dict()")
+        return RankGroup, (None, self.rank, self.size)
 
     def all_reduce(self, x: Tensor) -> None:
         """Sum a tensor over the ranks, in place; collective."""
@@ -35,28 +58,37 @@ class RankGroup:
             dist.all_reduce(x, group=self.group)
 
 
-def verify_agreement(digest: bytes, ranks: RankGroup, devices: set[torch.device]) -> None:
+def verify_agreement(described: Sequence[str], ranks: RankGroup, devices: set[torch.device]) -> None:
     """Check that all ranks build from the same parameters and sets; collective.
 
     Args:
-        digest: a hash of everything that must agree.
+        described: all that must agree, a line for each tensor.
         ranks: who compares.
         devices: where the parameters lie.
 
     Raises:
-        ValueError: on every rank, with the ranks that differ.
+        UserError: on every rank, with the ranks that differ and the first tensor that does.
     """
     if ranks.size == 1:
         return
     if len(devices) > 1:
-        raise ValueError(f"the parameters lie on {sorted(map(str, devices))}: with several ranks use one each")
+        raise UserError(f"the parameters lie on {sorted(map(str, devices))}: with several ranks use one each")
+    digest = hashlib.sha256(json.dumps(list(described)).encode()).digest()
     mine = torch.tensor(list(digest), dtype=torch.uint8, device=next(iter(devices)))
     gathered = mine.new_empty(ranks.size * mine.numel())
     dist.all_gather_into_tensor(gathered, mine, group=ranks.group)
     everyone = gathered.view(ranks.size, -1)
     differing = everyone.ne(everyone[0]).any(1).nonzero().view(-1).tolist()
-    if differing:
-        raise ValueError(
-            f"ranks {differing} have other parameters or constraints than rank 0: "
-            "build the same model and param groups, in the same order, on every rank"
-        )
+    if not differing:
+        return
+    lists: list[Any] = [None] * ranks.size
+    dist.all_gather_object(lists, list(described), group=ranks.group)
+    here, first = lists[differing[0]], lists[0]
+    pairs = zip_longest(here, first, fillvalue="no such tensor")
+    one, other = next((a, b) for a, b in pairs if a != b)
+    raise UserError(
+        f"ranks {differing} have other parameters or constraints than rank 0 (rank {differing[0]}: {one}; rank 0: "
+        f"{other}): build the same model and param groups, in the same order, on every rank; with a model of its own "
+        "on each rank give SFW the ranks that share one as process_group=; where only the radius differs, seed all "
+        "ranks alike or build SFW after DistributedDataParallel"
+    )

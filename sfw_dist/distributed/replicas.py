@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sfw_dist.distributed.rank_group import RankGroup
+
 _CHUNK = 1 << 20
 
 
@@ -28,23 +30,46 @@ def verify_replicas(tensors: Mapping[str, Tensor], process_group: dist.ProcessGr
     """
     if not (dist.is_available() and dist.is_initialized()) or not tensors:
         return
-    mine = torch.stack([checksum(tensor) for tensor in tensors.values()])
-    gathered = mine.new_empty(dist.get_world_size(process_group) * len(mine))
-    dist.all_gather_into_tensor(gathered, mine, group=process_group)
-    differs = gathered.view(-1, len(mine)).ne(gathered[: len(mine)])  # (ranks, tensors)
-    if not differs.any():
-        return
-    members = dist.get_process_group_ranks(process_group)
-    found = [
-        f"{name} on rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
-        for name, column in zip(tensors, differs.T, strict=True)
-        if (ranks := [members[i] for i in column.nonzero().view(-1).tolist()])
-    ]
-    names = "; ".join(found[:3]) + (" …" if len(found) > 3 else "")
-    raise RuntimeError(
-        f"replicas differ from rank {members[0]}'s: {names}: something changed them outside of the optimizer; "
-        "resume from the last checkpoint"
-    )
+    if found := differences(tensors, RankGroup.of(process_group)):
+        raise RuntimeError(
+            f"replicas differ: {found}: something changed them outside of the optimizer; "
+            "resume from the last checkpoint"
+        )
+
+
+def differences(tensors: Mapping[str, Tensor | None], ranks: RankGroup) -> str:
+    """The first tensors that differ between ranks, and where; empty if none does. Collective, the same on every rank.
+
+    Args:
+        tensors: by name, in the same order on every rank. ``None``, on any rank, differs from nothing.
+        ranks: who compares.
+    """
+    if not tensors or ranks.size == 1:
+        return ""
+    device = next((x.device for x in tensors.values() if x is not None), None)
+    mine = torch.zeros(len(tensors), 2, dtype=torch.int64, device=device or _device_of(ranks))
+    for row, tensor in zip(mine, tensors.values(), strict=True):
+        if tensor is not None:
+            row[0], row[1] = checksum(tensor), 1
+    gathered = mine.new_empty(ranks.size * len(mine), 2)
+    dist.all_gather_into_tensor(gathered, mine, group=ranks.group)
+    sums, there = gathered.view(ranks.size, len(mine), 2).cpu().unbind(-1)
+    first = there.argmax(0)  # the first rank that has each tensor
+    differs = sums.ne(sums.gather(0, first[None])) & there.bool()  # (ranks, tensors)
+    members = list(range(ranks.size)) if ranks.group is None else dist.get_process_group_ranks(ranks.group)
+    found = []
+    for name, column, one in zip(tensors, differs.T, first.tolist(), strict=True):
+        others = [str(members[i]) for i in column.nonzero().view(-1).tolist()]
+        if others:
+            found.append(
+                f"{name} on rank{'s' * (len(others) > 1)} {', '.join(others)} (compared with rank {members[one]})"
+            )
+    return "; ".join(found[:3]) + (" …" if len(found) > 3 else "")
+
+
+def _device_of(ranks: RankGroup) -> torch.device:
+    on_gpu = dist.get_backend(ranks.group) == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
 def checksum(x: Tensor) -> Tensor:

@@ -10,44 +10,37 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any, overload
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 
 from sfw_dist.constraints import Constraint, Unconstrained
 from sfw_dist.errors import UserError
 from sfw_dist.ops.pairwise_sum import inner_product, row_sums, tree_sum
-from sfw_dist.optim.param_groups import check_group, constraint_of, from_plain, make_feasible, name_of, to_plain
+from sfw_dist.optim.constrained_optimizer import ConstrainedOptimizer
+from sfw_dist.optim.param_groups import check_group, constraint_of, entries, make_feasible
+from sfw_dist.optim.update import learning_rate
 
 
-class ConstrainedOptimizer(Optimizer):
+class WholeTensorOptimizer(ConstrainedOptimizer):
     """Steps every tensor by itself, in its group's set. State is kept in the parameters' types, as torch's SGD does.
+
+    Frozen tensors stay as they are.
 
     Raises:
         ValueError: an option outside its domain, a set that is not bound, or DTensors.
     """
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch; what cannot be trained is refused, and not kept."""
-        super().add_param_group(param_group)
-        try:
-            self._begin(self.param_groups[-1])
-        except ValueError:
-            self.param_groups.pop()
-            raise
-
     def _begin(self, group: dict[str, Any]) -> None:
-        """Check a group, and have its tensors in their sets."""
         check_group(group)
         if any(isinstance(parameter, DTensor) for parameter in group["params"]):
             raise ValueError(f"{type(self).__name__} takes whole tensors, got a DTensor: divide none, or take SFW")
         self._enter(group)
 
     def _enter(self, group: dict[str, Any]) -> None:
-        """A feasible start."""
+        """A feasible start of the trainable tensors."""
         make_feasible(group)
 
     @overload
@@ -65,19 +58,23 @@ class ConstrainedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        stepping = [
-            (group, number, index, parameter)
-            for number, group in enumerate(self.param_groups)
-            for index, parameter in enumerate(group["params"])
-            if parameter.grad is not None
-        ]
-        for group, number, index, parameter in stepping:
-            if parameter.grad.is_sparse:
-                name = name_of(group, number, index)
-                raise UserError(f"{name} has a sparse gradient: take dense ones (nn.Embedding(sparse=False))")
-        for group, _, index, parameter in stepping:
-            self._move(parameter, parameter.grad, group, constraint_of(group, index))
+        self._take_step()
         return loss
+
+    @torch._disable_dynamo  # a compiled step would round otherwise than the ranks' that are not compiled
+    @torch.no_grad()
+    def _take_step(self) -> None:
+        stepping = [
+            entry
+            for entry in entries(self.param_groups)
+            if entry.parameter.requires_grad and entry.parameter.grad is not None
+        ]
+        for entry in stepping:
+            if entry.parameter.grad is not None and entry.parameter.grad.is_sparse:
+                raise UserError(f"{entry.name} has a sparse gradient: take dense ones (nn.Embedding(sparse=False))")
+        for entry in stepping:
+            assert entry.parameter.grad is not None
+            self._move(entry.parameter, entry.parameter.grad, entry.group, entry.constraint)
 
     @abstractmethod
     def _move(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any], constraint: Constraint) -> None:
@@ -99,31 +96,10 @@ class ConstrainedOptimizer(Optimizer):
         """A step of momentum SGD with weight decay, as ``torch.optim.SGD`` takes it."""
         if group["weight_decay"] != 0:
             gradient = gradient.add(parameter, alpha=group["weight_decay"])
-        parameter.add_(self._momentum(parameter, gradient, group["momentum"], 1.0), alpha=-group["lr"])
-
-    def state_dict(self) -> dict[str, Any]:
-        """As in torch; sets are plain values, so ``torch.load(weights_only=True)`` reads what ``torch.save`` writes."""
-        state = super().state_dict()
-        for group in state["param_groups"]:
-            group["constraint"] = to_plain(group["constraint"])
-        return state
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch: the groups' options, sets too, become those that were saved.
-
-        Raises:
-            ValueError: other groups than those saved, or another optimizer's.
-        """
-        groups = [dict(group) for group in state_dict["param_groups"]]
-        wanted = self.defaults.keys()
-        for group in groups:
-            if missing := sorted(wanted - group.keys()):
-                raise ValueError(f"the state is another optimizer's (its groups have no {missing[0]}): load its own")
-            group["constraint"] = from_plain(group["constraint"])
-        super().load_state_dict({"state": state_dict["state"], "param_groups": groups})
+        parameter.add_(self._momentum(parameter, gradient, group["momentum"], 1.0), alpha=-float(learning_rate(group)))
 
 
-class AdaGradSFW(ConstrainedOptimizer):
+class AdaGradSFW(WholeTensorOptimizer):
     """Frank-Wolfe steps on AdaGrad's quadratic model (Combettes, Spiegel, Pokutta, arXiv 2009.14114, Algorithm 1).
 
     With momentum as in Pokutta et al., arXiv 2010.07243; products of tensors are entry by entry::
@@ -142,7 +118,7 @@ class AdaGradSFW(ConstrainedOptimizer):
 
     Args:
         params: parameters or param groups. Tensors outside their set are scaled into it by their gauge.
-        lr: learning rate > 0.
+        lr: learning rate ≥ 0.
         momentum: ρ in [0, 1).
         inner_steps: LMOs a step, at least 1.
         delta: δ > 0, which keeps H positive.
@@ -158,6 +134,8 @@ class AdaGradSFW(ConstrainedOptimizer):
         >>> net(torch.ones(4, 3)).square().mean().backward()
         >>> optimizer.step()
     """
+
+    options: ClassVar = ("lr", "momentum", "inner_steps", "delta", "weight_decay", "constraint")
 
     def __init__(
         self,
@@ -189,9 +167,10 @@ class AdaGradSFW(ConstrainedOptimizer):
         if constraint.is_unconstrained:
             self._descend(parameter, gradient, group)
             return
-        lr, rho, state = group["lr"], group["momentum"], self.state[parameter]
+        lr, rho, state = float(learning_rate(group)), group["momentum"], self.state[parameter]
         m = self._momentum(parameter, gradient, rho, 1 - rho)
         if "sum_of_squares" not in state:
+            make_feasible(group, only=[parameter], rounded=True)  # weights may have been loaded since it was added
             state["sum_of_squares"] = torch.zeros_like(parameter)
         metric = state["sum_of_squares"].addcmul_(m, m).sqrt().add_(group["delta"])
         if lr == 0:  # the model of a step of length 0 is 0/0
@@ -208,7 +187,7 @@ class AdaGradSFW(ConstrainedOptimizer):
         parameter.copy_(y)
 
 
-class ProjectedSGD(ConstrainedOptimizer):
+class ProjectedSGD(WholeTensorOptimizer):
     """Momentum SGD whose every step ends with the Euclidean projection onto the set::
 
         g ← g + weight_decay·θ        m ← g on a tensor's first step, ρ·m + g afterwards
@@ -219,7 +198,7 @@ class ProjectedSGD(ConstrainedOptimizer):
 
     Args:
         params: parameters or param groups, with sets that have a projection. Tensors outside are projected at once.
-        lr: learning rate > 0.
+        lr: learning rate ≥ 0.
         momentum: ρ in [0, 1).
         weight_decay: L2 penalty ≥ 0 of all tensors.
 
@@ -234,6 +213,8 @@ class ProjectedSGD(ConstrainedOptimizer):
         >>> optimizer.step()
     """
 
+    options: ClassVar = ("lr", "momentum", "weight_decay", "constraint")
+
     def __init__(
         self, params: Iterable[Any], lr: float = 0.05, momentum: float = 0.9, weight_decay: float = 0.0
     ) -> None:
@@ -244,7 +225,7 @@ class ProjectedSGD(ConstrainedOptimizer):
     def _enter(self, group: dict[str, Any]) -> None:
         for index, parameter in enumerate(group["params"]):
             constraint = constraint_of(group, index)
-            if constraint.is_unconstrained:
+            if constraint.is_unconstrained or not parameter.requires_grad:
                 continue
             try:
                 projected = constraint.project(parameter)

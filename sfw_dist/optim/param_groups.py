@@ -1,10 +1,12 @@
-"""Param groups: checks before SFW takes one, a feasible start, and merging groups."""
+"""Param groups: checks before an optimizer takes one, the tensors in them, a feasible start, and merging groups."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
@@ -12,15 +14,27 @@ from torch import Tensor
 
 from sfw_dist.constraints import Constraint, Unconstrained, constraint_from_spec
 from sfw_dist.distributed.dtensor import full_tensor, to_local
+from sfw_dist.errors import UserError
 from sfw_dist.optim.update import Rescale
 
 logger = logging.getLogger(__name__)
 
 
 def check_group(group: dict[str, Any]) -> None:
+    """Raise ``ValueError`` for an option outside its domain, or a trainable parameter that cannot be stepped."""
+    check_options(group)
+    check_parameters(group)
+
+
+def check_options(group: dict[str, Any]) -> None:
     """Raise ``ValueError`` for an option outside its domain."""
-    if not 0 <= group["lr"] < math.inf:  # 0 is where a warm-up begins
-        raise ValueError(f"lr must be at least 0, got {group['lr']}: write 1.0 for SFW, 0.05 for unconstrained groups")
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}: write one number")
+    if not 0 <= lr < math.inf:  # 0 is where a warm-up begins
+        raise ValueError(f"lr must be at least 0, got {lr}: write 1.0 for SFW, 0.05 for unconstrained groups")
+    if not 0 <= group.get("lr_factor", 1.0) < math.inf:
+        raise ValueError(f"lr_factor must be at least 0, got {group['lr_factor']}: write 0.05, or leave it out")
     if not 0 <= group["momentum"] < 1:
         raise ValueError(f"momentum must be in [0, 1), got {group['momentum']}: write momentum=0.9")
     if not group["weight_decay"] >= 0:
@@ -32,11 +46,24 @@ def check_group(group: dict[str, Any]) -> None:
         isinstance(sets, tuple) and len(sets) == len(group["params"]) and all(isinstance(s, Constraint) for s in sets)
     ):
         raise ValueError(f"a group's constraint must be a set such as KSparsePolytope, got {sets!r}")
+
+
+def check_parameters(group: dict[str, Any]) -> None:
+    """Raise ``ValueError`` for a trainable parameter that cannot be stepped."""
     for parameter in group["params"]:
+        if getattr(parameter, "_fsdp_flattened", False):
+            raise UserError(
+                "a parameter is FullyShardedDataParallel's, which keeps slices of several tensors in one: "
+                "take torch.distributed.fsdp.fully_shard, and build SFW on the model that it returns"
+            )
+        if not parameter.requires_grad:
+            continue  # it takes no step
         if not parameter.is_floating_point():
             raise ValueError(f"constrained optimizers take real floating-point parameters, got {parameter.dtype}")
         if parameter.is_meta:
             raise ValueError("a parameter has no memory (device meta): initialise the model before the optimizer")
+        if parameter.numel() == 0:
+            raise ValueError(f"a parameter of shape {tuple(parameter.shape)} has no entries: leave it out")
 
 
 def constraint_of(group: dict[str, Any], index: int) -> Constraint:
@@ -45,10 +72,39 @@ def constraint_of(group: dict[str, Any], index: int) -> Constraint:
     return sets[index] if isinstance(sets, tuple) else sets
 
 
-def name_of(group: dict[str, Any], number: int, index: int) -> str:
-    """A parameter's name; ``number`` is its group's."""
-    names = group.get("param_names", ())
-    return names[index] if index < len(names) else f"group{number}.param{index}"
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of the param groups."""
+
+    name: str
+    """No other tensor of the groups has it."""
+    parameter: Tensor
+    group: dict[str, Any]
+    constraint: Constraint
+
+
+def entries(groups: Sequence[dict[str, Any]]) -> Iterator[Entry]:
+    """The tensors of the groups, in their order, each once.
+
+    Names are the groups' ``param_names``. Those that several tensors have, because they belong to several models, and
+    those of tensors without a name, say where the tensor stands.
+
+    Example:
+        >>> a, b, c = torch.ones(3)
+        >>> groups = [{"params": [a, b], "param_names": ["weight", "bias"]}, {"params": [c], "param_names": ["weight"]}]
+        >>> [entry.name for entry in entries([{**group, "constraint": Unconstrained()} for group in groups])]
+        ['weight(group0.param0)', 'bias', 'weight(group1.param0)']
+    """
+    found = [(number, j, group) for number, group in enumerate(groups) for j in range(len(group["params"]))]
+    count = Counter(name for group in groups for name in group.get("param_names", ()))
+    seen: set[Tensor] = set()
+    for number, j, group in found:
+        parameter, names, place = group["params"][j], group.get("param_names", ()), f"group{number}.param{j}"
+        if parameter in seen:
+            continue
+        seen.add(parameter)
+        name = place if j >= len(names) else names[j] if count[names[j]] == 1 else f"{names[j]}({place})"
+        yield Entry(name, parameter, group, constraint_of(group, j))
 
 
 def names_by_number(groups: Sequence[dict[str, Any]]) -> dict[int, str]:
@@ -62,9 +118,11 @@ def to_plain(sets: Constraint | tuple[Constraint, ...]) -> dict[str, Any] | list
     return [s.spec() for s in sets] if isinstance(sets, tuple) else sets.spec()
 
 
-def from_plain(spec: dict[str, Any] | list[dict[str, Any]]) -> Constraint | tuple[Constraint, ...]:
-    """The inverse of :func:`to_plain`. Raises ``ValueError`` for a set of unknown name."""
-    return tuple(map(constraint_from_spec, spec)) if isinstance(spec, list) else constraint_from_spec(spec)
+def from_plain(spec: Any) -> Constraint | tuple[Constraint, ...]:
+    """The inverse of :func:`to_plain`; sets are taken as they are. Raises ``ValueError`` for a set of unknown name."""
+    if isinstance(spec, list | tuple):
+        return tuple(one if isinstance(one, Constraint) else constraint_from_spec(one) for one in spec)
+    return spec if isinstance(spec, Constraint) else constraint_from_spec(spec)
 
 
 def merge_param_groups(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -90,25 +148,31 @@ def merge_param_groups(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]
     return list(joined.values())
 
 
+_ROUNDING = 1e-3
+"""How far float32 steps may take a tensor out of its set, as a part of its gauge; they take it less far."""
+
+
 @torch.no_grad()
-def make_feasible(group: dict[str, Any], *, leave: Sequence[Tensor] = ()) -> None:
-    """A feasible start: divide tensors that lie outside their set by their gauge; collective for DTensors.
+def make_feasible(group: dict[str, Any], *, only: Collection[Tensor] | None = None, rounded: bool = False) -> None:
+    """A feasible start: divide trainable tensors that lie outside their set by their gauge; collective for DTensors.
 
     Args:
         group: whose sets are bound.
-        leave: parameters that are left as they are.
-
-    Raises:
-        ValueError: a parameter without entries.
+        only: parameters that are looked at; ``None``: all.
+        rounded: whether tensors are left as they are if they are no farther outside than steps of their type take them;
+            others are told of.
     """
-    left = set(leave)
+    looked_at = set(group["params"] if only is None else only)
     for index, parameter in enumerate(group["params"]):
-        if parameter in left:
+        if not parameter.requires_grad or parameter not in looked_at:
             continue
-        if parameter.numel() == 0:
-            raise ValueError(f"a parameter of shape {tuple(parameter.shape)} has no entries: leave it out")
+        allowance = max(_ROUNDING, 16 * torch.finfo(parameter.dtype).eps) if rounded else 0.0
         gauge = constraint_of(group, index).gauge(full_tensor(parameter))
-        if gauge > 1:
+        if gauge > 1 + allowance:
             here = to_local(parameter)
             here.copy_(here.double() / gauge)
-            logger.info("a tensor of shape %s was %.3g times outside its set: scaled", tuple(parameter.shape), gauge)
+            names = group.get("param_names", ())
+            name = names[index] if index < len(names) else f"a tensor of shape {tuple(parameter.shape)}"
+            logger.log(
+                logging.WARNING if rounded else logging.INFO, "%s was %.3g times outside its set: scaled", name, gauge
+            )

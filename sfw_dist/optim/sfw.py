@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, overload
+from typing import Any, ClassVar, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 
 from sfw_dist.constraints import Unconstrained
 from sfw_dist.distributed.rank_group import RankGroup
 from sfw_dist.errors import UserError
-from sfw_dist.optim.param_groups import check_group, from_plain, make_feasible, merge_param_groups, to_plain
+from sfw_dist.optim.constrained_optimizer import ConstrainedOptimizer
+from sfw_dist.optim.param_groups import check_group, check_options, make_feasible, merge_param_groups
 from sfw_dist.optim.sharding.distribution import Distribution
 from sfw_dist.optim.sharding.dtensors import FlatSegment
 from sfw_dist.optim.sharding.grad_reducer import BucketGradients, GradReducer
+from sfw_dist.optim.sharding.gradients import check_gradients, check_join, gradient_of, gradients_for_joined
 from sfw_dist.optim.sharding.interface import Distributor
-from sfw_dist.optim.state_dict import by_place, check_shapes, gather_state, load_dtensor, load_owned
+from sfw_dist.optim.sharding.state_dict import (
+    by_place,
+    check_shapes,
+    gather_state,
+    load_dtensor,
+    load_owned,
+    steps_of,
+    without_own,
+)
 from sfw_dist.optim.statistics import LastStep, StepStatistics
 from sfw_dist.optim.update import Rescale
 
-_OPTIONS = ("lr", "momentum", "rescale", "weight_decay", "constraint")
-"""What every param group has."""
 
-
-class SFW(Optimizer):
+class SFW(ConstrainedOptimizer, Joinable):
     """Stochastic Frank-Wolfe with momentum (Lu et al., ICLR 2022, Algorithm 1; Pokutta et al., arXiv 2010.07243).
 
     A tensor's first step takes ``m ← g``, later ones ``m ← ρ·m + (1−ρ)·g``; then::
@@ -49,7 +57,12 @@ class SFW(Optimizer):
         2  all-gather of the vertices            writes its own segment, reads all           ~ 0.13·n at k_frac 5 %
         3  θ ← (1 − γ)·θ + γ·v                   all tensors, from the same bytes            -
 
-    Groups, parameters and state that a framework or the script has changed are taken in at the next step.
+    Groups, parameters and state that a framework or the script has changed are taken in at the next step. Frozen
+    parameters (``requires_grad=False``) stay as they are, without state, and join when they are trainable. At the first
+    step the ranks compare their parameters and gradients, and weights loaded since are brought into their sets.
+
+    A group may have an ``lr_factor``: its rate is ``lr · lr_factor``, so that a schedule that writes one ``lr`` into
+    every group keeps the ratio between sets and, say, biases.
 
     A tensor's owner follows from names, sizes and costs alone (:mod:`sfw_dist.optim.sharding.assignment`), checked by
     hash. Momentum is kept by the owner only. One rank and N ranks give bitwise equal parameters from equal gradients,
@@ -60,7 +73,7 @@ class SFW(Optimizer):
     Args:
         params: parameters or param groups, usually from :func:`~sfw_dist.constrain`. Tensors outside their set are
             divided by their gauge.
-        lr: learning rate η ≥ 0.
+        lr: learning rate η ≥ 0, a number or a tensor of one.
         momentum: ρ in [0, 1).
         rescale: how the learning rate becomes a step size, see above.
         weight_decay: L2 penalty ≥ 0 of the unconstrained tensors.
@@ -73,7 +86,11 @@ class SFW(Optimizer):
         process_group: ranks that share the work; ``None``: the default group if there is one, else this process.
 
     Raises:
-        ValueError: an option outside its domain, a set that is not bound, or ranks whose parameters differ.
+        ValueError: an option outside its domain, a set that is not bound, or ranks with other parameters or sets; a
+            rank outside ``process_group``; parameters of FSDP1.
+
+    Warns:
+        UserWarning: no group has a ``constraint``, so that all of them take momentum-SGD steps.
 
     Example:
         >>> from sfw_dist import SFW, KSparsePolytope, constrain
@@ -85,10 +102,12 @@ class SFW(Optimizer):
         ['bias', 'weight']
     """
 
+    options: ClassVar = ("lr", "momentum", "rescale", "weight_decay", "constraint")
+
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 1.0,
+        lr: float | Tensor = 1.0,
         momentum: float = 0.9,
         rescale: Rescale = "gradient",
         weight_decay: float = 0.0,
@@ -98,36 +117,38 @@ class SFW(Optimizer):
         fused: bool = True,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        self._group = process_group
+        Joinable.__init__(self)
         ranks = RankGroup.of(process_group)
         self._distribution = Distribution(ranks, split=split, replicate=replicate_momentum, fused=fused)
         self._grad_reducer: GradReducer | None = None
         self._last_step = LastStep()
+        params = list(params)
+        if not any(isinstance(group, dict) and "constraint" in group for group in params):
+            warnings.warn(
+                f"no param group has a constraint, so SFW takes momentum-SGD steps with lr {lr}: give it "
+                "constrain(model, KSparsePolytope(…))",
+                stacklevel=2,
+            )
         options = {"lr": lr, "momentum": momentum, "rescale": rescale, "weight_decay": weight_decay}
         super().__init__(params, {**options, "constraint": Unconstrained()})
         self._plan()
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch; with several ranks all of them add the same group. Owners of earlier tensors stay."""
-        super().add_param_group(param_group)
-        try:
-            check_group(self.param_groups[-1])
-            if self._distribution.specs is None:  # __init__ is still adding groups, and plans once at its end
-                make_feasible(self.param_groups[-1])
-            else:
-                self._follow_groups()
-        except ValueError:
-            self.param_groups.pop()
-            raise
+    def _begin(self, group: dict[str, Any]) -> None:
+        """Owners of earlier tensors stay. Collective: all ranks add the same group."""
+        check_group(group)
+        if self._distribution.specs is None:  # __init__ is still adding groups, and plans once at its end
+            make_feasible(group)
+        else:
+            self._follow_groups()
 
     def __getstate__(self) -> dict[str, Any]:
         """torch keeps its own attributes only; with ours, copies and pickles of an optimizer can step."""
-        ours = {name: getattr(self, name) for name in ("_group", "_distribution", "_last_step")}
+        ours = {name: getattr(self, name) for name in ("_distribution", "_last_step", "_join_config")}
         return {**super().__getstate__(), **ours, "_grad_reducer": None}
 
     def _follow_groups(self) -> None:
         for group in self.param_groups:
-            for option in _OPTIONS:
+            for option in self.options:
                 group.setdefault(option, self.defaults[option])
         self._last_step.clear()
         self._distribution.follow(self.param_groups, self.state)
@@ -155,25 +176,37 @@ class SFW(Optimizer):
                 parameter has changed; a momentum with such a gradient starts afresh. (On a GPU finiteness is checked,
                 and the error raised, by the next call of :meth:`statistics`.)
         """
+        Join.notify_join_context(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._take_step()
+        return loss
+
+    @torch._disable_dynamo  # addresses, messages and compiled kernels: there is nothing to trace
+    @torch.no_grad()
+    def _take_step(self, *, joined: bool = False) -> None:
+        """A step; ``joined``: for other ranks' sake, of a rank that has run out of data."""
         distributors = self._distribute()
+        received: Mapping[Tensor, Tensor | None] = {}
+        if self._join_config.enable:
+            received = gradients_for_joined(
+                self.param_groups, self._distribution.needed_by(), self._distribution.ranks, joined=joined
+            )
         for distributor in distributors:
-            distributor.compute_vertices(self.state, [shard.parameter.grad for shard in distributor.shards])
+            gradients = [received.get(s.parameter, gradient_of(s.parameter)) for s in distributor.shards]
+            distributor.compute_vertices(self.state, gradients)
             distributor.all_gather_vertices()
             # A copy, on its device: nothing here waits for a GPU, so that the step can be captured in a CUDA graph.
             self._last_step.record(distributor.shards, distributor.step_stats())
         self._check_finite(wait=False)
         for distributor in distributors:
             distributor.apply_update()
-        return loss
 
     def _distribute(self) -> list[Distributor]:
         """The distributors of the present groups, after what has changed since the last step is taken in."""
-        ranks = RankGroup.of(self._group)
-        if self._distribution.replicated_shards and ranks.size != self._distribution.ranks.size == 1:
+        if self._distribution.replicated_shards and (ranks := self._distribution.ranks_that_joined()):
             # A framework has joined other ranks after the script built its optimizer.
             state, self._distribution.ranks = self.state_dict(), ranks
             self.load_state_dict(state)
@@ -181,16 +214,9 @@ class SFW(Optimizer):
             self._follow_groups()
         distributors = self._distribution.distributors(self.param_groups)
         self._distribution.complete(self.state)
-        for shard in (shard for distributor in distributors for shard in distributor.shards):
-            # By every rank and before any work: an owner that raised alone would leave the others waiting.
-            gradient = shard.parameter.grad
-            if gradient is not None and gradient.shape != shard.parameter.shape:
-                shapes = f"{tuple(gradient.shape)}, and the parameter {tuple(shard.parameter.shape)}"
-                raise UserError(f"the gradient of {shard.name} has shape {shapes}: call zero_grad after resizing it")
-            if gradient is not None and gradient.is_sparse:
-                raise UserError(
-                    f"{shard.name} has a sparse gradient: SFW needs dense ones (nn.Embedding(sparse=False))"
-                )
+        # By every rank and before any work: an owner that raised alone would leave the others waiting.
+        check_gradients(self.param_groups, distributors, self._distribution.is_member)
+        self._distribution.begin(self.param_groups, gradients_are_reduced=self._grad_reducer is None)
         return distributors
 
     def _check_finite(self, *, wait: bool) -> None:
@@ -220,26 +246,30 @@ class SFW(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The whole state, every tensor's momentum included: loads at any number of ranks.
 
-        With several ranks it is collective, unless ``replicate_momentum`` is set: **every** rank calls it. For DTensors
-        it holds DTensors, as any torch optimizer's does; ``torch.distributed.checkpoint`` stores those whole.
-        Constraints are plain values, so ``torch.load(weights_only=True)`` reads what ``torch.save`` writes.
+        With several ranks it is collective, unless ``replicate_momentum`` is set: **every** rank calls it. After five
+        seconds a rank that waits for others says so. For DTensors it holds DTensors, as any torch optimizer's does;
+        ``torch.distributed.checkpoint`` stores those whole. Constraints are plain values, so
+        ``torch.load(weights_only=True)`` reads what ``torch.save`` writes. Hooks see the whole state.
 
         Raises:
             RuntimeError: (gloo) not every rank called within five minutes; on rank 0 it names the missing ones.
+            UserError: the ranks that hold the rest of the state are no longer in a process group.
         """
+        return super().state_dict()
+
+    def _whole_state(self) -> dict[str, Any]:
         if self._distribution.changed(self.param_groups, sets_too=False):  # they would give momenta to other tensors
             self._follow_groups()
-        state = super().state_dict()
-        for group in state["param_groups"]:
-            group["constraint"] = to_plain(group["constraint"])
+        state = super()._whole_state()
         distribution, shards = self._distribution, self._distribution.replicated_shards
         if distribution.ranks.size > 1 and shards and not distribution.replicate:
             assert distribution.specs is not None
+            distribution.ranks_that_joined()  # raises where the others have gone
             gathered = gather_state(distribution.specs, shards, self.state, distribution.ranks)
-            state["state"] |= dict(zip(self._numbers(), gathered.values(), strict=True))
+            for number, own in zip(self._numbers(), gathered.values(), strict=True):
+                state["state"][number] = {**state["state"].get(number, {}), **own}
         return state
 
-    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned, at this or another number of ranks; each rank keeps what it owns.
 
@@ -247,36 +277,65 @@ class SFW(Optimizer):
         tensors or DTensors, whatever the parameters are.
 
         Raises:
-            ValueError: other groups or shapes than those saved.
+            ValueError: the state has other groups or shapes, or is another optimizer's. Nothing has changed then.
         """
-        groups = [dict(group) for group in state_dict["param_groups"]]
-        if not all("constraint" in group for group in groups):
-            raise ValueError("the state is another optimizer's (its groups have no constraint): load one of SFW")
-        for group in groups:
-            group["constraint"] = from_plain(group["constraint"])
+        super().load_state_dict(state_dict)
+
+    @torch.no_grad()
+    def _load(self, state: dict[Any, Any], groups: list[dict[str, Any]]) -> None:
         distribution = self._distribution
         if distribution.changed(self.param_groups):
             self._follow_groups()
         if distribution.is_flat:  # as the framework saved it
-            super().load_state_dict({"state": state_dict["state"], "param_groups": groups})
+            super()._load(state, groups)
             return
-        assert distribution.specs is not None
         parameters = [p for group in self.param_groups for p in group["params"]]
-        everything = by_place(state_dict["state"], groups, len(parameters))
-        saved = {i: everything[number] for i, number in enumerate(self._numbers())}
-        check_shapes(saved, distribution.specs, distribution.replicated_shards)  # before anything changes
+        everything = by_place(state, groups, len(parameters))
+        for group in groups:
+            check_options(group)
+        check_shapes(everything, self.param_groups)  # before anything changes
         # torch would cast momentum to the parameter's type and keep what others own, so the tensors are loaded below.
-        super().load_state_dict({"state": {}, "param_groups": groups})
+        super()._load(without_own(state), groups)
+        distribution.admit(p for p, saved in zip(parameters, everything, strict=True) if saved)
         self._plan(keep_owners=False)
+        assert distribution.specs is not None
+        saved = {i: everything[number] for i, number in enumerate(self._numbers())}
         rank = None if distribution.replicate else distribution.ranks.rank
         load_owned(saved, distribution.specs, distribution.replicated_shards, self.state, rank)
         for number in self._numbers(of_dtensors=True):
             load_dtensor(everything[number], self.state[parameters[number]])
+        distribution.loaded(p for p, saved in zip(parameters, everything, strict=True) if steps_of(saved) > 0)
 
     def _numbers(self, *, of_dtensors: bool = False) -> list[int]:
-        """The places, as state dicts number parameters, of those that are whole on every rank, or of DTensors."""
-        parameters = (p for group in self.param_groups for p in group["params"])
-        return [number for number, p in enumerate(parameters) if isinstance(p, DTensor) == of_dtensors]
+        """The places, as state dicts number parameters, of the members that are whole on every rank, or DTensors."""
+        places: dict[Tensor, int] = {}
+        for number, parameter in enumerate(p for group in self.param_groups for p in group["params"]):
+            if self._distribution.is_member(parameter) and isinstance(parameter, DTensor) == of_dtensors:
+                places.setdefault(parameter, number)
+        return list(places.values())
+
+    def join_hook(self, **_: Any) -> JoinHook:
+        """For :class:`torch.distributed.algorithms.join.Join`: a rank that runs out of data steps for the others.
+
+        What it owns is stepped with the gradients and options of the ranks that go on. Groups and sets must not change
+        meanwhile.
+
+        Raises:
+            UserError: tensors that are divided between ranks, or gradients that are reduced to their owners.
+        """
+        is_whole = len(self._distribution.shards) == len(self._distribution.replicated_shards) > 0
+        check_join(is_whole=is_whole, gradients_are_reduced=self._grad_reducer is None)
+        return _StepForOthers(self)
+
+    @property
+    def join_device(self) -> torch.device:
+        """For ``Join``: where the parameters lie."""
+        return self._distribution.replicated_shards[0].parameter.device
+
+    @property
+    def join_process_group(self) -> Any:
+        """For ``Join``: the ranks that share the work."""
+        return self._distribution.ranks.group or dist.group.WORLD
 
     def on_bucket(
         self, bucket: dist.GradBucket, communication_dtype: torch.dtype | None = None
@@ -316,3 +375,12 @@ class SFW(Optimizer):
         """
         self._last_step.clear()
         self._distribution.adopt(self.param_groups, segments, RankGroup.of(process_group), self.state)
+
+
+class _StepForOthers(JoinHook):
+    def __init__(self, optimizer: SFW) -> None:
+        self._optimizer = optimizer
+
+    def main_hook(self) -> None:
+        """One step of the ranks that still have data."""
+        self._optimizer._take_step(joined=True)

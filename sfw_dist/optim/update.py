@@ -21,6 +21,20 @@ Rescale = Literal["gradient", "fast_gradient", "diameter", "none"]
 Number = float | Tensor
 
 
+def learning_rate(group: dict[str, Any]) -> float | Tensor:
+    """The group's ``lr`` times its ``lr_factor``; a tensor has no dimension.
+
+    Example:
+        >>> learning_rate({"lr": 0.5, "lr_factor": 0.25})
+        0.125
+    """
+    lr: float | Tensor = group["lr"]
+    if isinstance(lr, Tensor):
+        lr = lr.reshape(())
+    factor: float = group.get("lr_factor", 1.0)
+    return lr if factor == 1 else lr * factor
+
+
 def compute_vertex(shard: Shard, state: dict[str, Any], gradient: Tensor | None) -> tuple[Tensor, Vertex]:
     """The owner's part of a step.
 
@@ -37,14 +51,14 @@ def compute_vertex(shard: Shard, state: dict[str, Any], gradient: Tensor | None)
     if m is None:
         return no_update(shard)
     if shard.constraint.is_unconstrained:
-        lr = torch.zeros((), dtype=torch.float64, device=m.device) + shard.group["lr"]
+        lr = torch.zeros((), dtype=torch.float64, device=m.device) + learning_rate(shard.group)
         poison = torch.where(m.isfinite().all(), 0.0, torch.nan).to(lr)
         return torch.stack([lr + poison, poison, lr]), Vertex(None, m)
     # Some sets look at rows and singular values, so a whole tensor has its shape.
     vertex = shard.constraint.lmo_vertex(m.view(shard.parameter.shape) if shard.is_whole else m)
     sums = Products(*(tree_sum(rows) for rows in frank_wolfe_products(m, shard.theta(), *vertex)))
     diameter = shard.constraint.diameter(shard.global_numel)
-    return step_stats(sums, shard.group["lr"], shard.group["rescale"], diameter), vertex
+    return step_stats(sums, learning_rate(shard.group), shard.group["rescale"], diameter), vertex
 
 
 def no_update(shard: Shard) -> tuple[Tensor, Vertex]:

@@ -434,7 +434,7 @@ def test_what_cannot_work_is_refused(world: World, size: int) -> None:
 def test_replicas_that_differ_are_named(world: World, size: int) -> None:
     """By tensor and rank, on every rank; even where −0 stands for 0."""
     for rank in world(size):
-        assert f"b on rank {size - 1}: something changed" in rank["differing"]
+        assert f"b on rank {size - 1} (compared with rank 0): something changed" in rank["differing"]
 
 
 def test_a_copy_of_an_optimizer_with_a_hook_can_be_made() -> None:

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sfw_dist import SFW, KSparsePolytope, KSupportBall, LpBall, Unconstrained, constrain
 from sfw_dist.constraints import Constraint
 from sfw_dist.errors import UserError
-from sfw_dist.optim import state_dict as state
+from sfw_dist.optim.sharding import state_dict as state
 from tests.support.ranks import error_of, run_on_ranks
 
 WORLD_SIZES = (1, 2, 3, 4)
@@ -432,7 +432,7 @@ def test_ranks_with_other_models_are_named_on_every_rank(world: World, world_siz
 def test_a_state_that_does_not_fit_is_refused_by_every_rank(world: World, world_size: int) -> None:
     """If only the tensor's owner refused it, the others would go on without it."""
     for rank in world(world_size):
-        assert rank["refused_state"].startswith("the state of t1 has momentum_buffer of shape (7,)")
+        assert rank["refused_state"].startswith("the saved momentum_buffer of t1 has shape (7,)")
 
 
 @on_each_world_size

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from sfw_dist import SFW, KSparsePolytope
+from sfw_dist import SFW, AdaGradSFW, KSparsePolytope, LpBall, ProjectedSGD, Unconstrained, constrain
 from tests.support.changing_groups import (
     CHANGE_AT,
     KEEPS_MOMENTUM,
@@ -74,17 +74,43 @@ def test_a_new_parameter_is_brought_into_its_set() -> None:
 
 
 def test_a_parameter_that_cannot_be_trained_is_refused() -> None:
-    """Fails when an integer tensor that was put into a group stops the step somewhere inside."""
+    """Fails when a complex tensor that was put into a group stops the step somewhere inside."""
     run = Run("a")
-    run.optimizer.param_groups[0]["params"].append(torch.zeros(3, dtype=torch.int64))
+    run.optimizer.param_groups[0]["params"].append(torch.nn.Parameter(torch.zeros(3) * 1j))
     with pytest.raises(ValueError, match="real floating-point"):
         run.step(0)
+
+
+def test_a_flat_tensor_in_the_place_of_others_is_refused() -> None:
+    """Fails when a slice of many tensors, as DeepSpeed's ZeRO gives one, is stepped in the set of a single tensor."""
+    run = Run("a")
+    (replaced,) = run.optimizer.param_groups[0]["params"]
+    run.optimizer.param_groups[0]["params"] = [torch.nn.Parameter(replaced.detach().flatten())]
+    with pytest.raises(
+        ValueError, match=r"replaced 1 parameters by one of 12000 entries.*optim\.deepspeed\.initialize"
+    ):
+        run.optimizer.step()
+
+
+@pytest.mark.parametrize("kind", [SFW, AdaGradSFW, ProjectedSGD])
+def test_a_compiled_step_is_the_step(kind: type[SFW]) -> None:
+    """Fails when torch.compile traces the step: errors inside of it, or other bits than the ranks' without compiler."""
+    torch.manual_seed(0)
+    net, other = torch.nn.Linear(30, 20), torch.nn.Linear(30, 20)
+    other.load_state_dict(net.state_dict())
+    ours, theirs = (kind(constrain(one, LpBall(2, radius=0.5)), lr=0.1) for one in (net, other))
+    compiled = torch.compile(ours.step)
+    for step in range(3):
+        for p, q in zip(net.parameters(), other.parameters(), strict=True):
+            p.grad = q.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+        compiled(), theirs.step()
+        assert all(torch.equal(p, q) for p, q in zip(net.parameters(), other.parameters(), strict=True))
 
 
 def test_a_group_made_by_hand_has_the_defaults() -> None:
     """Fails when a group that was not added by add_param_group lacks options."""
     p = parameter("c")
-    optimizer = SFW([parameter("b")], lr=0.01)
+    optimizer = SFW([{"params": [parameter("b")], "constraint": Unconstrained()}], lr=0.01)
     optimizer.param_groups.append({"params": [p]})
     p.grad = torch.ones_like(p)
     before = p.detach().clone()

@@ -73,7 +73,8 @@ def _rank(
             timeout=timedelta(seconds=timeout),
         )
         torch.save(function(rank, *arguments), Path(folder, f"{rank}.pt"))
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except Exception:
         Path(folder, f"{rank}.error").write_text(traceback.format_exc())
         raise

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,20 +13,24 @@ from torch.distributed.tensor import DTensor
 
 from sfw_dist.constraints import Constraint
 from sfw_dist.distributed.rank_group import RankGroup, verify_agreement
+from sfw_dist.distributed.replicas import differences
+from sfw_dist.errors import UserError
 from sfw_dist.ops.pairwise_sum import ROW
-from sfw_dist.optim.param_groups import check_group, constraint_of, make_feasible, name_of
+from sfw_dist.optim.param_groups import Entry, check_group, entries, make_feasible
 from sfw_dist.optim.shard import Shard, State, new_state, step_cost
 from sfw_dist.optim.sharding.assignment import ShardSpec, TensorSpec, assign
 from sfw_dist.optim.sharding.dtensors import FlatSegment, distributors_of_dtensors, distributors_of_flat_buffers
+from sfw_dist.optim.sharding.gradients import gradient_of
 from sfw_dist.optim.sharding.interface import Distributor
 from sfw_dist.optim.sharding.replicated import ReplicatedDistributor
 from sfw_dist.optim.sharding.sharded import ShardedDistributor
+from sfw_dist.optim.update import learning_rate
 
 Groups = Sequence[dict[str, Any]]
 
 
-_Described = tuple[Tensor, torch.dtype, torch.Size, torch.device]
-"""A parameter, and what the plan of its step depends on."""
+_Described = tuple[Tensor, torch.dtype, torch.Size, torch.device, bool]
+"""A parameter, and what the plan of its step depends on; last, whether it is a member."""
 
 
 class Distribution:
@@ -33,6 +38,10 @@ class Distribution:
 
     Tensors that every rank has whole are assigned to owners and stepped by one :class:`ReplicatedDistributor`; DTensors
     by a :class:`ShardedDistributor` for each mesh. Flat buffers take the place of both after :meth:`adopt`.
+
+    Members are the tensors that were trainable when they were planned, and those with a state that was loaded. Frozen
+    ones are no members: they have no shard and no state, and become members once they are trainable. A member that is
+    frozen stays one, with its state, so that nothing moves when it is trained again.
 
     Args:
         ranks: who shares the tensors that every rank has whole.
@@ -50,6 +59,11 @@ class Distribution:
         """Shards of the whole tensors, in the order of ``specs``."""
         self._planned: list[tuple[dict[str, Any], list[_Described], Constraint | tuple[Constraint, ...]]] = []
         """Each group with its parameters and sets, as they were when they were planned."""
+        self._members: set[Tensor] = set()
+        self._arrived: set[Tensor] = set()
+        """Members that have taken no step since they were planned or loaded."""
+        self._verified = False
+        """Whether the ranks have compared their tensors since the last plan with new ones, or the last load."""
         self._stepped: list[Shard] = []
         """Shards whose momentum this rank keeps."""
         self._replicated: ReplicatedDistributor | None = None
@@ -76,6 +90,13 @@ class Distribution:
         assert self.specs is not None
         return [spec.owner for spec in self.specs]
 
+    def needed_by(self) -> dict[Tensor, set[int]]:
+        """The ranks that need the gradient of each whole tensor: its owners, or all."""
+        needed: dict[Tensor, set[int]] = {}
+        for shard, owner in zip(self.replicated_shards, self.owners(), strict=True):
+            needed.setdefault(shard.parameter, set()).update(range(self.ranks.size) if self.replicate else {owner})
+        return needed
+
     def plan(self, groups: Groups, state: State, *, keep_owners: bool = True) -> None:
         """Assign all tensors, and create the state of new ones; collective.
 
@@ -87,15 +108,22 @@ class Distribution:
         Raises:
             ValueError: a set that is not bound, or one that needs a tensor whole that is divided; ranks that differ.
         """
-        pinned = self._pinned(groups) if keep_owners else []
-        specs, fingerprint, shards = assign_shards(groups, self.ranks.size, self._split, pinned)
+        members = [entry for entry in entries(groups) if self._joins(entry.parameter)]
+        whole = [entry for entry in members if not isinstance(entry.parameter, DTensor)]
+        pinned = self._pinned(whole) if keep_owners else []
+        specs, described, shards = assign_shards(whole, self.ranks.size, self._split, pinned)
         if shards:  # DTensors alone need no agreement here: pipeline stages have their own optimizers
-            verify_agreement(fingerprint, self.ranks, {shard.parameter.device for shard in shards})
-        sharded = distributors_of_dtensors(groups)
+            verify_agreement(described, self.ranks, {shard.parameter.device for shard in shards})
+        sharded = distributors_of_dtensors(members)
         # From here on nothing can fail, so that a plan that was refused leaves the last one as it was.
         self.specs, self.replicated_shards, self._replicated, self._sharded = specs, shards, None, sharded
+        present = {entry.parameter for entry in members}
+        self._verified = self._verified and present <= self._members
+        self._arrived = (self._arrived | (present - self._members)) & present
+        self._members = present
         self._planned = [
-            (group, [(p, p.dtype, p.shape, p.device) for p in group["params"]], group["constraint"]) for group in groups
+            (group, [(p, p.dtype, p.shape, p.device, p in present) for p in group["params"]], group["constraint"])
+            for group in groups
         ]
         owned = [s for s, spec in zip(shards, specs, strict=True) if self.replicate or spec.owner == self.ranks.rank]
         self._stepped = [*owned, *(shard for one in sharded for shard in one.shards)]
@@ -103,10 +131,62 @@ class Distribution:
             state.setdefault(shard.parameter, {})  # of other owners, too, see complete
         self.complete(state)
 
-    def _pinned(self, groups: Groups) -> list[ShardSpec]:
+    def _joins(self, parameter: Tensor) -> bool:
+        return parameter.requires_grad or parameter in self._members
+
+    def is_member(self, parameter: Tensor) -> bool:
+        """Whether the parameter takes steps, or has taken some before it was frozen."""
+        return parameter in self._members
+
+    def admit(self, parameters: Iterable[Tensor]) -> None:
+        """Let frozen parameters whose state is loaded be members from the next plan on."""
+        self._members.update(parameters)
+
+    def loaded(self, stepped: Iterable[Tensor]) -> None:
+        """Note that a state was loaded; these parameters have taken steps before it was saved."""
+        self._verified = False
+        self._arrived -= set(stepped)
+
+    def begin(self, groups: Groups, *, gradients_are_reduced: bool) -> None:
+        """At the first step after tensors joined or were loaded: compare replicas, bring in what lies outside its set.
+
+        Not before, because DistributedDataParallel sends rank 0's weights, and scripts load weights, after the
+        optimizer was built. A step of rate 0, as frameworks take to create state, is no first step. Collective.
+
+        Args:
+            groups: the optimizer's.
+            gradients_are_reduced: whether all ranks should have the same gradients.
+
+        Raises:
+            UserError: parameters differ between ranks.
+        """
+        if self._verified or self.is_flat or all(learning_rate(group) == 0 for group in groups):
+            return
+        if self.replicated_shards:
+            verify_first_step(self.replicated_shards, self.ranks, gradients_are_reduced=gradients_are_reduced)
+        for group in groups:
+            make_feasible(group, only=self._arrived, rounded=True)
+        self._arrived, self._verified = set(), True
+
+    def ranks_that_joined(self) -> RankGroup | None:
+        """The ranks that are there now, if this process was alone when its tensors were planned; else ``None``.
+
+        Raises:
+            UserError: the ranks of the plan are no longer there.
+        """
+        now = RankGroup.of(self.ranks.group)
+        if (now.rank, now.size) == (self.ranks.rank, self.ranks.size):
+            return None
+        if self.ranks.size == 1:
+            return now
+        raise UserError(
+            f"the optimizer was built as rank {self.ranks.rank} of {self.ranks.size} and is now rank {now.rank} of "
+            f"{now.size}: use it before destroy_process_group(), or load its state_dict into a new one"
+        )
+
+    def _pinned(self, whole: Sequence[Entry]) -> list[ShardSpec]:
         """The shards of tensors that were planned before and have kept their size, wherever in the groups they are."""
-        whole = [p for group in groups for p in group["params"] if not isinstance(p, DTensor)]
-        places = {p: place for place, p in enumerate(whole)}
+        places = {entry.parameter: place for place, entry in enumerate(whole)}
         kept = [
             replace(spec, tensor=places[shard.parameter])
             for spec, shard in zip(self.specs or (), self.replicated_shards, strict=True)
@@ -128,8 +208,12 @@ class Distribution:
                 and (group["constraint"] is sets or not sets_too)
                 and len(group["params"]) == len(parameters)
                 and all(
-                    p is q and p.dtype is dtype and p.shape == shape and p.device == device
-                    for p, (q, dtype, shape, device) in zip(group["params"], parameters, strict=True)
+                    p is q
+                    and p.dtype is dtype
+                    and p.shape == shape
+                    and p.device == device
+                    and (member or not p.requires_grad)
+                    for p, (q, dtype, shape, device, member) in zip(group["params"], parameters, strict=True)
                 )
                 for group, (planned, parameters, sets) in zip(groups, self._planned, strict=True)
             )
@@ -144,15 +228,30 @@ class Distribution:
         Raises:
             ValueError: a parameter or an option that the optimizer does not take; the last plan stays.
         """
-        old = [p for _, parameters, _ in self._planned for p, *_ in parameters]
+        old = {p for _, parameters, _ in self._planned for p, *_ in parameters}
+        present = {p for group in groups for p in group["params"]}
         for group in groups:
             check_group(group)
-            make_feasible(group, leave=old)
+            self._refuse_flattened(group)
+        for group in groups:
+            make_feasible(group, only=present - self._members)
         self.plan(groups, state)
-        present = {p for group in groups for p in group["params"]}
-        for parameter in old:
-            if parameter not in present:
-                state.pop(parameter, None)
+        for parameter in old - present:
+            state.pop(parameter, None)
+
+    def _refuse_flattened(self, group: dict[str, Any]) -> None:
+        """Raise :class:`UserError` where one flat tensor has taken the place of a group's, which had other shapes."""
+        for planned, parameters, _ in self._planned:
+            shapes = [shape for _, _, shape, *_ in parameters]
+            fresh = planned is group and not {p for p, *_ in parameters} & set(group["params"])
+            if not (fresh and len(group["params"]) == 1 and any(len(shape) > 1 for shape in shapes)):
+                continue
+            if group["params"][0].ndim == 1:
+                raise UserError(
+                    f"a framework has replaced {len(shapes)} parameters by one of {group['params'][0].numel()} entries "
+                    "in a row, in which SFW cannot tell the tensors apart: under DeepSpeed call "
+                    "sfw_dist.optim.deepspeed.initialize, or its adopt(engine) before the first step"
+                )
 
     def complete(self, state: State) -> None:
         """Give every shard that this rank steps the state of a tensor that took no step, where it has none.
@@ -189,7 +288,7 @@ class Distribution:
     def _sharded_of(self, groups: Groups) -> list[ShardedDistributor]:
         if self._flat is None:
             if self._sharded is None:
-                self._sharded = distributors_of_dtensors(groups)
+                self._sharded = distributors_of_dtensors(e for e in entries(groups) if e.parameter in self._members)
             return self._sharded
         # A framework may step group by group, and bring other groups after it has loaded them.
         key = tuple(map(id, groups))
@@ -202,6 +301,7 @@ class Distribution:
     ) -> None:
         """See :meth:`sfw_dist.SFW.adopt`."""
         self.ranks, self.specs, self.replicated_shards, self._replicated = ranks, (), [], None
+        self._members, self._arrived = set(), set()
         self._flat = {groups[number]["params"][0]: tensors for number, tensors in segments.items()}
         self._by_groups = {}
         self._sharded = [one for group in groups for one in self._sharded_of([group])]
@@ -210,30 +310,51 @@ class Distribution:
         self.complete(state)
 
 
+def verify_first_step(shards: Sequence[Shard], ranks: RankGroup, *, gradients_are_reduced: bool) -> None:
+    """Compare the ranks' parameters, and their gradients if they should be the same; collective.
+
+    Raises:
+        UserError: parameters differ.
+
+    Warns:
+        UserWarning: on rank 0, gradients differ.
+    """
+    if ranks.size == 1:
+        return
+    parameters: dict[str, Tensor | None] = {shard.name: shard.parameter for shard in shards}
+    if found := differences(parameters, ranks):
+        raise UserError(
+            f"at the first step parameters differ between ranks that should hold replicas ({found}): wrap the model in "
+            "DistributedDataParallel, or seed all ranks alike; with a model of its own on each rank give SFW the ranks "
+            "that share one as process_group="
+        )
+    gradients = {shard.name: gradient_of(shard.parameter) for shard in shards} if gradients_are_reduced else {}
+    if (found := differences(gradients, ranks)) and ranks.rank == 0:
+        warnings.warn(
+            f"at the first step gradients differ between ranks ({found}), so SFW takes each from the tensor's owner "
+            "alone: call the model through DistributedDataParallel, which averages them, not through its .module",
+            stacklevel=2,
+        )
+
+
 def assign_shards(
-    groups: Groups, world_size: int, split: int | None, pinned: Sequence[ShardSpec] = ()
-) -> tuple[tuple[ShardSpec, ...], bytes, list[Shard]]:
-    """Owners of the groups' tensors, DTensors left out.
+    whole: Sequence[Entry], world_size: int, split: int | None, pinned: Sequence[ShardSpec] = ()
+) -> tuple[tuple[ShardSpec, ...], list[str], list[Shard]]:
+    """Owners of tensors that every rank has whole.
 
     Args:
-        groups: an SFW's.
+        whole: the tensors.
         world_size: ranks.
         split: tensors of more entries may be divided; ``None``: none.
         pinned: shards that stay with their owners.
 
     Returns:
-        Who owns what, a hash of it, and a shard for each entry.
+        Who owns what, a description of all that ranks must agree on, and a shard for each owner's part.
 
     Raises:
         ValueError: a set that is not bound, or one that needs a tensor whole that ``pinned`` divides.
     """
-    tensors = [
-        (group, number, j)
-        for number, group in enumerate(groups)
-        for j, parameter in enumerate(group["params"])
-        if not isinstance(parameter, DTensor)
-    ]
-    specs = [_tensor_spec(*tensor, split) for tensor in tensors]
+    specs = [_tensor_spec(entry, split) for entry in whole]
     for shard in pinned:
         if shard.stop - shard.start < specs[shard.tensor].entries and specs[shard.tensor].unit == 0:
             raise ValueError(
@@ -243,15 +364,17 @@ def assign_shards(
     assignment = assign(specs, world_size, pinned)
     shards = []
     for shard in assignment.shards:
-        group, _, j = tensors[shard.tensor]
-        place = shard.start, shard.stop
-        shards.append(Shard.of(specs[shard.tensor].name, group["params"][j], group, constraint_of(group, j), *place))
-    return assignment.shards, bytes.fromhex(assignment.fingerprint), shards
+        entry = whole[shard.tensor]
+        shards.append(
+            Shard.of(entry.name, entry.parameter, entry.group, entry.constraint, start=shard.start, stop=shard.stop)
+        )
+    described = [f"{spec.name} {spec.description}" for spec in specs]
+    return assignment.shards, [*described, f"assignment {assignment.fingerprint}"], shards
 
 
-def _tensor_spec(group: dict[str, Any], number: int, index: int, split: int | None) -> TensorSpec:
-    parameter, constraint = group["params"][index], constraint_of(group, index)
+def _tensor_spec(entry: Entry, split: int | None) -> TensorSpec:
+    parameter, constraint = entry.parameter, entry.constraint
     n = parameter.numel()
     unit = ROW if split is not None and n > split and constraint.divisible else 0
     description = f"{tuple(parameter.shape)} {parameter.dtype} {constraint!r}"
-    return TensorSpec(name_of(group, number, index), step_cost(parameter.shape, constraint), n, description, unit)
+    return TensorSpec(entry.name, step_cost(parameter.shape, constraint), n, description, unit)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -19,7 +17,7 @@ from sfw_dist.constraints import Constraint
 from sfw_dist.distributed.dtensor import Block, sharing, to_local
 from sfw_dist.distributed.rank_group import RankGroup, verify_agreement
 from sfw_dist.ops.partition import Partition
-from sfw_dist.optim.param_groups import constraint_of, name_of
+from sfw_dist.optim.param_groups import Entry
 from sfw_dist.optim.shard import Shard, step_dtype
 from sfw_dist.optim.sharding.sharded import ShardedDistributor
 from sfw_dist.optim.vertex_codec import VertexCodec
@@ -44,25 +42,16 @@ class FlatSegment:
     """Where they begin in the flat buffer."""
 
 
-def distributors_of_dtensors(groups: Groups) -> list[ShardedDistributor]:
-    """A distributor for each mesh on which DTensors of the groups lie; collective.
+def distributors_of_dtensors(entries: Iterable[Entry]) -> list[ShardedDistributor]:
+    """A distributor for each mesh on which DTensors among these tensors lie; collective.
 
     Raises:
         ValueError: as :func:`sharded_distributor`.
     """
-    found = [
-        (group, name_of(group, number, j), parameter, constraint_of(group, j))
-        for number, group in enumerate(groups)
-        for j, parameter in enumerate(group["params"])
-        if isinstance(parameter, DTensor)
-    ]
+    found = [(entry, entry.parameter) for entry in entries if isinstance(entry.parameter, DTensor)]
     distributors = []
-    for mesh, dims in sharing(parameter for _, _, parameter, _ in found):
-        shards = [
-            _of_dtensor(group, name, parameter, constraint)
-            for group, name, parameter, constraint in found
-            if parameter.device_mesh == mesh
-        ]
+    for mesh, dims in sharing(parameter for _, parameter in found):
+        shards = [_of_dtensor(entry, parameter) for entry, parameter in found if parameter.device_mesh == mesh]
         distributors.append(sharded_distributor(shards, ranks_along(mesh, dims)))
     return distributors
 
@@ -92,8 +81,8 @@ def sharded_distributor(shards: Sequence[Shard], ranks: RankGroup) -> ShardedDis
         ValueError: ranks with other tensors, shards that leave entries out or overlap, a set that needs whole tensors.
     """
     device = to_local(shards[0].parameter).device
-    described = [(s.name, s.global_numel, str(s.dtype), repr(s.constraint)) for s in shards]
-    verify_agreement(hashlib.sha256(json.dumps(described).encode()).digest(), ranks, {device})
+    described = [f"{s.name} of {s.global_numel} entries, {s.dtype}, {s.constraint!r}" for s in shards]
+    verify_agreement(described, ranks, {device})
     places = [[s.global_offset, s.numel, s.global_indices is not None] for s in shards]
     mine = torch.tensor(places, dtype=torch.int64, device=device)
     everyone = mine.clone()
@@ -140,11 +129,11 @@ def ranks_along(mesh: DeviceMesh, dims: list[int]) -> RankGroup:
     return RankGroup.of(group)
 
 
-def _of_dtensor(group: dict[str, Any], name: str, parameter: DTensor, constraint: Constraint) -> Shard:
+def _of_dtensor(entry: Entry, parameter: DTensor) -> Shard:
     block = Block.of(parameter)
     indices = None if block.contiguous else block.indices
     n, place = parameter.numel(), (block.first, 0, block.length)
-    return _shard(name, parameter, group, constraint, n, *place, global_indices=indices)
+    return _shard(entry.name, parameter, entry.group, entry.constraint, n, *place, global_indices=indices)
 
 
 def _shard(

@@ -24,6 +24,7 @@ from sfw_dist.optim.update import (
     apply_update,
     compute_vertex,
     is_first_step,
+    learning_rate,
     momentum_disabled,
     no_update,
     update_momentum,
@@ -134,11 +135,12 @@ class ReplicatedDistributor:
         for i in self._computed:
             shard, own = self.shards[i], state[self.shards[i].parameter]
             if gradients[i] is None:
-                options.append(shard.group | {"first": True})
+                options.append(shard.group | {"lr": 0.0, "first": True})
                 momenta.append(None)
                 continue
             keeps = shard.group["momentum"] > 0
-            options.append(shard.group | {"first": not keeps or is_first_step(shard, own)})
+            first = not keeps or is_first_step(shard, own)
+            options.append(shard.group | {"lr": learning_rate(shard.group), "first": first})
             momenta.append(own["momentum_buffer"] if keeps else self._unkept_momentum(i, shard))
             if momentum_disabled(shard, own):
                 own["step"].zero_()

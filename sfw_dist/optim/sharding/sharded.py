@@ -30,7 +30,7 @@ from sfw_dist.ops.pairwise_sum import PRODUCTS, Products
 from sfw_dist.ops.partition import Partition
 from sfw_dist.ops.sharded_sum import ShardedSums, partial_sums
 from sfw_dist.optim.shard import Shard, State, new_state
-from sfw_dist.optim.update import step_stats, update_momentum, updated_entries
+from sfw_dist.optim.update import learning_rate, step_stats, update_momentum, updated_entries
 from sfw_dist.optim.vertex_codec import STATS
 
 _UNCONSTRAINED = "unconstrained"
@@ -173,7 +173,7 @@ class ShardedDistributor:
         return self._by_rule
 
     def _learning_rates(self) -> Tensor:
-        rates = [shard.group["lr"] for shard in self.shards]
+        rates = [learning_rate(shard.group) for shard in self.shards]
         if any(isinstance(rate, Tensor) for rate in rates):
             return torch.stack([torch.as_tensor(rate, dtype=torch.float64, device=self._device) for rate in rates])
         return torch.tensor(rates, dtype=torch.float64, device=self._device)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -12,20 +15,57 @@ from torch import Tensor
 
 from sfw_dist.distributed.dtensor import copy_entries
 from sfw_dist.distributed.rank_group import RankGroup
+from sfw_dist.optim.param_groups import entries
 from sfw_dist.optim.shard import Shard, State
 from sfw_dist.optim.sharding.assignment import ShardSpec
 
+logger = logging.getLogger(__name__)
+
+PATIENCE = 5.0
+"""Seconds after which a rank that waits for the others' momenta says so."""
 TIMEOUT = timedelta(minutes=5)
 """How long rank 0 waits for ranks that do not call before it names them."""
+_REMEDY = "call state_dict() on every rank, or build SFW with replicate_momentum=True to save on one rank alone"
+_OWN = ("step", "momentum_buffer")
+"""What SFW keeps for a parameter; whatever else is in the state, somebody has put there."""
+
+
+@contextmanager
+def _told_of_waiting(ranks: RankGroup) -> Iterator[None]:
+    """A script that saves on one rank alone would otherwise stand still in silence."""
+    text = (
+        f"SFW.state_dict() on rank {ranks.rank} waits for the other ranks, which own a part of the momenta: {_REMEDY}"
+    )
+    timer = threading.Timer(PATIENCE, logger.warning, [text])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def gather_state(
     specs: Sequence[ShardSpec], shards: Sequence[Shard], state: State, ranks: RankGroup
 ) -> dict[int, dict[str, Tensor]]:
-    """``step`` and ``momentum_buffer`` of every tensor, by its number; collective, the same on every rank."""
+    """``step`` and ``momentum_buffer`` of every tensor, by its place among them; collective, the same on every rank.
+
+    Raises:
+        RuntimeError: (gloo) ranks that have not called within :data:`TIMEOUT`, and what to do.
+    """
+    with _told_of_waiting(ranks):
+        if dist.get_backend(ranks.group) == "gloo":
+            try:
+                dist.monitored_barrier(ranks.group, timeout=TIMEOUT, wait_all_ranks=True)
+            except RuntimeError as error:
+                raise RuntimeError(f"not every rank called SFW.state_dict(): {_REMEDY} ({error})") from error
+        return _gather(specs, shards, state, ranks)
+
+
+def _gather(
+    specs: Sequence[ShardSpec], shards: Sequence[Shard], state: State, ranks: RankGroup
+) -> dict[int, dict[str, Tensor]]:
     device, group = shards[0].parameter.device, ranks.group
-    if dist.get_backend(group) == "gloo":
-        dist.monitored_barrier(group, timeout=TIMEOUT, wait_all_ranks=True)
     owned = [state[s.parameter] if spec.owner == ranks.rank else {} for spec, s in zip(specs, shards, strict=True)]
     steps = torch.zeros(len(shards), dtype=torch.float64, device=device)
     for i, (shard, own) in enumerate(zip(shards, owned, strict=True)):
@@ -64,13 +104,28 @@ def by_place(
     return [state.get(key, {}) for key in keys]
 
 
-def check_shapes(saved: Mapping[int, dict[str, Tensor]], specs: Sequence[ShardSpec], shards: Sequence[Shard]) -> None:
-    """Raise ``ValueError`` where a saved momentum has another shape than its parameter."""
-    for spec, shard in zip(specs, shards, strict=True):
-        buffer = saved.get(spec.tensor, {}).get("momentum_buffer")
-        if buffer is not None and buffer.shape != shard.parameter.shape:
-            shape = f"momentum_buffer of shape {tuple(buffer.shape)}"
-            raise ValueError(f"the state of {shard.name} has {shape}: load the state of the same model")
+def check_shapes(saved: Sequence[Mapping[str, Any]], groups: Sequence[dict[str, Any]]) -> None:
+    """Raise ``ValueError`` where a saved momentum has another shape than the groups' parameter."""
+    names = {entry.parameter: entry.name for entry in entries(groups)}
+    for own, parameter in zip(saved, (p for group in groups for p in group["params"]), strict=True):
+        buffer = own.get("momentum_buffer")
+        if buffer is not None and buffer.shape != parameter.shape:
+            shapes = f"shape {tuple(buffer.shape)}, and the parameter {tuple(parameter.shape)}"
+            raise ValueError(f"the saved momentum_buffer of {names[parameter]} has {shapes}: load the same model's")
+
+
+def steps_of(saved: Mapping[str, Any]) -> float:
+    """How many steps the saved state of a parameter tells of."""
+    return float(saved.get("step", 0.0))
+
+
+def without_own(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """A saved state but for what SFW loads by itself."""
+    parts = {
+        key: {name: value for name, value in own.items() if name not in _OWN} if isinstance(own, dict) else own
+        for key, own in state.items()
+    }
+    return {key: own for key, own in parts.items() if own != {}}
 
 
 def load_owned(
@@ -94,18 +149,11 @@ def load_owned(
 
 
 def load_dtensor(saved: Mapping[str, Tensor], own: dict[str, Any]) -> None:
-    """Copy the saved state of a DTensor, itself a DTensor or whole, into this rank's entries of it.
-
-    Raises:
-        ValueError: the saved momentum has another shape.
-    """
+    """Copy the saved state of a DTensor, itself a DTensor or whole, into this rank's entries of it."""
     if "step" in saved:
         own["step"].copy_(saved["step"])
     buffer, mine = saved.get("momentum_buffer"), own.get("momentum_buffer")
     if buffer is not None and mine is not None:
-        if buffer.shape != mine.shape:
-            shapes = f"shape {tuple(buffer.shape)}, and the parameter {tuple(mine.shape)}"
-            raise ValueError(f"a saved momentum has {shapes}: load the state of the same model")
         copy_entries(mine, buffer)
     elif mine is not None:
         own["step"].zero_()  # saved before a momentum that a scheduler raised from 0 had started
