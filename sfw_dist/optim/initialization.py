@@ -19,7 +19,7 @@ from sfw_dist.distributed.replicas import verify_replicas
 from sfw_dist.errors import UserError
 from sfw_dist.optim.first_step_loss import Batch, FirstStep, Loss, Start
 from sfw_dist.optim.param_groups import constraint_of
-from sfw_dist.optim.update import Rescale
+from sfw_dist.optim.update import Rescale, learning_rate
 from sfw_dist.pruning.modes import evaluation_mode
 
 
@@ -65,8 +65,8 @@ def sfw_init(
         model: the same on every rank, and whole; DistributedDataParallel may be around it.
         loss: from the model's output and the targets to their mean loss.
         batches: half batches, used in order, three an iteration, starting over at the end.
-        groups: of :func:`~sfw_dist.constrain`, or an SFW's ``param_groups``; their ``lr``, ``rescale`` and
-            ``weight_decay`` go before ours.
+        groups: of :func:`~sfw_dist.constrain`, or an SFW's ``param_groups``; their ``lr`` (times
+            ``lr_factor``), ``rescale`` and ``weight_decay`` go before ours.
         lr: η > 0, the initial learning rate of the training.
         rescale: how η becomes a step size, as in :class:`~sfw_dist.SFW`.
         steps, kappa, betas: T and κ of the paper, and Adam's.
@@ -159,7 +159,8 @@ def _tensors(model: nn.Module, groups: Sequence[dict[str, Any]], lr: float, resc
                 )
             constraint = constraint_of(group, index)
             constraint.diameter(parameter.numel())  # raises for a set that is not bound
-            options = group.get("lr", lr), group.get("rescale", rescale), group.get("weight_decay", 0.0)
+            rate = float(learning_rate({"lr": lr, **group}))
+            options = rate, group.get("rescale", rescale), group.get("weight_decay", 0.0)
             if parameter.requires_grad:
                 start = parameter.detach().clone()
                 found.append(Start(names[parameter], parameter, start, constraint, *options))

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, overload
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.algorithms.join import Join, Joinable, JoinHook
+from torch.distributed.algorithms.join import Join
 from torch.distributed.tensor import DTensor
 
 from sfw_dist.constraints import Unconstrained
@@ -20,8 +20,9 @@ from sfw_dist.optim.param_groups import check_group, check_options, make_feasibl
 from sfw_dist.optim.sharding.distribution import Distribution
 from sfw_dist.optim.sharding.dtensors import FlatSegment
 from sfw_dist.optim.sharding.grad_reducer import BucketGradients, GradReducer
-from sfw_dist.optim.sharding.gradients import check_gradients, check_join, gradient_of, gradients_for_joined
+from sfw_dist.optim.sharding.gradients import check_gradients, gradient_of
 from sfw_dist.optim.sharding.interface import Distributor
+from sfw_dist.optim.sharding.join import StepsForJoined
 from sfw_dist.optim.sharding.state_dict import (
     by_place,
     check_shapes,
@@ -35,7 +36,7 @@ from sfw_dist.optim.statistics import LastStep, StepStatistics
 from sfw_dist.optim.update import Rescale
 
 
-class SFW(ConstrainedOptimizer, Joinable):
+class SFW(ConstrainedOptimizer, StepsForJoined):
     """Stochastic Frank-Wolfe with momentum (Lu et al., ICLR 2022, Algorithm 1; Pokutta et al., arXiv 2010.07243).
 
     A tensor's first step takes ``m ← g``, later ones ``m ← ρ·m + (1−ρ)·g``; then::
@@ -117,7 +118,7 @@ class SFW(ConstrainedOptimizer, Joinable):
         fused: bool = True,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        Joinable.__init__(self)
+        StepsForJoined.__init__(self)
         ranks = RankGroup.of(process_group)
         self._distribution = Distribution(ranks, split=split, replicate=replicate_momentum, fused=fused)
         self._grad_reducer: GradReducer | None = None
@@ -189,11 +190,7 @@ class SFW(ConstrainedOptimizer, Joinable):
     def _take_step(self, *, joined: bool = False) -> None:
         """A step; ``joined``: for other ranks' sake, of a rank that has run out of data."""
         distributors = self._distribute()
-        received: Mapping[Tensor, Tensor | None] = {}
-        if self._join_config.enable:
-            received = gradients_for_joined(
-                self.param_groups, self._distribution.needed_by(), self._distribution.ranks, joined=joined
-            )
+        received = self._receive_for_joined(joined=joined)
         for distributor in distributors:
             gradients = [received.get(s.parameter, gradient_of(s.parameter)) for s in distributor.shards]
             distributor.compute_vertices(self.state, gradients)
@@ -314,29 +311,6 @@ class SFW(ConstrainedOptimizer, Joinable):
                 places.setdefault(parameter, number)
         return list(places.values())
 
-    def join_hook(self, **_: Any) -> JoinHook:
-        """For :class:`torch.distributed.algorithms.join.Join`: a rank that runs out of data steps for the others.
-
-        What it owns is stepped with the gradients and options of the ranks that go on. Groups and sets must not change
-        meanwhile.
-
-        Raises:
-            UserError: tensors that are divided between ranks, or gradients that are reduced to their owners.
-        """
-        is_whole = len(self._distribution.shards) == len(self._distribution.replicated_shards) > 0
-        check_join(is_whole=is_whole, gradients_are_reduced=self._grad_reducer is None)
-        return _StepForOthers(self)
-
-    @property
-    def join_device(self) -> torch.device:
-        """For ``Join``: where the parameters lie."""
-        return self._distribution.replicated_shards[0].parameter.device
-
-    @property
-    def join_process_group(self) -> Any:
-        """For ``Join``: the ranks that share the work."""
-        return self._distribution.ranks.group or dist.group.WORLD
-
     def on_bucket(
         self, bucket: dist.GradBucket, communication_dtype: torch.dtype | None = None
     ) -> torch.futures.Future[Tensor]:
@@ -375,12 +349,3 @@ class SFW(ConstrainedOptimizer, Joinable):
         """
         self._last_step.clear()
         self._distribution.adopt(self.param_groups, segments, RankGroup.of(process_group), self.state)
-
-
-class _StepForOthers(JoinHook):
-    def __init__(self, optimizer: SFW) -> None:
-        self._optimizer = optimizer
-
-    def main_hook(self) -> None:
-        """One step of the ranks that still have data."""
-        self._optimizer._take_step(joined=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import itertools
 import json
 import math
@@ -433,6 +435,19 @@ def test_plain_values_bring_back_an_equal_set(constraint: Constraint) -> None:
     again = constraint_from_spec(json.loads(text))
     assert type(again) is type(constraint) and again == constraint and hash(again) == hash(constraint)
     assert eval(repr(constraint)) == constraint  # repr is Python, made by this package
+
+
+@pytest.mark.parametrize("constraint", EXAMPLES, ids=repr)
+def test_a_set_in_a_checkpoint_is_read_without_pickle_code(constraint: Constraint) -> None:
+    """Fails when torch.load(weights_only=True) refuses the param groups that frameworks put into their checkpoints."""
+    file = io.BytesIO()
+    torch.save(
+        {"param_groups": [{"constraint": constraint, "lr": 0.1}, {"constraint": (constraint, constraint)}]}, file
+    )
+    file.seek(0)
+    first, second = torch.load(file, weights_only=True)["param_groups"]
+    assert first["constraint"] == constraint and second["constraint"] == (constraint, constraint)
+    assert copy.deepcopy(constraint) == constraint
 
 
 def test_different_sets_are_not_equal() -> None:

@@ -154,7 +154,7 @@ def run_of_one_process(rounded: bool, steps: int, thirds: int) -> tuple[Whole, d
 
 
 def statistics(optimizer: SFW) -> dict[str, tuple[float, ...]]:
-    return {name: tuple(numbers) for name, numbers in optimizer.statistics().items() if name != "frozen"}
+    return {name: tuple(numbers) for name, numbers in optimizer.statistics().items()}
 
 
 def stepped(net: Chosen, optimizer: SFW, steps: range, rounded: bool = False, thirds: int = 0) -> Whole:
@@ -456,11 +456,7 @@ def assert_bitwise(actual: Whole, expected: Whole) -> None:
 
 def expected(case: str, steps: int = STEPS, thirds: int = 0) -> Whole:
     """Of one process, of which the first ``thirds`` steps are those of three ranks."""
-    tensors = copy.copy(one_process("bf16" in case, steps, min(thirds, steps) if "float32_sums" in case else 0))
-    if case == "stage_0":  # where SFW keeps of frozen parameters what it always does
-        tensors["optimizer.step.frozen"] = torch.zeros(())
-        tensors["optimizer.momentum_buffer.frozen"] = torch.zeros(SHAPES["frozen"])
-    return tensors
+    return copy.copy(one_process("bf16" in case, steps, min(thirds, steps) if "float32_sums" in case else 0))
 
 
 def assert_same(actual: Whole, expected: Whole) -> None:
@@ -516,7 +512,7 @@ def test_momentum_is_kept_once(world: World, world_size: int, case: str) -> None
     """The memory that ZeRO saves: the whole model's momentum is left from before the division if it is not freed."""
     held = [rank["cases"][case]["momentum_entries"] for rank in world(world_size)]
     whole = sum(math.prod(shape) for name, shape in SHAPES.items() if name != "frozen")
-    padding = 64 * len(SHAPES)  # and the frozen tensor's, at stage 0
+    padding = 64 * len(SHAPES)
     assert whole <= sum(held) <= whole + padding
     assert max(held) < whole
 

@@ -129,3 +129,25 @@ def test_tensors_of_two_models_with_equal_names_have_their_own_statistics() -> N
         optimizer.step()
     assert optimizer.state[one.weight]["step"] > 0
     assert torch.equal(optimizer.state[one.weight]["momentum_buffer"], momentum)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("named_first", [True, False])
+def test_groups_with_names_may_stand_next_to_groups_without(kind: type[SFW], named_first: bool) -> None:
+    """Fails when a layer that a framework adds without names, or with them, is refused, as torch alone refuses it."""
+    one, two, three = linear(), linear(), linear()
+    named = [{"params": [("one", one.weight)], "constraint": BALL}]
+    plain = [{"params": iter([two.weight, three.weight]), "constraint": BALL}]
+    first, second = (named, plain) if named_first else (plain, named)
+    optimizer = kind(first, lr=0.1)
+    for group in second:
+        optimizer.add_param_group(group)
+    names = [group["param_names"] for group in optimizer.param_groups]
+    wanted = (
+        [["one"], ["group1.param0", "group1.param1"]] if named_first else [["group0.param0", "group0.param1"], ["one"]]
+    )
+    assert names == wanted
+    before = three.weight.detach().clone()
+    step(three, optimizer)
+    assert not torch.equal(three.weight, before)
+    kind(optimizer.param_groups).load_state_dict(optimizer.state_dict())
