@@ -212,19 +212,20 @@ def test_batches_start_over_when_a_fetch_finds_them_ended() -> None:
 
 
 def test_the_groups_of_an_optimizer_do_too() -> None:
-    """Fails when a script must make groups twice, or a group's own learning rate and rule do not count."""
+    """Fails when a script must make groups twice, or a group's own learning rate, factor and rule do not count."""
     options: dict[str, Any] = {"lr": 0.3, "rescale": "fast_gradient"}
     answers = []
-    for of_optimizer in (False, True):
+    for of_optimizer, factor in ((False, 1.0), (True, 1.0), (True, 0.5)):
         torch.manual_seed(0)
         model = net()
         groups: Any = constrain(model, SETS["k_sparse"], unconstrained="norm_and_bias")
         if of_optimizer:
-            groups, given = SFW(groups, **options).param_groups, {"lr": 0.3}
+            groups = [group | {"lr_factor": factor} for group in groups]
+            groups, given = SFW(groups, **options | {"lr": 0.3 / factor}).param_groups, {"lr": 0.3}
         else:
             given = options
         answers.append(sfw_init(model, F.cross_entropy, half_batches(12), groups, steps=5, **given))
-    assert answers[0] == answers[1]
+    assert answers[0] == answers[1] == answers[2]
 
 
 def test_attention_tied_weights_and_bfloat16_work() -> None:
