@@ -199,6 +199,27 @@ def errors(rank: int) -> dict[str, str]:
     except Exception as error:
         found["strangers"] = str(error)
 
+    torch.manual_seed(0)
+    unfrozen = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    unfrozen[0].requires_grad_(False)
+    optimizer = SFW(constrain(unfrozen, KSparsePolytope(k=2, radius=1.0)))
+    optimizer.step()
+    unfrozen[0].requires_grad_(True)
+    again = DistributedDataParallel(unfrozen)
+    again.register_comm_hook(optimizer, reduce_to_owner)
+    try:
+        again(torch.ones(2, 3)).sum().backward()
+    except Exception as error:
+        found["unfrozen"] = str(error)
+    optimizer.zero_grad()
+    optimizer.step()
+    again = DistributedDataParallel(unfrozen)
+    again.register_comm_hook(optimizer, reduce_to_owner)
+    again(torch.ones(2, 3)).sum().backward()
+    before = unfrozen[0].weight.detach().clone()
+    optimizer.step()
+    assert not torch.equal(unfrozen[0].weight, before)
+
     layer = nn.Linear(3, 3)
     everywhere = SFW(constrain(layer, KSparsePolytope(k=2, radius=1.0)), replicate_momentum=True)
     owners_alone = DistributedDataParallel(layer)
@@ -427,6 +448,7 @@ def test_parameters_that_some_ranks_or_all_do_not_use(world: World, size: int) -
 def test_what_cannot_work_is_refused(world: World, size: int) -> None:
     for rank in world(size):
         assert "parameters that SFW does not have" in rank["errors"]["strangers"]
+        assert "after unfreezing call zero_grad() and step()" in rank["errors"]["unfrozen"]
         assert "replicate_momentum needs all gradients" in rank["errors"]["replicated"]
 
 

@@ -46,7 +46,10 @@ class BucketGradients:
         gradients = {p: strided_as(p, g) for p, g in zip(bucket.parameters(), bucket.gradients(), strict=True)}
         inside = [(shard, owner) for shard, owner in zip(shards, owners, strict=True) if shard.parameter in gradients]
         if len({shard.parameter for shard, _ in inside}) < len(gradients):
-            raise UserError("DDP reduces parameters that SFW does not have: give it all of them, or take no hook")
+            raise UserError(
+                "DDP reduces parameters that SFW does not have, or that were frozen at its last step: give it all of "
+                "them, and after unfreezing call zero_grad() and step() before the next backward pass; or take no hook"
+            )
         own, their_owners = [shard for shard, _ in inside], [owner for _, owner in inside]
         return cls(bucket.buffer(), own, their_owners, [gradients[shard.parameter] for shard in own], bucket.index())
 
