@@ -3,13 +3,15 @@ parameter.
 """
 
 from sfw_dist.constraints.base import Constraint, Vertex, constraint_from_spec, constraint_kinds
-from sfw_dist.constraints.binding import constrain, expected_initial_norm
+from sfw_dist.constraints.binding import Binding, bindings, constrain
+from sfw_dist.constraints.initial_norm import expected_initial_norm
 from sfw_dist.constraints.k_sparse import KSparsePolytope, KSupportBall
 from sfw_dist.constraints.lp import LpBall
 from sfw_dist.constraints.matrix import GroupKSupportBall, NuclearBall, SpectralKSupportBall
 from sfw_dist.constraints.unconstrained import Unconstrained
 
 __all__ = [
+    "Binding",
     "Constraint",
     "GroupKSupportBall",
     "KSparsePolytope",
@@ -19,6 +21,7 @@ __all__ = [
     "SpectralKSupportBall",
     "Unconstrained",
     "Vertex",
+    "bindings",
     "constrain",
     "constraint_from_spec",
     "constraint_kinds",

@@ -144,6 +144,11 @@ class Constraint(ABC):
                 break
         return tuple(dict.fromkeys(names))
 
+    @property
+    def needs_initial_norm(self) -> bool:
+        """Whether :meth:`bind` looks at ``initial_norm``."""
+        return True
+
     def support(self, n: int) -> int:
         """The most nonzeros that a vertex over ``n`` entries has."""
         return n
@@ -249,6 +254,10 @@ class SizedConstraint(Constraint):
 
     def diameter(self, n: int) -> float:
         return self.radius(n) / self.radius_for(1.0, n)
+
+    @property
+    def needs_initial_norm(self) -> bool:
+        return self.size_mode == "tau"
 
     def bind(self, n: int, initial_norm: float) -> Constraint:
         diameter = 2 * self.size * initial_norm

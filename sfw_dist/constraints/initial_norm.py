@@ -1,0 +1,207 @@
+"""The norm that ``tau`` refers to: the expected one of the initializer that made a parameter, or the present one."""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sfw_dist.distributed.dtensor import full_tensor
+
+logger = logging.getLogger(__name__)
+
+_SEED = 0
+_MOST_DRAWS = 100  # as many as published
+_ENTRIES_WANTED = 100_000
+_DEVIATIONS = 10.0
+_LEAST_TOLERANCE = 0.01
+_REGISTERED = ("_parameters", "_buffers", "_modules")
+
+NormSource = Literal["initializer", "present", "1 for zeros"]
+
+
+class InitialNorm(NamedTuple):
+    """A norm, and where it is from."""
+
+    value: float
+    source: NormSource
+
+
+class Draws(NamedTuple):
+    """What the norm of a parameter is under its module's initializer."""
+
+    mean: float
+    deviation: float
+    """Of the norm's logarithm."""
+
+    def allow(self, present: float) -> bool:
+        """Whether a draw may have this norm, by more than chance.
+
+        With σ the deviation of the logarithm, norms within a factor e^±t of the mean are allowed,
+        ``t = max(0.01, 10·σ + 40·σ²)``. The norm of many entries is nearly normal, and 10·σ is enough. That of few is
+        not: of n entries it falls below a fraction e^-t of its mean with a probability of about e^(-n·t), and the
+        second term, 20/n for normal entries, keeps that below e^-20. A difference of 1 % does not matter.
+        """
+        if self.mean == 0 or present == 0:
+            return self.mean == present
+        sigma = self.deviation
+        return abs(math.log(present / self.mean)) <= max(_LEAST_TOLERANCE, _DEVIATIONS * sigma + 40 * sigma**2)
+
+
+def expected_initial_norm(module: nn.Module, parameter: str) -> float:
+    """``E‖W‖₂`` of a module's own initializer for one of its parameters, estimated on a copy, as :func:`drawn_norms`
+    does.
+
+    A parameter that no initializer sets counts with its present norm; zeros (a bias, say) count as 1, as published: a
+    set of radius 0 would freeze the tensor.
+
+    Example:
+        >>> expected_initial_norm(nn.LayerNorm(16), "weight")
+        4.0
+    """
+    drawn = drawn_norms(module, [parameter]).values()
+    return choose_norm(drawn, lambda: present_norm(getattr(module, parameter)), "initializer").value
+
+
+def choose_norm(
+    drawn: Iterable[Draws], present: Callable[[], float], rule: Literal["auto", "initializer"]
+) -> InitialNorm:
+    """The norm that ``tau`` refers to, by the rule that :func:`~sfw_dist.constrain` states.
+
+    Args:
+        drawn: what the initializers of the modules that have the parameter give; none: no module sets it.
+        present: measures the parameter's norm; called where it matters.
+        rule: ``"initializer"`` disregards the present norm where there is an initializer.
+    """
+    means = [draws.mean for draws in drawn]
+    if rule == "auto" or not means:
+        now = present()
+        if now > 0:
+            means = [draws.mean for draws in drawn if draws.allow(now)]
+            if not means:
+                return InitialNorm(now, "present")
+    positive = [mean for mean in means if mean > 0]
+    return InitialNorm(min(positive), "initializer") if positive else InitialNorm(1.0, "1 for zeros")
+
+
+def present_norm(parameter: Tensor) -> float:
+    """``‖W‖₂`` now; of a DTensor it is collective over its mesh.
+
+    Rounded, because the last bits of a sum depend on device, memory layout and number of threads, and ranks compare
+    the radii.
+    """
+    return float(f"{_norm(full_tensor(parameter)):.9g}")
+
+
+def drawn_norms(module: nn.Module, parameters: Sequence[str]) -> dict[str, Draws]:
+    """The norms of a module's own parameters over draws of its initializer, on a copy.
+
+    The initializer is its class's ``reset_parameters`` (of ``nn.MultiheadAttention``: ``_reset_parameters``), drawn up
+    to 100 times under a generator of its own, the same on every rank. Large tensors, whose norm hardly varies (its
+    relative deviation is about ``0.45/√n``), take fewer.
+
+    Args:
+        module: stays as it is, and so does the random state.
+        parameters: names of parameters that it has itself.
+
+    Returns:
+        By name; without those that the initializer does not set.
+    """
+    reset = getattr(type(module), "reset_parameters", None) or getattr(type(module), "_reset_parameters", None)
+    if reset is None or not parameters:
+        return {}
+    # On the CPU, where the draws are the same on every machine and one generator is all there is to restore.
+    clone = _Copies().of_module(module)
+    counts = {p: min(_MOST_DRAWS, math.ceil(_ENTRIES_WANTED / clone.get_parameter(p).numel())) for p in parameters}
+    norms: dict[str, list[float]] = {name: [] for name in parameters}
+    by_kurtosis: dict[str, float] = {}
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.default_generator.manual_seed(_SEED)
+        for number in range(max(counts.values())):
+            try:
+                reset(clone)
+            except Exception as error:  # it takes arguments, say, or needs what a copy lacks: there is no other use
+                logger.info("%s's initializer cannot be called on a copy: %s", type(module).__name__, error)
+                return {}
+            for name in (name for name in parameters if number < counts[name]):
+                drawn = clone.get_parameter(name)
+                norms[name].append(_norm(drawn))
+                if number == 0:
+                    by_kurtosis[name] = _deviation_by_kurtosis(drawn, norms[name][0])
+    return {name: _summary(norms[name], by_kurtosis[name]) for name in parameters if math.isfinite(sum(norms[name]))}
+
+
+def _summary(norms: Sequence[float], by_kurtosis: float) -> Draws:
+    mean = sum(norms) / len(norms)
+    if min(norms) == 0:
+        return Draws(mean, math.inf if mean else 0.0)
+    observed = statistics.stdev(map(math.log, norms)) if len(norms) > 1 else 0.0
+    return Draws(mean, max(observed, by_kurtosis))
+
+
+def _deviation_by_kurtosis(x: Tensor, norm: float) -> float:
+    """The relative deviation of the norm of independent entries, ``½·√((κ − 1)/n)``, by those of one draw.
+
+    For large tensors, which have too few draws to show it; for small ones it is too small.
+    """
+    if not 0 < norm < math.inf:
+        return 0.0
+    fourth = float(torch.linalg.vector_norm(x.detach(), 4, dtype=torch.float64))
+    kurtosis = x.numel() * (fourth / norm) ** 4
+    return 0.5 * math.sqrt(max(0.0, kurtosis - 1) / x.numel())
+
+
+class _Copies:
+    """Modules with their children, on the CPU, with parameters, buffers and other tensors of their own.
+
+    They are whole ones where the module's are divided between ranks; ``copy.deepcopy`` refuses such modules. Parameters
+    are NaN, so that those that an initializer does not set are seen.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[int, Any] = {}
+
+    def of_module(self, module: nn.Module) -> nn.Module:
+        clone: nn.Module = object.__new__(type(module))
+        self._made[id(module)] = clone
+        # Registered tensors come first: attributes may name them again, and hold others that an initializer writes to.
+        own = {key: {k: self._of(v) for k, v in module.__dict__[key].items()} for key in _REGISTERED}
+        clone.__dict__.update(own)
+        clone.__dict__.update({key: self._of(v) for key, v in module.__dict__.items() if key not in _REGISTERED})
+        return clone
+
+    def _of(self, value: Any) -> Any:
+        if id(value) in self._made:
+            return self._made[id(value)]
+        if isinstance(value, nn.Module):
+            return self.of_module(value)
+        if isinstance(value, nn.Parameter):
+            self._made[id(value)] = _not_set(value)
+        elif isinstance(value, Tensor):
+            self._made[id(value)] = _on_cpu(value)
+        elif type(value) in (list, tuple):
+            return type(value)(self._of(entry) for entry in value)
+        elif type(value) is dict:
+            return {key: self._of(entry) for key, entry in value.items()}
+        return self._made.get(id(value), value)
+
+
+def _not_set(parameter: Tensor) -> nn.Parameter:
+    real = parameter.is_floating_point()
+    fill = math.nan if real and parameter.dtype.itemsize > 1 else 0
+    return nn.Parameter(torch.full(parameter.shape, fill, dtype=parameter.dtype, device="cpu"), real)
+
+
+def _on_cpu(x: Tensor) -> Tensor:
+    if x.is_meta:
+        return torch.zeros(x.shape, dtype=x.dtype, device="cpu")
+    return full_tensor(x).detach().cpu().clone()
+
+
+def _norm(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x.detach(), dtype=torch.float64))
