@@ -7,8 +7,10 @@ re-initialising the model 100 times. Here each parameter has its own, and model 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -247,13 +249,13 @@ def _norms(parameters: Sequence[tuple[Binding, _Owners]], rule: NormRule) -> lis
     norms = []
     for one, owners in parameters:
         drawn = [draws[owner] for owner in owners if owner in draws]
-        norms.append(choose_norm(drawn, lambda one=one: _finite_norm(one), rule))  # type: ignore[misc]
+        norms.append(choose_norm(drawn, one.parameter.numel(), partial(_finite_norm, one), rule))
     return norms
 
 
 def _finite_norm(one: Binding) -> float:
     norm = present_norm(one.parameter)
-    if not norm < float("inf"):
+    if not math.isfinite(norm):
         raise ValueError(f"{one.name} has entries that are not finite: initialise the model before constrain")
     return norm
 

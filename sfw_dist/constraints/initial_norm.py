@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -20,6 +20,9 @@ _MOST_DRAWS = 100  # as many as published
 _ENTRIES_WANTED = 100_000
 _DEVIATIONS = 10.0
 _LEAST_TOLERANCE = 0.01
+_ZERO = 2e-4
+"""Entries of this root mean square count as zeros: layer scales begin with 1e-4 to 1e-6, some biases and tokens with
+1e-6, and a set of that size would freeze them. Weights of 100,000 inputs begin with 2e-3."""
 _REGISTERED = ("_parameters", "_buffers", "_modules")
 
 NormSource = Literal["initializer", "present", "1 for zeros"]
@@ -64,29 +67,32 @@ def expected_initial_norm(module: nn.Module, parameter: str) -> float:
         >>> expected_initial_norm(nn.LayerNorm(16), "weight")
         4.0
     """
-    drawn = drawn_norms(module, [parameter]).values()
-    return choose_norm(drawn, lambda: present_norm(getattr(module, parameter)), "initializer").value
+    own = module.get_parameter(parameter)
+    drawn = drawn_norms(module, [parameter])
+    return choose_norm(drawn.values(), own.numel(), lambda: present_norm(own), "initializer").value
 
 
 def choose_norm(
-    drawn: Iterable[Draws], present: Callable[[], float], rule: Literal["auto", "initializer"]
+    drawn: Collection[Draws], entries: int, present: Callable[[], float], rule: Literal["auto", "initializer"]
 ) -> InitialNorm:
     """The norm that ``tau`` refers to, by the rule that :func:`~sfw_dist.constrain` states.
 
     Args:
         drawn: what the initializers of the modules that have the parameter give; none: no module sets it.
+        entries: of the parameter.
         present: measures the parameter's norm; called where it matters.
         rule: ``"initializer"`` disregards the present norm where there is an initializer.
     """
+    zero = _ZERO * math.sqrt(entries)
     means = [draws.mean for draws in drawn]
-    if rule == "auto" or not means:
+    if rule == "auto" or not drawn:
         now = present()
-        if now > 0:
+        if now > zero:
             means = [draws.mean for draws in drawn if draws.allow(now)]
             if not means:
                 return InitialNorm(now, "present")
-    positive = [mean for mean in means if mean > 0]
-    return InitialNorm(min(positive), "initializer") if positive else InitialNorm(1.0, "1 for zeros")
+    means = [mean for mean in means if mean > zero]
+    return InitialNorm(min(means), "initializer") if means else InitialNorm(1.0, "1 for zeros")
 
 
 def present_norm(parameter: Tensor) -> float:

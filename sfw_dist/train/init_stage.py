@@ -12,7 +12,7 @@ from sfw_dist.data.loading import Loader
 from sfw_dist.distributed.world import World, any_rank
 from sfw_dist.errors import UserError
 from sfw_dist.optim.initialization import sfw_init
-from sfw_dist.train.build_optimizer import constrained_groups
+from sfw_dist.train.build_optimizer import constrained_groups, norm_rule
 from sfw_dist.train.logger import Logger
 from sfw_dist.train.signals import SignalHandler
 
@@ -74,7 +74,7 @@ def run_sfw_init(
             model,
             F.cross_entropy,
             batches,
-            constrained_groups(model, config.optimizer),
+            constrained_groups(model, config.optimizer, norm_rule(config)),
             lr=config.optimizer.lr,
             rescale=config.optimizer.rescale,
             steps=config.init.steps,

@@ -10,16 +10,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 
-from sfw_dist.constraints import (
-    Constraint,
-    KSparsePolytope,
-    KSupportBall,
-    LpBall,
-    Unconstrained,
-    constrain,
-    expected_initial_norm,
-)
+from sfw_dist import SFW
+from sfw_dist.constraints import Constraint, KSparsePolytope, KSupportBall, LpBall, Unconstrained, bindings, constrain
+from sfw_dist.constraints.binding import binding_table
 
 PAPER = KSparsePolytope(k_frac=0.05, k_min=10, tau=15.0)
 
@@ -146,6 +141,39 @@ def test_shared_parameters_are_bound_once() -> None:
     assert list(by_name(constrain(nn.Sequential(layer, nn.ReLU(), layer), PAPER))) == ["0.weight", "0.bias"]
 
 
+@pytest.mark.parametrize("made_by", ["embedding", "linear", "neither"])
+def test_a_tied_weight_has_one_radius_whichever_module_comes_first(made_by: str) -> None:
+    """Its initializer's that made it, else its present norm. Fails when the order of modules decides (160 or 12)."""
+    radii = set()
+    for first in ("embedding", "linear"):
+        torch.manual_seed(0)
+        embedding, linear = nn.Embedding(400, 64), nn.Linear(64, 400, bias=False)
+        if made_by == "linear":
+            embedding.weight = linear.weight
+        else:
+            linear.weight = embedding.weight
+        if made_by == "neither":
+            nn.init.normal_(linear.weight, std=0.02)
+        model = nn.ModuleList([embedding, linear] if first == "embedding" else [linear, embedding])
+        (one,) = bindings(model, LpBall(2, tau=1.0))
+        assert one.source == ("present" if made_by == "neither" else "initializer")
+        radii.add(one.radius)
+    (radius,) = radii
+    expected = {"embedding": 160.0, "linear": 160 / math.sqrt(3 * 64), "neither": 0.02 * 160}[made_by]
+    assert radius == pytest.approx(expected, rel=0.02)
+
+
+def test_a_weight_that_a_norm_layer_shares_is_unconstrained_whichever_module_comes_first() -> None:
+    class Scaled(nn.Module):
+        def __init__(self, weight: nn.Parameter) -> None:
+            super().__init__()
+            self.weight = weight
+
+    norm = nn.LayerNorm([4, 3], bias=False)
+    for order in ([norm, Scaled(norm.weight)], [Scaled(norm.weight), norm]):
+        assert unconstrained_names(nn.ModuleList(order)) == {"0.weight"}
+
+
 def test_frozen_parameters_are_included() -> None:
     """They may be thawed later, and a frozen layer must not shift the sets of those after it."""
     model = golden_net()
@@ -204,67 +232,173 @@ def test_wrong_option_is_an_error_of_one_line() -> None:
     with pytest.raises(ValueError) as error:
         constrain(golden_net(), PAPER, unconstrained="bias")  # type: ignore[arg-type]
     assert str(error.value) == "unconstrained must be none or norm_and_bias, got 'bias'"
+    with pytest.raises(ValueError) as error:
+        constrain(golden_net(), PAPER, norm="present")  # type: ignore[arg-type]
+    assert str(error.value) == "norm must be auto or initializer, got 'present'"
 
 
-# The expected norm
+# The norm
 
 
-@pytest.mark.parametrize(
-    ("module", "fan_in"),
-    [
-        (nn.Linear(64, 32), 64),
-        (nn.Linear(1000, 200), 1000),
-        (nn.Conv2d(3, 16, 3), 27),
-        (nn.Conv2d(64, 64, 3), 576),
-        (nn.Conv2d(32, 64, 3, groups=4), 72),
-        (nn.Conv1d(8, 40, 5), 40),
-    ],
-    ids=str,
-)
-def test_linear_and_conv_norms_are_the_closed_forms(module: nn.Module, fan_in: int) -> None:
-    """Both draw uniformly within ±1/√fan_in: ``E‖W‖ ≈ √n · (1/√fan_in) / √3``."""
-    for name, parameter in module.named_parameters():
-        closed = math.sqrt(parameter.numel()) / math.sqrt(fan_in) / math.sqrt(3)
-        assert expected_initial_norm(module, name) == pytest.approx(closed, rel=0.02)
+def own_initialisation(module: nn.Module) -> None:
+    """nanoGPT's."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)
 
 
-def test_norms_of_constant_initializers_are_exact() -> None:
-    """Ones have norm √n; zeros count as 1, or the tensor could never move."""
-    for layer, n in ((nn.BatchNorm2d(48), 48), (nn.LayerNorm([4, 5]), 20), (nn.GroupNorm(3, 12), 12)):
-        assert expected_initial_norm(layer, "weight") == pytest.approx(math.sqrt(n), rel=1e-6)
-        assert expected_initial_norm(layer, "bias") == 1.0
-    assert expected_initial_norm(nn.Embedding(500, 40), "weight") == pytest.approx(math.sqrt(20_000), rel=0.02)
+def test_a_model_that_initialises_itself_has_radii_of_its_present_norms() -> None:
+    """Fails when the embedding has 50 times its radius. Zeros say nothing, and have their initializer's norm."""
+    model = nn.ModuleDict({"wte": nn.Embedding(500, 64), "fc": nn.Linear(64, 256), "ln": nn.LayerNorm(64)})
+    new = {one.name: one for one in bindings(model, LpBall(2, tau=15.0))}
+    assert {one.source for one in new.values()} == {"initializer", "1 for zeros"}
+    model.apply(own_initialisation)
+    own = {one.name: one for one in bindings(model, LpBall(2, tau=15.0))}
+    assert own["wte.weight"].radius == pytest.approx(15 * 0.02 * math.sqrt(500 * 64), rel=0.02)
+    assert own["fc.weight"].norm == pytest.approx(float(model.get_parameter("fc.weight").detach().norm()), rel=1e-6)
+    assert [own[name].source for name in ("wte.weight", "fc.weight")] == ["present"] * 2
+    for name in ("fc.bias", "ln.weight", "ln.bias"):
+        assert own[name] == new[name]
+    of_new = by_name(constrain(model, LpBall(2, tau=15.0), norm="initializer"))
+    assert of_new == {name: one.constraint for name, one in new.items()}
 
 
-def test_present_weights_do_not_matter() -> None:
-    """The norm is the initializer's, so that a pretrained or already trained model gets the same sets."""
-    layer = nn.Linear(64, 32)
-    before = expected_initial_norm(layer, "weight")
-    with torch.no_grad():
-        layer.weight.mul_(100)
-    assert expected_initial_norm(layer, "weight") == before
+def test_tokens_and_layer_scales_that_begin_near_zero_can_move() -> None:
+    """timm's class token has deviation 1e-6; fails when its set has that size, too."""
 
-
-def test_module_without_an_initializer_counts_with_its_present_norm() -> None:
-    """There is nothing to draw from; and a tensor of zeros counts as 1."""
-
-    class Bare(nn.Module):
+    class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.token = nn.Parameter(torch.tensor([[3.0, 4.0]]))
-            self.position = nn.Parameter(torch.zeros(2, 2))
+            self.token = nn.Parameter(torch.randn(1, 1, 64) * 1e-6)
+            self.scale = nn.Parameter(torch.full((64,), 1e-4))
 
-    assert expected_initial_norm(Bare(), "token") == pytest.approx(5.0)
-    assert expected_initial_norm(Bare(), "position") == 1.0
-    assert by_name(constrain(Bare(), PAPER))["token"].diameter(2) == pytest.approx(2 * 15 * 5)
+    assert [one.norm for one in bindings(Block(), PAPER)] == [1.0, 1.0]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_norm_in_other_types(dtype: torch.dtype) -> None:
-    """A norm rounded to bfloat16 is off by 0.1 %."""
-    assert expected_initial_norm(nn.BatchNorm2d(48, dtype=dtype), "weight") == pytest.approx(math.sqrt(48), rel=1e-6)
-    closed = math.sqrt(250 / 3)
-    assert expected_initial_norm(nn.Linear(400, 250, dtype=dtype), "weight") == pytest.approx(closed, rel=0.02)
+def test_norms_are_measured_only_where_the_size_depends_on_them() -> None:
+    """A set of a given size needs no finite weights, and none of its initializer's draws."""
+
+    class Undrawable(nn.Linear):
+        def reset_parameters(self) -> None:
+            assert getattr(self, "built", None) is None
+            self.built = True
+
+    layer = Undrawable(3, 2)
+    nn.init.constant_(layer.weight, math.nan)
+    for spec in (LpBall(2, diameter=3.0), LpBall(2, radius=1.5)):
+        assert [one.radius for one in bindings(layer, spec)] == [1.5, 1.5]
+        assert {one.source for one in bindings(layer, spec)} == {"size given"}
+
+
+# What cannot be trained
+
+
+def quantised(value: float, dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(torch.full((4, 3), value).to(dtype), requires_grad=False)
+
+
+class Adapted(nn.Module):
+    """A frozen base of another type with a trainable adapter, as in LoRA."""
+
+    def __init__(self, base: nn.Parameter) -> None:
+        super().__init__()
+        self.base = base
+        self.adapter = nn.Linear(3, 2)
+
+
+FROZEN: dict[str, tuple[nn.Parameter, str]] = {
+    "int8": (quantised(3, torch.int8), "is int8"),
+    "uint8": (quantised(3, torch.uint8), "is uint8"),
+    "bool": (quantised(1, torch.bool), "is bool"),
+    "float8": (quantised(3, torch.float8_e4m3fn), "is float8_e4m3fn"),
+    "complex": (quantised(3, torch.complex64), "is complex64"),
+    "sparse": (nn.Parameter(torch.eye(3).to_sparse(), requires_grad=False), "is sparse_coo"),
+    "empty": (nn.Parameter(torch.ones(0, 4), requires_grad=False), "of shape (0, 4) has no entries"),
+    "subclass": (nn.Parameter(TwoTensor(torch.ones(3), torch.ones(3)), requires_grad=False), "is a TwoTensor"),
+}
+
+
+@pytest.mark.parametrize("kind", FROZEN)
+@pytest.mark.parametrize("spec", [PAPER, KSparsePolytope(k=2, radius=1.0), Unconstrained()], ids=str)
+def test_frozen_parameters_that_cannot_be_trained_are_in_no_group(kind: str, spec: Constraint) -> None:
+    """Fails when a quantised base makes constrain raise, or is handed to SFW."""
+    base, reason = FROZEN[kind]
+    groups = constrain(Adapted(base), spec)
+    assert list(by_name(groups)) == ["adapter.weight", "adapter.bias"]
+    SFW(groups, lr=0.1)
+    left_out, *_ = bindings(Adapted(base), spec)
+    assert (left_out.name, left_out.constraint, left_out.source) == ("base", None, f"in no group: {reason}")
+
+
+@pytest.mark.parametrize("kind", ["float8", "complex", "sparse", "empty", "subclass"])
+def test_trainable_parameters_that_cannot_be_trained_are_an_error(kind: str) -> None:
+    """Fails when a parameter that the script means to train stays as it is in silence."""
+    base, reason = FROZEN[kind]
+    trainable = nn.Parameter(base.detach(), requires_grad=True)
+    with pytest.raises(ValueError) as error:
+        constrain(Adapted(trainable), PAPER)
+    assert str(error.value).startswith(f"base {reason}, which SFW cannot train: freeze it with requires_grad_(False)")
+
+
+def test_models_without_values_are_an_error_of_one_line() -> None:
+    """On the meta device, lazy, or in memory that nobody has written. Fails when torch's own error comes instead."""
+    with torch.device("meta"):
+        meta = nn.Sequential(nn.Linear(3, 2))
+    not_finite = nn.Linear(3, 2)
+    nn.init.constant_(not_finite.bias, math.nan)
+    for model, message in (
+        (meta, "0.weight has no memory (device meta): initialise the model before constrain, with to_empty"),
+        (
+            nn.Sequential(nn.LazyLinear(4)),
+            "0.weight is not initialised (LazyLinear): send one batch through the model before constrain",
+        ),
+        (not_finite, "bias has entries that are not finite: initialise the model before constrain"),
+    ):
+        with pytest.raises(ValueError) as error:
+            constrain(model, PAPER)
+        assert str(error.value) == message
+
+
+def test_weights_behind_a_parametrization() -> None:
+    """weight_norm's two factors, by the names that they have; the model computes as before."""
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(6, 5))
+    before = layer.weight.detach().clone()
+    bound = by_name(constrain(layer, PAPER))
+    assert list(bound) == ["bias", "parametrizations.weight.original0", "parametrizations.weight.original1"]
+    direction = layer.get_parameter("parametrizations.weight.original1").detach()
+    assert bound["parametrizations.weight.original1"].diameter(30) == pytest.approx(30 * float(direction.norm()))
+    assert torch.equal(layer.weight, before)
+
+
+# Wrappers, and the table
+
+
+def test_wrappers_do_not_change_names_or_sets() -> None:
+    """torch.compile's and DataParallel's; DistributedDataParallel's in tests/multiprocess."""
+    model = golden_net()
+    expected = bindings(model, PAPER)
+    for wrapper in (torch.compile(model), nn.DataParallel(model), torch.compile(nn.DataParallel(model))):
+        assert bindings(wrapper, PAPER) == expected  # type: ignore[arg-type]
+
+
+def test_the_table_says_what_was_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    """One row a parameter, in order; nothing is printed without verbose."""
+    model = Adapted(quantised(3, torch.int8))
+    nn.init.constant_(model.adapter.weight, 60 / math.sqrt(6))
+    constrain(model, LpBall(2, tau=2.0), unconstrained="norm_and_bias")
+    assert capsys.readouterr().out == ""
+    constrain(model, LpBall(2, tau=2.0), unconstrained="norm_and_bias", verbose=True)
+    assert capsys.readouterr().out.splitlines() == [
+        "parameter       shape  set            norm  source                radius",
+        "base            4×3    -              -     in no group: is int8  -",
+        "adapter.weight  2×3    LpBall         60    present               120",
+        "adapter.bias    2      Unconstrained  -     unconstrained         -",
+    ]
+    assert binding_table([]) == "parameter  shape  set  norm  source  radius"
+
+
+# What constrain leaves as it is
 
 
 def test_model_and_random_state_stay_as_they_are() -> None:

@@ -13,7 +13,7 @@ from sfw_dist.config import Config
 from sfw_dist.distributed.replicas import verify_replicas
 from sfw_dist.distributed.world import World
 from sfw_dist.optim.comm_hooks import reduce_to_owner, reduce_to_owner_bf16
-from sfw_dist.train.build_optimizer import build_optimizer
+from sfw_dist.train.build_optimizer import build_optimizer, norm_rule
 from sfw_dist.train.strategies.base import Strategy, autocast
 
 _HOOKS = {"all_reduce": None, "reduce_to_owner": reduce_to_owner, "reduce_to_owner_bf16": reduce_to_owner_bf16}
@@ -33,7 +33,7 @@ class DDPStrategy(Strategy):
         if world.size > 1:
             device_ids = [world.device] if world.device.type == "cuda" else None
             self._replica = DistributedDataParallel(self.model, device_ids=device_ids)
-        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.optimizer = build_optimizer(self.model, config.optimizer, norm_rule(config))
         hook = _HOOKS[config.optimizer.grads]
         if isinstance(self._replica, DistributedDataParallel) and hook is not None:
             self._replica.register_comm_hook(self.optimizer, hook)

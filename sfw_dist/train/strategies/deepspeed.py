@@ -17,7 +17,7 @@ from sfw_dist.errors import UserError
 from sfw_dist.optim.deepspeed import initialize
 from sfw_dist.optim.sfw import SFW
 from sfw_dist.optim.sharding.zero import gather_model, gather_tensors, load_tensors
-from sfw_dist.train.build_optimizer import build_optimizer
+from sfw_dist.train.build_optimizer import build_optimizer, norm_rule
 from sfw_dist.train.strategies.base import Strategy, autocast
 
 
@@ -33,7 +33,7 @@ class DeepSpeedStrategy(Strategy):
         if config.deepspeed.stage == 3:
             raise UserError("deepspeed.stage 3: write 2, or engine: fsdp, which divides the parameters too")
         self.model = model.to(world.device)
-        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.optimizer = build_optimizer(self.model, config.optimizer, norm_rule(config))
         # Checkpoints hold the param groups as in other strategies, one a tensor.
         self._groups = [
             {"param_names": list(g["param_names"])}

@@ -20,7 +20,7 @@ from sfw_dist.config import Config
 from sfw_dist.distributed.dtensor import to_local
 from sfw_dist.distributed.replicas import verify_replicas
 from sfw_dist.distributed.world import World, any_rank
-from sfw_dist.train.build_optimizer import build_optimizer
+from sfw_dist.train.build_optimizer import build_optimizer, norm_rule
 from sfw_dist.train.strategies.base import Strategy
 
 # A module is gathered as a whole while it computes, as a fraction of the network. Larger ones are split where they can
@@ -43,7 +43,7 @@ class FSDPStrategy(Strategy):
             policy = _precision(model) if config.train.precision == "bf16" else MixedPrecisionPolicy()
             for module in [*modules_to_shard(model), model]:
                 fully_shard(module, mesh=self._mesh, mp_policy=policy)
-        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.optimizer = build_optimizer(self.model, config.optimizer, norm_rule(config))
 
     def _gradient_sync(self, enabled: bool) -> contextlib.AbstractContextManager[Any]:
         if isinstance(self.model, FSDPModule):
