@@ -46,7 +46,8 @@ def half_batches(*shape: int, count: int = 6, dtype: torch.dtype = torch.float32
 
 
 def run(model: nn.Module, batches: Any, spec: Constraint = SETS["k_sparse"], **options: Any) -> dict[str, float]:
-    return sfw_init(model, F.cross_entropy, batches, constrain(model, spec), **{"steps": 5, **options})
+    groups = constrain(model, spec, norm="initializer")
+    return sfw_init(model, F.cross_entropy, batches, groups, **{"steps": 5, **options})
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -127,7 +128,7 @@ def test_what_was_outside_its_set_is_in_it_afterwards(kind: str) -> None:
     with torch.no_grad():
         model[0].weight *= 1000
     before = weights(model)
-    groups = constrain(model, SETS[kind])
+    groups = constrain(model, SETS[kind], norm="initializer")
     scales = run(model, half_batches(12), SETS[kind])
     assert scales["0.weight"] < 0.2
     for group in groups:
