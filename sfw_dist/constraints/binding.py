@@ -70,17 +70,18 @@ def constrain(
     **The norm that tau refers to** is E‖W‖₂ of the initializer that made the parameter: the mean over up to 100 draws
     of its module's ``reset_parameters``, on a copy. Where the present norm is none that these draws allow, by more than
     chance, something else made the weights (the model's own initialisation, a checkpoint, training), and the present
-    norm counts; so it does where no module sets the parameter. The chance that weights fresh from ``reset_parameters``
-    are taken for others is below 1e-9; a difference below 1 % is disregarded. Of a parameter that several modules share
-    the initializer counts that allows its norm, and if several do, the one with the smallest. A parameter of zeros says
-    nothing about its scale and has its initializer's norm; if that makes zeros, too, it counts as 1, as published.
+    norm counts; so it does where no module sets the parameter. The chance that weights fresh from one of torch's
+    initializers are taken for others is below 1e-9; a difference below 1 % is disregarded. Of a parameter that several
+    modules share the initializer counts that allows its norm, and if several do, the one with the smallest. A parameter
+    of zeros, or of entries below 2e-4, says nothing about its scale and has its initializer's norm; if that makes
+    zeros, too, or there is none, it counts as 1, as published.
 
     So call it when the model has the weights whose norm shall count: before training, or for fine-tuning after the
     checkpoint is loaded. ``norm="initializer"`` gives a model the sets that it had when it was new.
 
     With several ranks, norms of initializers are the same on all. Present ones are where the weights are: seed every
     rank alike, or call this after DistributedDataParallel has sent rank 0's weights, or give a ``process_group``.
-    Otherwise SFW refuses the different radii.
+    Otherwise SFW refuses the different radii; ProjectedSGD and AdaGradSFW do not compare them.
 
     Args:
         model: its parameters, trainable or frozen, shared ones once, with the names that they have in the model inside

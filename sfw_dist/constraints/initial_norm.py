@@ -48,7 +48,9 @@ class Draws(NamedTuple):
         With σ the deviation of the logarithm, norms within a factor e^±t of the mean are allowed,
         ``t = max(0.01, 10·σ + 40·σ²)``. The norm of many entries is nearly normal, and 10·σ is enough. That of few is
         not: of n entries it falls below a fraction e^-t of its mean with a probability of about e^(-n·t), and the
-        second term, 20/n for normal entries, keeps that below e^-20. A difference of 1 % does not matter.
+        second term, 20/n for normal entries, keeps that below e^-20. A difference of 1 % does not matter. Initializers
+        that scale a tensor of more than 100,000 entries by one random number, or draw entries without a fourth moment,
+        vary more than the deviation says.
         """
         if self.mean == 0 or present == 0:
             return self.mean == present

@@ -78,5 +78,6 @@ def test_radii_on_ranks() -> None:
     for results in (first, second):
         assert results["first"] == results["after"] == results["whole"] == results["sharded"] == first["own"]
         assert "other parameters or sets than the first of process_group" in results["other_models"]
-        assert "ranks [1]" in results["other_models"] and "than rank 0" in results["refused"]
+        assert "ranks [1]" in results["other_models"]
+        assert "position" in results["refused"] and "seed all ranks alike" in results["refused"]
     assert second["alone"] == (second["own"], second["own"])
