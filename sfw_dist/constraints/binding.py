@@ -81,7 +81,7 @@ def constrain(
 
     With several ranks, norms of initializers are the same on all. Present ones are where the weights are: seed every
     rank alike, or call this after DistributedDataParallel has sent rank 0's weights, or give a ``process_group``.
-    Otherwise SFW refuses the different radii; ProjectedSGD and AdaGradSFW do not compare them.
+    Otherwise the optimizer refuses the different radii.
 
     Args:
         model: its parameters, trainable or frozen, shared ones once, with the names that they have in the model inside
@@ -89,7 +89,7 @@ def constrain(
             (integer, float8, complex or sparse ones, quantised ones, ones without entries) are in no group.
         spec: bound to each parameter's size and, with ``tau``, to its norm.
         unconstrained: ``"norm_and_bias"`` leaves out normalisation layers and tensors of at most one dimension, which
-            then take momentum-SGD steps; set that last group's ``lr`` and ``weight_decay``.
+            then take momentum-SGD steps; set that last group's ``lr_factor`` (or ``lr``) and ``weight_decay``.
         norm: ``"initializer"``: the present norm counts only where there is no initializer.
         process_group: ranks that all call this, for the first one's present norms (``dist.group.WORLD``: all of them);
             ``None``: nothing is sent, except that DTensors are gathered over their mesh where their norm is needed.
@@ -218,6 +218,11 @@ def _check(name: str, parameter: nn.Parameter, module: nn.Module) -> str | None:
         raise ValueError(f"{name} is not initialised ({kind}): send one batch through the model before constrain")
     if parameter.is_meta:
         raise ValueError(f"{name} has no memory (device meta): initialise the model before constrain, with to_empty")
+    if getattr(parameter, "_fsdp_flattened", False):
+        raise ValueError(
+            f"{name} is FullyShardedDataParallel's, which keeps slices of several tensors in one: take "
+            "torch.distributed.fsdp.fully_shard"
+        )
     reason = _cannot_train(parameter)
     if reason is not None and parameter.requires_grad:
         raise ValueError(f"{name} {reason}, which SFW cannot train: freeze it with requires_grad_(False), or {_REMEDY}")

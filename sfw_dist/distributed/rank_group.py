@@ -89,6 +89,6 @@ def verify_agreement(described: Sequence[str], ranks: RankGroup, devices: set[to
     raise UserError(
         f"ranks {differing} have other parameters or constraints than rank 0 (rank {differing[0]}: {one}; rank 0: "
         f"{other}): build the same model and param groups, in the same order, on every rank; with a model of its own "
-        "on each rank give SFW the ranks that share one as process_group=; where only the radius differs, seed all "
-        "ranks alike or build SFW after DistributedDataParallel"
+        "on each rank give the optimizer the ranks that share one as process_group=; where only the radius differs, "
+        "seed all ranks alike, build after DistributedDataParallel, or call constrain(…, process_group=…)"
     )

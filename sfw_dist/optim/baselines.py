@@ -13,14 +13,17 @@ from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from sfw_dist.constraints import Constraint, Unconstrained
+from sfw_dist.distributed.rank_group import RankGroup, verify_agreement
 from sfw_dist.errors import UserError
 from sfw_dist.ops.pairwise_sum import inner_product, row_sums, tree_sum
 from sfw_dist.optim.constrained_optimizer import ConstrainedOptimizer
 from sfw_dist.optim.param_groups import check_group, constraint_of, entries, make_feasible
+from sfw_dist.optim.sharding.gradients import verify_first_step
 from sfw_dist.optim.update import learning_rate
 
 
@@ -32,6 +35,10 @@ class WholeTensorOptimizer(ConstrainedOptimizer):
     Raises:
         ValueError: an option outside its domain, a set that is not bound, or DTensors.
     """
+
+    _process_group: dist.ProcessGroup | None = None
+    _verified = False
+    """Whether the ranks have compared their tensors. A copy, or what was unpickled, compares again."""
 
     def _begin(self, group: dict[str, Any]) -> None:
         check_group(group)
@@ -72,9 +79,21 @@ class WholeTensorOptimizer(ConstrainedOptimizer):
         for entry in stepping:
             if entry.parameter.grad is not None and entry.parameter.grad.is_sparse:
                 raise UserError(f"{entry.name} has a sparse gradient: take dense ones (nn.Embedding(sparse=False))")
+        self._verify()
         for entry in stepping:
             assert entry.parameter.grad is not None
             self._move(entry.parameter, entry.parameter.grad, entry.group, entry.constraint)
+
+    def _verify(self) -> None:
+        """At the first step that moves something, the ranks compare parameters, sets and gradients; collective."""
+        if self._verified or all(learning_rate(group) == 0 for group in self.param_groups):
+            return
+        self._verified, ranks = True, RankGroup.of(self._process_group)
+        found = [entry for entry in entries(self.param_groups) if entry.parameter.requires_grad]
+        if found:
+            described = [f"{e.name} {tuple(e.parameter.shape)} {e.parameter.dtype} {e.constraint!r}" for e in found]
+            verify_agreement(described, ranks, {entry.parameter.device for entry in found})
+            verify_first_step({e.name: e.parameter for e in found}, ranks, gradients_are_reduced=True)
 
     @abstractmethod
     def _move(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any], constraint: Constraint) -> None:
@@ -123,6 +142,7 @@ class AdaGradSFW(WholeTensorOptimizer):
         inner_steps: LMOs a step, at least 1.
         delta: δ > 0, which keeps H positive.
         weight_decay: L2 penalty ≥ 0 of the unconstrained tensors.
+        process_group: ranks that hold replicas, which they compare at the first step; ``None``: the default group.
 
     Raises:
         ValueError: an option outside its domain, a set that is not bound, or DTensors.
@@ -145,7 +165,10 @@ class AdaGradSFW(WholeTensorOptimizer):
         inner_steps: int = 2,
         delta: float = 1e-8,
         weight_decay: float = 0.0,
+        *,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
+        self._process_group = process_group
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -201,6 +224,7 @@ class ProjectedSGD(WholeTensorOptimizer):
         lr: learning rate ≥ 0.
         momentum: ρ in [0, 1).
         weight_decay: L2 penalty ≥ 0 of all tensors.
+        process_group: ranks that hold replicas, which they compare at the first step; ``None``: the default group.
 
     Raises:
         ValueError: an option outside its domain, a set without a projection, or DTensors.
@@ -216,8 +240,15 @@ class ProjectedSGD(WholeTensorOptimizer):
     options: ClassVar = ("lr", "momentum", "weight_decay", "constraint")
 
     def __init__(
-        self, params: Iterable[Any], lr: float = 0.05, momentum: float = 0.9, weight_decay: float = 0.0
+        self,
+        params: Iterable[Any],
+        lr: float = 0.05,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        *,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
+        self._process_group = process_group
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "constraint": Unconstrained()}
         super().__init__(params, defaults)
 

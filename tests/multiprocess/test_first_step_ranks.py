@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from sfw_dist import SFW, KSparsePolytope, constrain
+from sfw_dist import SFW, AdaGradSFW, KSparsePolytope, LpBall, ProjectedSGD, constrain
 from tests.support.ranks import run_on_ranks
 
 SET = KSparsePolytope(k_frac=0.1, radius=0.05)
@@ -28,7 +28,7 @@ def batch(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(16, 12, generator=generator), torch.randint(3, (16,), generator=generator)
 
 
-def train(net: nn.Module, optimizer: SFW, steps: range, seed: int = 0) -> None:
+def train(net: nn.Module, optimizer: torch.optim.Optimizer, steps: range, seed: int = 0) -> None:
     for step in steps:
         inputs, targets = batch(100 * seed + step)
         optimizer.zero_grad()
@@ -85,6 +85,19 @@ def programs(rank: int) -> dict[str, Any]:
     other = groups[(rank + 1) % dist.get_world_size()]
     said["outside"] = message_of(lambda: SFW(constrain(net, SET), process_group=other))
 
+    # The baselines compare too, sets first: their radii may depend on this rank's weights.
+    net = network(seed=rank)
+    for kind in (AdaGradSFW, ProjectedSGD):
+        said[f"{kind.__name__} replicas"] = message_of(
+            lambda kind=kind: train(net, kind(constrain(net, LpBall(2, radius=0.5)), lr=0.1), range(1))
+        )
+        own = LpBall(2, radius=0.5 + rank)
+        said[f"{kind.__name__} sets"] = message_of(
+            lambda kind=kind, own=own: train(net, kind(constrain(net, own), lr=0.1), range(1))
+        )
+        mine = kind(constrain(net, own), lr=0.1, process_group=groups[rank])
+        assert message_of(lambda mine=mine: train(net, mine, range(1))) is None
+
     said["unfrozen"] = unfrozen(DistributedDataParallel)
     return said
 
@@ -116,6 +129,9 @@ def test_ranks_that_are_no_replicas_are_told_so() -> None:
         assert said["no replicas"].startswith("at the first step parameters differ between ranks"), said["no replicas"]
         assert "0.weight on ranks 1, 2 (compared with rank 0)" in said["no replicas"]
         assert "process_group=" in said["no replicas"] and "DistributedDataParallel" in said["no replicas"]
+        for kind in ("AdaGradSFW", "ProjectedSGD"):
+            assert said[f"{kind} replicas"].startswith("at the first step parameters differ between ranks")
+            assert said[f"{kind} sets"].startswith("ranks [1, 2] have other parameters or constraints than rank 0")
         assert said["stayed"], "a refused step has moved parameters"
         assert said["rate 0"] is None, said["rate 0"]
         if rank == 0:
@@ -142,6 +158,7 @@ def fsdp1(rank: int) -> dict[str, str | None]:
         said[f"late {use_orig_params}"] = message_of(
             lambda wrapped=wrapped: SFW([{"params": wrapped.parameters(), "constraint": SET}])
         )
+        said[f"constrain {use_orig_params}"] = message_of(lambda wrapped=wrapped: constrain(wrapped, SET))
         said[f"early {use_orig_params}"] = message_of(early.step)
     return said
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,14 +12,13 @@ from torch.distributed.tensor import DTensor
 
 from sfw_dist.constraints import Constraint
 from sfw_dist.distributed.rank_group import RankGroup, verify_agreement
-from sfw_dist.distributed.replicas import differences
 from sfw_dist.errors import UserError
 from sfw_dist.ops.pairwise_sum import ROW
 from sfw_dist.optim.param_groups import Entry, check_group, entries, make_feasible
 from sfw_dist.optim.shard import Shard, State, new_state, step_cost
 from sfw_dist.optim.sharding.assignment import ShardSpec, TensorSpec, assign
 from sfw_dist.optim.sharding.dtensors import FlatSegment, distributors_of_dtensors, distributors_of_flat_buffers
-from sfw_dist.optim.sharding.gradients import gradient_of
+from sfw_dist.optim.sharding.gradients import verify_first_step
 from sfw_dist.optim.sharding.interface import Distributor
 from sfw_dist.optim.sharding.replicated import ReplicatedDistributor
 from sfw_dist.optim.sharding.sharded import ShardedDistributor
@@ -163,7 +161,8 @@ class Distribution:
         if self._verified or self.is_flat or all(learning_rate(group) == 0 for group in groups):
             return
         if self.replicated_shards:
-            verify_first_step(self.replicated_shards, self.ranks, gradients_are_reduced=gradients_are_reduced)
+            tensors = {shard.name: shard.parameter for shard in self.replicated_shards}
+            verify_first_step(tensors, self.ranks, gradients_are_reduced=gradients_are_reduced)
         for group in groups:
             make_feasible(group, only=self._arrived, rounded=True)
         self._arrived, self._verified = set(), True
@@ -308,33 +307,6 @@ class Distribution:
         self._stepped = self.shards
         state.clear()
         self.complete(state)
-
-
-def verify_first_step(shards: Sequence[Shard], ranks: RankGroup, *, gradients_are_reduced: bool) -> None:
-    """Compare the ranks' parameters, and their gradients if they should be the same; collective.
-
-    Raises:
-        UserError: parameters differ.
-
-    Warns:
-        UserWarning: on rank 0, gradients differ.
-    """
-    if ranks.size == 1:
-        return
-    parameters: dict[str, Tensor | None] = {shard.name: shard.parameter for shard in shards}
-    if found := differences(parameters, ranks):
-        raise UserError(
-            f"at the first step parameters differ between ranks that should hold replicas ({found}): wrap the model in "
-            "DistributedDataParallel, or seed all ranks alike; with a model of its own on each rank give SFW the ranks "
-            "that share one as process_group="
-        )
-    gradients = {shard.name: gradient_of(shard.parameter) for shard in shards} if gradients_are_reduced else {}
-    if (found := differences(gradients, ranks)) and ranks.rank == 0:
-        warnings.warn(
-            f"at the first step gradients differ between ranks ({found}), so SFW takes each from the tensor's owner "
-            "alone: call the model through DistributedDataParallel, which averages them, not through its .module",
-            stacklevel=2,
-        )
 
 
 def assign_shards(
