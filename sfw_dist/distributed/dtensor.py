@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 
@@ -64,6 +67,40 @@ class Block:
         return strides[: len(self.shape)]
 
 
+@dataclass(frozen=True)
+class MeshRanks:
+    """The ranks that differ from this one in some dimensions of a mesh alone.
+
+    They add along one dimension after the other, in the groups that the mesh has: none is made for them.
+    """
+
+    mesh: DeviceMesh
+    dims: Sequence[int]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.mesh.size(dim) for dim in self.dims)
+
+    @property
+    def rank(self) -> int:
+        """This rank's place among them, the last of the dimensions running fastest."""
+        place = 0
+        for dim in self.dims:
+            place = place * self.mesh.size(dim) + self.mesh.get_local_rank(dim)
+        return place
+
+    def all_reduce(self, x: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
+        """Add tensors over the ranks, or take their maximum, in place; collective.
+
+        ``x`` may lie elsewhere than the mesh's devices, as parameters that FSDP2 offloads to the CPU do.
+        """
+        message = x.to(self.mesh.device_type)
+        for dim in self.dims:
+            dist.all_reduce(message, op, group=self.mesh.get_group(dim))
+        if message is not x:
+            x.copy_(message)
+
+
 def sharing(tensors: Iterable[DTensor]) -> list[tuple[DeviceMesh, list[int]]]:
     """The meshes on which the tensors lie, in their order, and on each the dimensions that any of them is cut along."""
     found: dict[DeviceMesh, set[int]] = {}
@@ -88,3 +125,40 @@ def copy_entries(target: Tensor, source: Tensor) -> None:
     if isinstance(target, DTensor) and not isinstance(source, DTensor):
         source = Block.of(target).of_whole(source)
     to_local(target).copy_(to_local(source))
+
+
+def entries_as(source: Tensor, target: Tensor) -> Tensor:
+    """What this rank would hold of ``source`` if it lay as ``target`` does; both have the same shape.
+
+    Collective where ``source`` is a DTensor that lies in another way.
+    """
+    if not isinstance(target, DTensor):
+        return full_tensor(source)
+    if not isinstance(source, DTensor):
+        return Block.of(target).of_whole(source)
+    if source.device_mesh != target.device_mesh:
+        return Block.of(target).of_whole(full_tensor(source))
+    return source.redistribute(placements=target.placements).to_local()
+
+
+def wrapped_as(local: Tensor, target: Tensor) -> Tensor:
+    """This rank's entries as a tensor that lies as ``target`` does: a DTensor if that is one."""
+    if not isinstance(target, DTensor):
+        return local
+    place = target.device_mesh, target.placements
+    return DTensor.from_local(local, *place, run_check=False, shape=target.shape, stride=target.stride())
+
+
+def has_whole_rows(tensor: DTensor) -> bool:
+    """Whether no rank's entries are cut along another dimension than the first; the same answer on every rank."""
+    return all(placement.is_replicate() or getattr(placement, "dim", None) == 0 for placement in tensor.placements)
+
+
+def reshard(model: nn.Module) -> None:
+    """Let the parameters of FSDP2's modules be DTensors again.
+
+    After a forward pass without a backward pass the root's are whole copies, and what is written to them is lost.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -13,7 +13,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from sfw_dist.distributed.dtensor import entries_as, to_local, wrapped_as
 from sfw_dist.errors import UserError
+from sfw_dist.ops.shards import Shards
+from sfw_dist.pruning.scope import FLOATS
 
 Criterion = Callable[[Mapping[str, nn.Parameter]], dict[str, Tensor]]
 """From the prunable parameters by name (``grad`` included) to scores of their shapes: the largest are kept."""
@@ -39,11 +42,30 @@ def register(criterion: Criterion) -> Criterion:
 
 @register
 def magnitude(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Absolute values. Raises :class:`UserError` for NaN."""
-    for name, parameter in parameters.items():
-        if parameter.isnan().any():
-            raise UserError(f"{name} holds NaN, which has no magnitude: prune a checkpoint from before it diverged")
+    """Absolute values."""
     return {name: parameter.detach().abs() for name, parameter in parameters.items()}
+
+
+def criterion_scores(criterion: str, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """What a criterion gives to the prunable parameters; the scores lie as these do.
+
+    Collective where parameters are DTensors, as is :func:`check_scores`.
+
+    Raises:
+        UserError: a parameter without scores, no dense real tensor, another shape, or NaN.
+    """
+    scores = CRITERIA[criterion](parameters)
+    checked = {}
+    for name, parameter in parameters.items():
+        if name not in scores:
+            raise UserError(f"criterion {criterion} gives no scores for {name}: it must score each parameter")
+        checked[name] = _fitting(f"what criterion {criterion} gives for {name}", scores[name], parameter)
+    unordered = Shards(checked).first_with(torch.isnan)
+    if unordered is not None:
+        if Shards(parameters).first_with(torch.isnan) is None:
+            raise UserError(f"criterion {criterion} gives NaN for {unordered}: it must give numbers")
+        raise UserError(f"{unordered} holds NaN, which has no {criterion}: prune a checkpoint from before it diverged")
+    return checked
 
 
 def check_scores(
@@ -53,7 +75,7 @@ def check_scores(
 
     Args:
         scores: one tensor for each of ``parameters``, of its shape, finite, the largest entries being the ones to
-            keep. Scores of other parameters of ``model`` are ignored.
+            keep. Scores of other parameters of ``model`` are ignored. For a DTensor, a whole tensor or a DTensor.
         parameters: the prunable ones, by name.
         model: the network.
 
@@ -73,16 +95,24 @@ def check_scores(
     for name, parameter in parameters.items():
         if name not in scores:
             raise UserError(f"scores lack {name!r}: give a tensor of shape {tuple(parameter.shape)} for it")
-        score = scores[name]
-        kind = type(score).__name__ if not isinstance(score, Tensor) else f"{score.layout} {score.dtype}"
-        if not isinstance(score, Tensor) or score.is_sparse or score.is_complex():
-            raise UserError(f"scores[{name!r}] is {kind}: give a dense tensor of real numbers")
-        score = score.detach()
-        if score.shape != parameter.shape:
-            raise UserError(
-                f"scores[{name!r}] has shape {tuple(score.shape)}: give one score an entry, {tuple(parameter.shape)}"
-            )
-        if not score.isfinite().all():
-            raise UserError(f"scores[{name!r}] is not finite: give finite numbers, the lowest for what should go first")
-        checked[name] = (score if score.is_floating_point() else score.to(torch.float64)).to(parameter.device)
+        checked[name] = _fitting(f"scores[{name!r}]", scores[name], parameter)
+    wrong = Shards(checked).first_with(lambda x: ~x.isfinite())
+    if wrong is not None:
+        raise UserError(f"scores[{wrong!r}] is not finite: give finite numbers, the lowest for what should go first")
     return checked
+
+
+def _fitting(label: str, score: Tensor, parameter: nn.Parameter) -> Tensor:
+    """A parameter's scores in a type that the selection takes, where the parameter's entries lie.
+
+    Raises:
+        UserError: no dense real tensor, or another shape; the message begins with ``label``.
+    """
+    if not isinstance(score, Tensor) or score.layout != torch.strided or score.is_complex() or score.is_meta:
+        kind = f"{score.layout} {score.dtype}" if isinstance(score, Tensor) else type(score).__name__
+        where = " on the meta device" if isinstance(score, Tensor) and score.is_meta else ""
+        raise UserError(f"{label} is {kind}{where}: give a dense tensor of real numbers")
+    if score.shape != parameter.shape:
+        raise UserError(f"{label} has shape {tuple(score.shape)}: give one score an entry, {tuple(parameter.shape)}")
+    local = entries_as(score.detach(), parameter.detach()).to(to_local(parameter).device)
+    return wrapped_as(local if local.dtype in FLOATS else local.to(torch.float64), parameter)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sfw_dist.errors import UserError
+from sfw_dist.ops.shards import Shards
 from sfw_dist.pruning.low_rank import Factors
 from sfw_dist.pruning.masks import Masks, filter_masks, global_masks, layerwise_masks, two_of_four_mask
 from sfw_dist.pruning.result import Pruning
@@ -165,8 +166,11 @@ class RankGranularity(Granularity):
         self, target: Prunable, ranking: Ranking, scores: Callable[[], Mapping[str, Tensor]]
     ) -> Callable[[float], Pruning]:
         for name, parameter in target.parameters.items():
-            if not parameter.isfinite().all():
-                raise UserError(f"{name} is not finite, so it has no rank: prune a checkpoint from before it diverged")
+            if parameter.is_complex():
+                raise UserError(f"{name} is {parameter.dtype}, and low rank takes real ones: take granularity weight")
+        wrong = Shards(target.parameters).first_with(lambda x: ~x.isfinite())
+        if wrong is not None:
+            raise UserError(f"{wrong} is not finite, so it has no rank: prune a checkpoint from before it diverged")
         grouped = [name for name, layer in layers(target.model, WEIGHT_LAYERS) if getattr(layer, "groups", 1) > 1]
         factors = Factors(target.parameters, grouped)
         return lambda sparsity: factors.at(removed_count(sparsity, factors.entries))

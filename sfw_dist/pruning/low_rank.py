@@ -17,7 +17,9 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from sfw_dist.distributed.dtensor import MeshRanks, entries_as, full_tensor, wrapped_as
 from sfw_dist.pruning.result import Pruning
 
 
@@ -66,9 +68,13 @@ class LowRank(Pruning):
         """The weights of reduced rank."""
         return [name for name in self.ranks if self._reduced(name)]
 
+    def shape(self, name: str) -> torch.Size:
+        """Of a prunable parameter."""
+        return self._factors.shape(name)
+
     def pruned(self, name: str, parameter: Tensor) -> Tensor:
-        """The product of the two factors, in the weight's shape and type."""
-        return self._factors.product(name, self.ranks[name])
+        """The product of the two factors, in the weight's shape and type; it lies as ``parameter`` does."""
+        return wrapped_as(entries_as(self._factors.product(name, self.ranks[name]), parameter).clone(), parameter)
 
     def pair(self, name: str) -> tuple[Tensor, Tensor] | None:
         """The factors of a weight, ``(out, rank)`` and ``(rank, rest)``; ``None`` where it stays as it is."""
@@ -83,7 +89,8 @@ class Factors:
     """The singular value decompositions of weights; from them a `LowRank` of any sparsity is cut.
 
     Args:
-        parameters: all prunable parameters by name, finite.
+        parameters: all prunable parameters by name, finite. DTensors are gathered one at a time, which is collective,
+            and every rank decomposes them and keeps all factors: together about as large as the whole model.
         unfactored: names of those that stay as they are, in addition to those of one dimension.
     """
 
@@ -95,7 +102,8 @@ class Factors:
             if name in unfactored or parameter.ndim < 2:
                 continue
             # In float64: near ties in energy must not be decided differently on other hardware.
-            u, s, vh = torch.linalg.svd(parameter.double().flatten(1), full_matrices=False)
+            u, s, vh = torch.linalg.svd(full_tensor(parameter).double().flatten(1), full_matrices=False)
+            _agree(s, parameter)
             self._triplets[name] = (u * s).to(parameter.dtype), vh.to(parameter.dtype)
             order += _rank_steps(name, u.shape[0], vh.shape[1], s.square().tolist())
         # The sort is stable: of equal ones the first layer's, and in a layer the lower rank, come first.
@@ -123,6 +131,10 @@ class Factors:
         }
         return LowRank(self, {name: ranks[name] for name in self._triplets}, counts)
 
+    def shape(self, name: str) -> torch.Size:
+        """Of a prunable parameter."""
+        return self._parameters[name].shape
+
     def pair(self, name: str, rank: int) -> tuple[Tensor, Tensor]:
         """``(out, rank)`` and ``(rank, rest)`` in the weight's type; their product is the nearest of that rank."""
         left, right = self._triplets[name]
@@ -132,6 +144,15 @@ class Factors:
         """The nearest weight of that rank, in the weight's shape and type."""
         left, right = self.pair(name, rank)
         return (left @ right).view(self._parameters[name].shape)
+
+
+def _agree(singular_values: Tensor, parameter: Tensor) -> None:
+    """Give all ranks of a DTensor's mesh the first one's, in place: other hardware may round otherwise."""
+    if isinstance(parameter, DTensor):
+        ranks = MeshRanks(parameter.device_mesh, range(parameter.device_mesh.ndim))
+        if ranks.rank:
+            singular_values.zero_()
+        ranks.all_reduce(singular_values)
 
 
 def _rank_steps(name: str, out: int, rest: int, energies: list[float]) -> list[tuple[float, _RankStep]]:

@@ -12,7 +12,7 @@ from typing import Literal, overload
 
 from torch import Tensor, nn
 
-from sfw_dist.pruning.criteria import CRITERIA, check_scores
+from sfw_dist.pruning.criteria import check_scores, criterion_scores
 from sfw_dist.pruning.granularity import GRANULARITIES, GranularityName, Prunable, Ranking
 from sfw_dist.pruning.low_rank import LowRank
 from sfw_dist.pruning.masks import Masks
@@ -55,7 +55,7 @@ class Pruner:
         def entry_scores() -> dict[str, Tensor]:
             if scores is not None:
                 return check_scores(scores, parameters, model)
-            return CRITERIA[options.criterion](parameters)
+            return criterion_scores(options.criterion, parameters)
 
         self._cut = granularity.cutter(Prunable(model, parameters), options.ranking, entry_scores)
 

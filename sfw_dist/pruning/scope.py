@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
+import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 
+from sfw_dist.distributed.dtensor import reshard
 from sfw_dist.errors import UserError
 
 Scope = Literal["weights", "all"]
@@ -17,19 +21,24 @@ FORWARD_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 WEIGHT_LAYERS = (*FORWARD_LAYERS, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 """Layers whose weight is pruned; that of a transposed convolution is ``(in, out, *kernel)``."""
 
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+"""Types whose entries can be ranked."""
+
 
 def prunable_parameters(model: nn.Module, scope: Scope) -> dict[str, nn.Parameter]:
     """The parameters that the scope allows to prune, by name, in the order of ``named_parameters``.
 
     Args:
-        model: the network; a parameter that several modules share appears once, under its first name.
+        model: the network; a parameter that several modules share appears once, under its first name. Of FSDP2, its
+            parameters become shards again, if a forward pass has left them whole.
         scope: which parameters.
 
     Returns:
         The parameters themselves, not copies.
 
     Raises:
-        UserError: the model has no such parameter.
+        UserError: the model has no such parameter, or one that cannot be pruned: without values, of integers (as
+            quantised weights are) or 8-bit floats, sparse, a tensor type of another library, or flattened.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
@@ -38,9 +47,14 @@ def prunable_parameters(model: nn.Module, scope: Scope) -> dict[str, nn.Paramete
         >>> list(prunable_parameters(net, "all"))
         ['0.weight', '0.bias', '1.weight', '1.bias']
     """
-    weights = {name for name, _ in layers(model, WEIGHT_LAYERS)}
+    reshard(model)
+    weights = dict(layers(model, WEIGHT_LAYERS))
     parameters = {name: p for name, p in model.named_parameters() if scope == "all" or name in weights}
-    if not parameters:
+    for name, parameter in parameters.items():
+        fault = _fault(parameter, weights.get(name))
+        if fault is not None:
+            raise UserError(f"{name} {fault}")
+    if not sum(parameter.numel() for parameter in parameters.values()):
         raise UserError(f"{type(model).__name__} has nothing to prune with scope {scope!r}: it has no such parameter")
     return parameters
 
@@ -52,5 +66,46 @@ def layers(model: nn.Module, types: tuple[type[nn.Module], ...]) -> Iterator[tup
     """
     names: dict[object, str] = {parameter: name for name, parameter in model.named_parameters()}
     for module in model.modules():
-        if isinstance(module, types) and module.weight in names:
-            yield names[module.weight], module
+        if isinstance(module, types):
+            # Not module.weight: reading that of a parametrization computes it, and spectral_norm's changes its buffers.
+            weight = dict(module.named_parameters(recurse=False)).get("weight")
+            if weight is not None:
+                yield names[weight], module
+
+
+def _fault(parameter: nn.Parameter, layer: nn.Module | None) -> str | None:
+    """What forbids to prune a parameter, with the remedy; ``layer`` is the one whose weight it is."""
+    if is_lazy(parameter):
+        return "is not initialised yet: run one batch through the model first"
+    if parameter.is_meta:
+        return "is on the meta device, without values: load the weights first"
+    if isinstance(parameter, DTensor):
+        return _dtensor_fault(parameter)
+    if hasattr(parameter, "__tensor_flatten__") or parameter.layout != torch.strided:
+        kind = type(parameter).__name__ if parameter.layout == torch.strided else str(parameter.layout)
+        return f"is a {kind}, whose entries cannot be set one by one: prune the model before it is converted"
+    if parameter.dtype not in FLOATS and not parameter.is_complex():
+        return (
+            f"is {parameter.dtype}, as quantised or packed weights are: prune the model before it is quantised, or give "
+            "the part of it that is not"
+        )
+    expected = 2 if isinstance(layer, nn.Linear) else 2 + len(getattr(layer, "kernel_size", ()))
+    if layer is not None and parameter.ndim != expected:
+        return (
+            f"has shape {tuple(parameter.shape)} in a {type(layer).__name__}: a framework (FSDP1, ZeRO 3) keeps it "
+            "flat; prune inside its context of whole parameters, or take fully_shard"
+        )
+    return None
+
+
+def _dtensor_fault(parameter: DTensor) -> str | None:
+    placements = f"a DTensor with placements {parameter.placements}"
+    if any(placement.is_partial() for placement in parameter.placements):
+        return f"is {placements}: redistribute it to shards or replicas first"
+    if parameter.device_mesh.get_coordinate() is None:
+        return f"is {placements} on a mesh without this rank: call this on the ranks of {parameter.device_mesh} alone"
+    if parameter.numel() >= 2**31:
+        return f"is {placements} and {parameter.numel()} entries, more than int32 can count: split it into several"
+    if parameter.dtype not in FLOATS and not parameter.is_complex():
+        return f"is {placements} of {parameter.dtype}: prune the model before it is quantised"
+    return None

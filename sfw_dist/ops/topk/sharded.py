@@ -59,7 +59,7 @@ def select_sharded(
         if key is not None:
             _count(key, _LAST_BITS, prefix[j], 0, counts[j, partition.own])
     by_part = (yield counts).long()
-    last, wanted = _kth_bin(by_part.sum(1), wanted)
+    last, wanted = kth_bin(by_part.sum(1), wanted)
     kth = (prefix << _LAST_BITS) | last
     ties = by_part.gather(2, last.view(-1, 1, 1).expand(-1, parts, 1)).squeeze(2)  # (tensors, parts)
     before = ties.cumsum(1) - ties
@@ -103,7 +103,7 @@ def _narrow(
         for j, key in enumerate(remaining):
             if key is not None:
                 _count(key, below + bits, prefix[j], below, counts[j])
-        at, wanted = _kth_bin((yield counts).long(), wanted)
+        at, wanted = kth_bin((yield counts).long(), wanted)
         prefix = (prefix << bits) | at
         if device.type == "cpu":  # on a GPU to keep the few that agree would wait for the device
             remaining = [None if k is None else k[(k >> below) == prefix[j]] for j, k in enumerate(remaining)]
@@ -125,7 +125,7 @@ def _count(key: Tensor, known: int, prefix: Tensor, below: int, counts: Tensor) 
         counts.scatter_add_(0, ((key >> below) & (counts.numel() - 1)).long(), agrees)
 
 
-def _kth_bin(counts: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+def kth_bin(counts: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """For each row of counts, the bin of the ``wanted``-th largest, and how many of that bin are wanted."""
     down_to = counts.flip(1).cumsum(1)  # entries in this bin or a greater one
     at = (down_to >= wanted[:, None]).to(torch.int8).argmax(1, keepdim=True)
@@ -168,6 +168,6 @@ def _last_tie_taken(
     for i, key in enumerate(reversed_indices):
         if key is not None:
             _count(key, _LAST_BITS, prefix[i], 0, counts[i])
-    last, _ = _kth_bin((yield counts).long(), wanted)
+    last, _ = kth_bin((yield counts).long(), wanted)
     limits[tensors] = 2**bits - 1 - ((prefix << _LAST_BITS) | last)
     return limits
