@@ -89,8 +89,8 @@ class Pruning(ABC):
             if theirs != mine:
                 have = "lacks it" if theirs is None else f"has it as {tuple(theirs)}"
                 raise UserError(
-                    f"this pruning is of a model whose {name} is {tuple(mine)}, and {type(model).__name__} {have}: apply "
-                    "it to the model that it was made from"
+                    f"this pruning is of a model whose {name} is {tuple(mine)}, and {type(model).__name__} {have}: "
+                    "apply it to the model that it was made from"
                 )
             found[name] = parameters[name]
         return found

@@ -86,14 +86,14 @@ def _fault(parameter: nn.Parameter, layer: nn.Module | None) -> str | None:
         return f"is a {kind}, whose entries cannot be set one by one: prune the model before it is converted"
     if parameter.dtype not in FLOATS and not parameter.is_complex():
         return (
-            f"is {parameter.dtype}, as quantised or packed weights are: prune the model before it is quantised, or give "
-            "the part of it that is not"
+            f"is {parameter.dtype}, as quantised or packed weights are: prune the model before it is quantised, or "
+            "give the part of it that is not"
         )
     expected = 2 if isinstance(layer, nn.Linear) else 2 + len(getattr(layer, "kernel_size", ()))
-    if layer is not None and parameter.ndim != expected:
+    if (layer is not None and parameter.ndim != expected) or getattr(parameter, "_is_flat_param", False):
         return (
-            f"has shape {tuple(parameter.shape)} in a {type(layer).__name__}: a framework (FSDP1, ZeRO 3) keeps it "
-            "flat; prune inside its context of whole parameters, or take fully_shard"
+            f"has shape {tuple(parameter.shape)}: a framework keeps it flat (FSDP1, ZeRO 3); prune inside its context "
+            "of whole parameters, or take fully_shard"
         )
     return None
 

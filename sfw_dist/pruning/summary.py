@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from sfw_dist.distributed.dtensor import reshard
 from sfw_dist.pruning.modes import evaluation_mode
 from sfw_dist.pruning.result import Pruning
 from sfw_dist.pruning.scope import WEIGHT_LAYERS, layers
@@ -58,7 +59,8 @@ def count_flops(model: nn.Module, example: Tensor) -> dict[str, int]:
     that is never called, because its owner reads its weight (as ``nn.MultiheadAttention`` does), counts 0.
 
     Args:
-        model: runs once in evaluation mode without gradients; modes and buffers are afterwards what they were.
+        model: runs once in evaluation mode without gradients; modes and buffers are afterwards what they were. With
+            FSDP2 (``fully_shard``) every rank must call this.
         example: ``(batch, ...)``, an input on the model's device; its first sample is used.
 
     Returns:
@@ -87,6 +89,7 @@ def count_flops(model: nn.Module, example: Tensor) -> dict[str, int]:
     finally:
         for hook in hooks:
             hook.remove()
+        reshard(model)
     return flops
 
 

@@ -221,13 +221,18 @@ def build_training_method(strategy: Strategy, config: Config, steps: int) -> Tra
 
 @contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
-    """Restore parameters and buffers at the end: a pruned network's statistics are not averaged in."""
+    """Restore parameters and buffers at the end, also when the step fails or is interrupted.
+
+    A pruned network's statistics are not averaged in.
+    """
     everything = [*model.parameters(), *model.buffers()]
     before = [tensor.detach().clone() for tensor in everything]
-    yield
-    with torch.no_grad():
-        for tensor, value in zip(everything, before, strict=True):
-            tensor.copy_(value)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in zip(everything, before, strict=True):
+                tensor.copy_(value)
 
 
 def _prune(model: nn.Module, sparsity: float) -> Mapping[str, Tensor]:
