@@ -108,7 +108,8 @@ class Shards:
 def _partitions(tensors: Mapping[str, DTensor], ranks: MeshRanks) -> dict[str, Partition]:
     """How tensors of one mesh are divided, after the ranks have told each other what they hold."""
     blocks = {name: Block.of(tensor) for name, tensor in tensors.items()}
-    places = [[block.first, block.length, not block.contiguous] for block in blocks.values()]
+    held = {name: to_local(tensor).numel() for name, tensor in tensors.items()}
+    places = [[block.first, held[name], not block.contiguous] for name, block in blocks.items()]
     everyone = torch.zeros(ranks.size, len(blocks), 3, dtype=torch.int64)
     everyone[ranks.rank] = torch.tensor(places)
     ranks.all_reduce(everyone)

@@ -50,8 +50,9 @@ def prunable_parameters(model: nn.Module, scope: Scope) -> dict[str, nn.Paramete
     reshard(model)
     weights = dict(layers(model, WEIGHT_LAYERS))
     parameters = {name: p for name, p in model.named_parameters() if scope == "all" or name in weights}
-    for name, parameter in parameters.items():
-        fault = _fault(parameter, weights.get(name))
+    for name, parameter in model.named_parameters():
+        # Of a flat parameter no layer's weight is known, so it is told whatever the scope.
+        fault = _fault(parameter, weights.get(name)) if name in parameters or _is_flat(parameter) else None
         if fault is not None:
             raise UserError(f"{name} {fault}")
     if not sum(parameter.numel() for parameter in parameters.values()):
@@ -90,12 +91,17 @@ def _fault(parameter: nn.Parameter, layer: nn.Module | None) -> str | None:
             "give the part of it that is not"
         )
     expected = 2 if isinstance(layer, nn.Linear) else 2 + len(getattr(layer, "kernel_size", ()))
-    if (layer is not None and parameter.ndim != expected) or getattr(parameter, "_is_flat_param", False):
+    if (layer is not None and parameter.ndim != expected) or _is_flat(parameter):
         return (
             f"has shape {tuple(parameter.shape)}: a framework keeps it flat (FSDP1, ZeRO 3); prune inside its context "
             "of whole parameters, or take fully_shard"
         )
     return None
+
+
+def _is_flat(parameter: nn.Parameter) -> bool:
+    """Whether it holds several parameters, as FSDP1's do."""
+    return getattr(parameter, "_is_flat_param", False)
 
 
 def _dtensor_fault(parameter: DTensor) -> str | None:
