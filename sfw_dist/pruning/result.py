@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
@@ -120,5 +120,6 @@ def all_or_nothing() -> Iterator[Callable[[Tensor, Tensor], None]]:
         yield write
     except BaseException:
         for target, before in reversed(written):
-            copy_entries(target.detach(), before)
+            with suppress(RuntimeError):  # what cannot be written has not changed
+                copy_entries(target.detach(), before)
         raise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import pytest
@@ -122,3 +122,37 @@ def test_a_registered_criterion_is_known_everywhere(monkeypatch: pytest.MonkeyPa
     layer.weight.data.copy_(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
     layer.weight.grad = torch.tensor([[8.0, 1.0, -2.0, 0.0]])
     assert compute_masks(layer, 0.5, criterion="saliency")["weight"].tolist() == [[True, False, True, False]]
+
+
+@pytest.mark.parametrize(
+    ("give", "told"),
+    [
+        (
+            lambda name, p: None if name == "4.weight" else p.abs(),
+            "criterion odd gives no scores for 4.weight: it must",
+        ),
+        (lambda name, p: p * torch.nan if name == "2.weight" else p, "criterion odd gives NaN for 2.weight: it must"),
+        (lambda name, p: p.flatten(), r"what criterion odd gives for 0.weight has shape \(216,\): give one score an"),
+        (lambda name, p: p.to("meta"), "what criterion odd gives for 0.weight is .* on the meta device: give a dense"),
+    ],
+)
+def test_a_criterion_that_gives_something_else_is_told(
+    give: Callable[[str, Tensor], Tensor | None], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails when one's own criterion ends in a traceback of the selection, or NaN decides what stays."""
+
+    def odd(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+        found = {name: give(name, parameter) for name, parameter in parameters.items()}
+        return {name: score for name, score in found.items() if score is not None}
+
+    monkeypatch.setitem(CRITERIA, "odd", odd)
+    with pytest.raises(UserError, match=told):
+        prune(small_net(), 0.5, criterion="odd")
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float8_e4m3fn, torch.float16])
+def test_scores_of_any_real_type_choose(dtype: torch.dtype) -> None:
+    """Fails when the selection has no bit pattern for a type, or compares rounded numbers."""
+    model = linears([torch.ones(1, 4)])
+    masks = compute_masks(model, 0.5, scores={"0.weight": torch.tensor([[0, 1, 0, 1]]).to(dtype)})
+    assert masks["0.weight"].tolist() == [[False, True, False, True]]

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from sfw_dist.errors import UserError
 from sfw_dist.pruning import (
+    Masks,
+    Pruner,
+    PruningOptions,
     prune,
 )
 from sfw_dist.pruning.granularity import Ranking
@@ -21,6 +24,7 @@ from sfw_dist.pruning.one_shot import MaskGranularity
 from tests.support.pruning import (
     compute_masks,
     flat,
+    four_layers,
     linears,
     small_net,
     sparsities,
@@ -135,3 +139,68 @@ def test_nan_weights_name_the_parameter_and_nothing_is_pruned() -> None:
     with pytest.raises(UserError, match=r"^2\.weight holds NaN"):
         prune(model, 0.5)
     assert torch.equal(model.get_parameter("0.weight"), before)
+
+
+def _restless(model: nn.Module) -> list[object]:
+    """What pruning must leave of parameters, apart from the values."""
+    return [(id(p), p.requires_grad, id(p.grad), p._backward_hooks) for p in model.parameters()]
+
+
+@pytest.mark.parametrize("granularity", ["weight", "2:4", "filter"])
+def test_gradients_hooks_and_what_stays_are_not_touched(granularity: MaskGranularity) -> None:
+    """Fails when a frozen parameter trains afterwards, a gradient is gone, or autograd is told that all has changed."""
+    model = four_layers()
+    model(torch.randn(2, 3, 5, 5)).sum().backward()
+    model[0].weight.requires_grad_(False)
+    model[2].weight.register_hook(lambda gradient: gradient)
+    before, modes = _restless(model), [module.training for module in model.modules()]
+    versions = {name: p._version for name, p in model.named_parameters()}
+    gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    masks = prune(model, 0.5, granularity=granularity)
+    assert _restless(model) == before and [module.training for module in model.modules()] == modes
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        assert gradient is None or torch.equal(parameter.grad, gradient)  # type: ignore[arg-type]
+    changed = {name for name, p in model.named_parameters() if p._version != versions[name]}
+    assert changed == masks.keys() - set(masks.skipped)
+
+
+def test_a_failure_while_writing_leaves_the_model() -> None:
+    """Fails when the first layers are pruned and the last ones are not, and nobody knows which."""
+    model = linears([torch.randn(4, 4), torch.randn(4, 4), torch.randn(1, 4)])
+    pruner = Pruner(model)
+    model[1].weight = nn.Parameter(torch.randn(4, 1).expand(4, 4))  # one number in memory for several entries
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError):
+        pruner.at(0.5).apply_to(model)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+def test_an_interrupt_while_writing_leaves_the_model() -> None:
+    """Fails when Ctrl-C leaves a network that is pruned in part."""
+
+    class Interrupted(Masks):
+        def pruned(self, name: str, parameter: Tensor) -> Tensor:
+            if name == "2.weight":
+                assert int(model[1].weight.count_nonzero()) < 16, "the test interrupts too early"
+                raise KeyboardInterrupt
+            return super().pruned(name, parameter)
+
+    model = linears([torch.randn(4, 4), torch.randn(4, 4), torch.randn(4, 4)])
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(KeyboardInterrupt):
+        Interrupted({f"{i}.weight": torch.eye(4, dtype=torch.bool) for i in range(3)}).apply_to(model)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("options", [PruningOptions(), PruningOptions(granularity="rank")], ids=["masks", "rank"])
+def test_a_pruning_of_another_model_is_told(options: PruningOptions) -> None:
+    """Fails when it is a KeyError, or a mask of another shape is stretched over the weights."""
+    pruning = Pruner(linears([torch.randn(6, 6), torch.randn(6, 6)]), options).at(0.8)
+    for other, told in (
+        (linears([torch.randn(6, 6)]), r"1.weight is \(6, 6\), and ModuleList lacks it: apply it to the model"),
+        (linears([torch.randn(6, 6), torch.randn(3, 6)]), r"1.weight is \(6, 6\), and ModuleList has it as \(3, 6\)"),
+    ):
+        before = [p.detach().clone() for p in other.parameters()]
+        with pytest.raises(UserError, match=told):
+            pruning.apply_to(other)
+        assert all(torch.equal(p, q) for p, q in zip(other.parameters(), before, strict=True))

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+import copy
+from collections.abc import Callable
 
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from sfw_dist.errors import UserError
 from sfw_dist.pruning import (
     count_flops,
     prune,
@@ -43,3 +49,81 @@ def test_a_shared_weight_counts_once() -> None:
     masks = compute_masks(nn.Sequential(embedding, head), 0.25)
     assert list(masks) == ["0.weight"]
     assert (masks.total, masks.kept) == (24, 18)
+
+
+def test_looking_for_weights_computes_none() -> None:
+    """Fails when a spectrally normalised weight is read to leave it out: in training mode that changes its buffers."""
+    model = nn.Sequential(parametrizations.spectral_norm(nn.Linear(4, 4)), nn.Linear(4, 4))
+    before = copy.deepcopy(model.state_dict())
+    assert list(compute_masks(model, 0.5)) == ["1.weight"]
+    assert list(count_flops(model.eval(), torch.zeros(1, 4))) == ["1.weight"]
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def _with_weight(make: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A good layer, then one whose weight is made from another."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = nn.Parameter(make(model[1].weight.detach()), requires_grad=False)
+    return model
+
+
+class _Packed(Tensor):
+    """Stands for the tensor types of quantisation libraries."""
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return [], None
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (
+            lambda w: w.to(torch.int8),
+            "^1.weight is torch.int8, as quantised or packed weights are: prune the model before",
+        ),
+        (lambda w: w.byte().view(-1, 1), "^1.weight is torch.uint8, as quantised"),
+        (lambda w: w.to(torch.float8_e4m3fn), "^1.weight is torch.float8_e4m3fn, as quantised"),
+        (lambda w: w.to_sparse(), "^1.weight is a torch.sparse_coo, whose entries cannot be set one by one"),
+        (lambda w: w.as_subclass(_Packed), "^1.weight is a _Packed, whose entries"),
+        (lambda w: w.to("meta"), "^1.weight is on the meta device, without values: load the weights first"),
+        (lambda w: w.flatten(), r"^1.weight has shape \(16,\): a framework keeps it flat"),
+        (lambda w: w.new_empty(0), r"^1.weight has shape \(0,\): a framework keeps it flat"),
+    ],
+    ids=["int8", "packed 4 bit", "float8", "sparse", "subclass", "meta", "flat", "partitioned"],
+)
+@pytest.mark.parametrize("words", [{}, {"scope": "all"}, {"granularity": "rank"}], ids=["weights", "all", "rank"])
+def test_weights_that_cannot_be_pruned_are_named(
+    make: Callable[[Tensor], Tensor], told: str, words: dict[str, str]
+) -> None:
+    """Fails when one is a traceback, is pruned by what its bytes happen to mean, or others are pruned before it."""
+    model = _with_weight(make)
+    before = model[0].weight.detach().clone()
+    with pytest.raises(UserError, match=told) as caught:
+        prune(model, 0.5, **words)  # type: ignore[call-overload]
+    assert "\n" not in str(caught.value)
+    assert torch.equal(model[0].weight, before)
+
+
+def test_lazy_layers_are_told() -> None:
+    """Fails when a parameter without a shape is a traceback."""
+    with pytest.raises(UserError, match=r"^0.weight is not initialised yet: run one batch"):
+        prune(nn.Sequential(nn.LazyLinear(3)), 0.5)
+
+
+def test_nothing_but_empty_parameters_is_nothing_to_prune() -> None:
+    """Fails when the sparsity of nothing is a division by zero."""
+    with pytest.raises(UserError, match="Linear has nothing to prune"):
+        prune(nn.Linear(0, 3, bias=False), 0.5)
+
+
+def test_complex_weights_are_pruned_by_magnitude_and_have_no_low_rank() -> None:
+    """Fails when a low-rank product keeps their real parts alone."""
+    model = _with_weight(lambda w: torch.complex(w, 2 * torch.ones_like(w)))
+    kept = prune(model[1], 0.5)["weight"]
+    assert (
+        torch.equal(model[1].weight != 0, kept)
+        and int(kept.sum()) == 8
+        and bool((model[1].weight.imag[kept] == 2).all())
+    )
+    with pytest.raises(UserError, match=r"^1.weight is torch.complex64, and low rank takes real ones"):
+        prune(model, 0.5, granularity="rank")
