@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.placement_types import Placement
+from torch.nn.parallel import DistributedDataParallel
 
 from sfw_dist.distributed.world import World
 from sfw_dist.errors import UserError
@@ -29,6 +31,7 @@ from sfw_dist.pruning import (
     recalibrate,
 )
 from sfw_dist.pruning.recalibration import batch_norms, recalibrated_statistics
+from tests.docs.pages import ROOT, blocks
 from tests.support.ranks import error_of, run_on_ranks
 
 SPARSITIES = (0.0, 0.31, 0.77)
@@ -194,7 +197,11 @@ def _one_model(rank: int, world_size: int) -> dict[str, Any]:
         model(batches[0][0])  # leaves the root's parameters whole
         whole(batches[0][0])
     flops = count_flops(model, batches[0][0])
-    masks, alone = prune(model, 0.5), prune(whole, 0.5)
+    with CommDebugMode() as traffic:
+        masks, alone = prune(model, 0.5), prune(whole, 0.5)
+        Pruner(model, PruningOptions(granularity="filter")).at(0.5)
+        Pruner(model, PruningOptions(granularity="2:4")).at(0.5)
+    found["traffic"] = sorted(str(operation) for operation in traffic.get_comm_counts())
     found["flops"] = (flops, kept_flops(flops, masks)) == (count_flops(whole, batches[0][0]), kept_flops(flops, alone))
     found["pruned"] = _equal(_state(model), _state(whole)) and not any(
         isinstance(p, DTensor) is False for p in model.parameters()
@@ -208,6 +215,7 @@ def _one_model(rank: int, world_size: int) -> dict[str, Any]:
     norms = batch_norms(model)
     assert len(norms) == 1
 
+    found["page"] = _page(rank, world_size)
     world = World(rank, world_size, local_rank=rank, device=torch.device("cpu"))
     found["many"] = error_of(UserError, recalibrated_statistics, model, [masks], batches, world)
     before = _state(model)
@@ -229,6 +237,17 @@ def _one_model(rank: int, world_size: int) -> dict[str, Any]:
         local[0, 0] = torch.nan
     found["nan"] = error_of(UserError, lambda: prune(model, 0.5))
 
+    copies, last = _net(), torch.zeros(2, 5, 5, 5)
+    copies[1].running_mean.fill_(float(rank))
+    replicated = DistributedDataParallel(copies)
+    before = {name: buffer.clone() for name, buffer in copies.named_buffers()}
+    error_of(RuntimeError, recalibrate, replicated, [*batches, last])
+    found["ddp restored"] = all(buffer.equal(before[name]) for name, buffer in copies.named_buffers())
+    expected = _net()
+    recalibrate(expected, batches[rank:])
+    recalibrate(replicated, batches[rank:])  # other batches on each rank
+    found["ddp own"] = all(buffer.equal(expected.get_buffer(name)) for name, buffer in copies.named_buffers())
+
     unsummed = nn.Linear(4, 2)
     unsummed.weight = nn.Parameter(DTensor.from_local(torch.ones(2, 4), mesh, [Partial()]))
     found["partial"] = error_of(UserError, lambda: prune(unsummed, 0.5))
@@ -243,12 +262,36 @@ def _one_model(rank: int, world_size: int) -> dict[str, Any]:
     return found
 
 
+def _page(rank: int, world_size: int) -> dict[str, Any]:
+    """The block of the manual, with a network and a loader of the reader's."""
+    page = ROOT / "docs/how-to/prune-and-evaluate.md"
+    (block,) = [block for block in blocks(page) if "fully_shard" in block.text]
+    torch.manual_seed(0)
+    names: dict[str, Any] = {"net": _net(), "loader": [(torch.randn(4, 3, 5, 5), torch.zeros(4)) for _ in range(2)]}
+    exec(block.text, names)
+    masks = names["masks"]
+    return {"counts": [masks.kept, masks.total], "norm": int(names["net"][1].num_batches_tracked)}
+
+
 def test_fsdp2_prune_and_recalibrate_as_one_process() -> None:
     """Fails when whole copies that a forward pass left are pruned, and lost; or when ranks disagree on an error."""
     first, second = run_on_ranks(_one_model, 2, 2)
+    assert first["page"] == {"counts": [158, 1584], "norm": 2}
     assert first == second
-    for key in ("flops", "pruned", "fsdp1 True", "fsdp1 False", "restored", "recalibrated", "sharded", "unchanged"):
+    for key in (
+        "flops",
+        "pruned",
+        "fsdp1 True",
+        "fsdp1 False",
+        "ddp restored",
+        "ddp own",
+        "restored",
+        "recalibrated",
+        "sharded",
+        "unchanged",
+    ):
         assert first[key] is True, key
+    assert first["traffic"] and all("allreduce" in operation for operation in first["traffic"]), first["traffic"]
     assert "channels" in first["failed"]
     assert first["many"].startswith("0.weight is a DTensor with placements (Shard(dim=0),)")
     assert first["scores"].startswith("scores['2.weight'] is not finite")

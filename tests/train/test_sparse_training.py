@@ -186,6 +186,30 @@ def test_frozen_parameters_stay(config: Config) -> None:
     assert torch.equal(frozen, before)
 
 
+@pytest.mark.parametrize("config", [CUT, Config(name="x", method="cram", optimizer=SGD)], ids=["sampled", "cram"])
+def test_a_step_that_fails_leaves_the_dense_network(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails when Ctrl-C, or a batch that does not fit, leaves the network pruned for good."""
+    model = network()
+    method = opened(config, model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    gradients, calls = method._strategy.gradients, 0
+
+    def interrupted(images: Tensor, labels: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        loss = gradients(images, labels)
+        if config is CUT or calls == 2:  # CrAM's first gradients are the dense network's
+            assert zeros(model) > 0, "the test interrupts too early"
+            raise KeyboardInterrupt
+        before.update({name: buffer.clone() for name, buffer in model.named_buffers()})
+        return loss
+
+    monkeypatch.setattr(method._strategy, "gradients", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        method.train_step(*batch(0), step_that_draws(0.6, config) if config is CUT else 0)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
 # ----------------------------------------------------------------------------------------- sampled sparsities
 
 
