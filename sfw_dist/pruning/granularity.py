@@ -76,7 +76,10 @@ class Granularity(ABC):
 
 
 class WeightGranularity(Granularity):
-    """Single entries. Of N, ``removed_count(sparsity, N)`` go: of all together, or of each parameter's."""
+    """Single entries. Of N, ``removed_count(sparsity, N)`` go: of all together, or of each parameter's.
+
+    No DTensor is gathered.
+    """
 
     name = "weight"
 
@@ -93,7 +96,7 @@ class TwoOfFourGranularity(Granularity):
 
     Each four is ranked by itself, and every layer loses exactly half: both rankings mean the same. Skipped is what has
     no such layout: a number of input channels that is not a multiple of 4, transposed convolutions, and whatever is no
-    layer's weight.
+    layer's weight. DTensors that are cut along another dimension than the first are gathered, one at a time.
     """
 
     name = "2:4"
@@ -117,6 +120,7 @@ class FilterGranularity(Granularity):
 
     The sparsity counts filters; each layer keeps its largest one, even if fewer go then. Skipped are the last layer,
     whose rows are the network's outputs, and transposed convolutions. Bias and normalisation of a removed filter stay.
+    DTensors whose filters are cut are gathered, one at a time.
     """
 
     name = "filter"
@@ -146,7 +150,8 @@ class RankGranularity(Granularity):
 
     The sparsity counts parameters, those of the two matrices in place of the weight's, and is reached or exceeded by
     less than one step in rank. Skipped are weights of grouped convolutions, each group of which would be a matrix of
-    its own, and what has one dimension.
+    its own, and what has one dimension. DTensors are gathered, one at a time, and every rank keeps the factors of all:
+    together about as large as the whole model.
     """
 
     name = "rank"

@@ -27,12 +27,13 @@ class Pruner:
     """Scores or decomposes a model's parameters once, then says what is left of them at any sparsity.
 
     Args:
-        model: the network; it does not change, and must not between the calls.
+        model: the network; it does not change, and must not between the calls. With DTensors among its parameters every
+            rank makes one, and calls it, with the same arguments.
         options: how it is pruned; the number of recalibration batches does not matter here.
         scores: as for :func:`prune`.
 
     Raises:
-        UserError: nothing to prune, parameters without a score (NaN, not finite), or unfit ``scores``.
+        UserError: as :func:`prune`.
 
     Example:
         >>> pruner = Pruner(nn.Linear(8, 4))
@@ -101,28 +102,35 @@ def prune(
 ) -> Pruning:
     """Prune ``model`` in place: set the least important pieces to zero or, with granularity "rank", lower the ranks.
 
+    Parameters may be DTensors, of FSDP2's ``fully_shard`` or of hybrid and tensor-parallel meshes. Each rank then
+    prunes its shards, and the result is to the bit what one process makes of the whole tensors. Every rank of their
+    meshes must call this, with the same arguments.
+
     Args:
-        model: the network; a parameter that several modules share counts once, under its first name.
+        model: the network; a parameter that several modules share counts once, under its first name. It changes as a
+            whole or, where that fails or is interrupted, not at all; meanwhile there is a copy of what has changed.
         sparsity: fraction to remove, in [0, 1). Of N pieces ``sparsity * N`` go, rounded half up, the product being
             that of the decimal number as written (0.29 of 50 is 14.5, so 15).
         scope: "weights": the ``weight`` of every linear, convolution and transposed convolution module that holds it
             as a parameter of its own (not recomputed by a parametrization). "all": every parameter, of BatchNorm and
             biases too, as in the published code.
         granularity: what is removed as one piece: "weight", "2:4" (sparsity 0.5), "filter" or "rank"; the classes in
-            :mod:`sfw_dist.pruning.granularity` say what each leaves alone.
+            :mod:`sfw_dist.pruning.granularity` say what each leaves alone, and what it gathers of DTensors.
         ranking: "global": the pieces of all layers are ranked together. "layerwise": those of each layer by themselves
             (not with "rank"; with "2:4" both mean the same).
         criterion: what scores an entry: "magnitude", or another one of :mod:`sfw_dist.pruning.criteria`.
         scores: your own scores instead of a criterion's, by parameter name: one finite number for each entry of each
-            prunable parameter; the largest are kept. They must not be negative with "filter", and cannot be used with
-            "rank".
+            prunable parameter, in a tensor or DTensor; the largest are kept. They must not be negative with "filter",
+            and cannot be used with "rank".
 
     Returns:
         What is left: the masks or, with granularity "rank", the factors.
 
     Raises:
         UserError: a sparsity out of range, or not 0.5 with "2:4"; an unknown word or a combination without a meaning;
-            nothing to prune; NaN weights (with "rank" infinite ones, too); unfit ``scores``. The model has not changed.
+            nothing to prune; NaN weights (with "rank" infinite or complex ones, too); weights that are quantised,
+            sparse, flat (FSDP1) or without values (lazy, meta); unfit ``scores``. The model has not changed. All ranks
+            raise it.
 
     Example:
         >>> import torch
