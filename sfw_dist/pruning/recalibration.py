@@ -91,7 +91,7 @@ def recalibrate(model: nn.Module, loader: Iterable[Any], device: torch.device | 
     if not norms:
         return 0
     device = _device_of(model) if device is None else torch.device(device)
-    # DDP would send rank 0's statistics to the others before each batch.
+    # DDP would send rank 0's buffers to the others.
     inner = getattr(model, "_orig_mod", model)
     called = inner.module if isinstance(inner, DistributedDataParallel) else model
     measured = _reset(norms)

@@ -193,14 +193,17 @@ def _one_model(rank: int, world_size: int) -> dict[str, Any]:
     for layer in (model[0], model):
         fully_shard(layer, mesh=mesh)
     found: dict[str, Any] = {}
+    flops = count_flops(model, batches[0][0])
+    found["counted"] = all(isinstance(parameter, DTensor) for parameter in model.parameters())
     with torch.no_grad():
         model(batches[0][0])  # leaves the root's parameters whole
         whole(batches[0][0])
-    flops = count_flops(model, batches[0][0])
+    found["counted"] &= not all(isinstance(parameter, DTensor) for parameter in model.parameters())
     with CommDebugMode() as traffic:
         masks, alone = prune(model, 0.5), prune(whole, 0.5)
         Pruner(model, PruningOptions(granularity="filter")).at(0.5)
         Pruner(model, PruningOptions(granularity="2:4")).at(0.5)
+    found["masks"] = all(isinstance(mask, DTensor) for mask in masks.values())
     found["traffic"] = sorted(str(operation) for operation in traffic.get_comm_counts())
     found["flops"] = (flops, kept_flops(flops, masks)) == (count_flops(whole, batches[0][0]), kept_flops(flops, alone))
     found["pruned"] = _equal(_state(model), _state(whole)) and not any(
@@ -238,12 +241,14 @@ def _one_model(rank: int, world_size: int) -> dict[str, Any]:
     found["nan"] = error_of(UserError, lambda: prune(model, 0.5))
 
     copies, last = _net(), torch.zeros(2, 5, 5, 5)
-    copies[1].running_mean.fill_(float(rank))
     replicated = DistributedDataParallel(copies)
+    # After DDP has made the buffers equal: a forward pass through it would do so again.
+    copies.register_buffer("own", torch.tensor(float(rank)))
+    copies[1].running_mean.fill_(float(rank))
     before = {name: buffer.clone() for name, buffer in copies.named_buffers()}
     error_of(RuntimeError, recalibrate, replicated, [*batches, last])
     found["ddp restored"] = all(buffer.equal(before[name]) for name, buffer in copies.named_buffers())
-    expected = _net()
+    expected = copy.deepcopy(copies)
     recalibrate(expected, batches[rank:])
     recalibrate(replicated, batches[rank:])  # other batches on each rank
     found["ddp own"] = all(buffer.equal(expected.get_buffer(name)) for name, buffer in copies.named_buffers())
@@ -280,6 +285,8 @@ def test_fsdp2_prune_and_recalibrate_as_one_process() -> None:
     assert first == second
     for key in (
         "flops",
+        "counted",
+        "masks",
         "pruned",
         "fsdp1 True",
         "fsdp1 False",
