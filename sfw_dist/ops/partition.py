@@ -24,7 +24,8 @@ class Partition:
     interleaved: bool = False
     """Whether the entries of a part are not consecutive (a tensor divided along several dimensions)."""
     indices: Callable[[], Tensor] | None = None
-    """Where this rank's entries lie in the whole tensor, int64 ``(entries,)``; only where parts are interleaved."""
+    """Where this rank's entries lie in the whole tensor, int64 ``(entries,)``, on any device; only where parts are
+    interleaved."""
 
     @classmethod
     def of_places(

@@ -1,4 +1,4 @@
-"""Pruning of DTensors on two and three ranks, against one process that has the whole tensors."""
+"""Pruning of DTensors on two to four ranks, against one process that has the whole tensors."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import Placement
 from torch.nn.parallel import DistributedDataParallel
 
@@ -30,7 +32,7 @@ from sfw_dist.pruning import (
     prune,
     recalibrate,
 )
-from sfw_dist.pruning.recalibration import batch_norms, recalibrated_statistics
+from sfw_dist.pruning.recalibration import recalibrated_statistics
 from tests.docs.pages import ROOT, blocks
 from tests.support.ranks import error_of, run_on_ranks
 
@@ -184,21 +186,27 @@ def _equal(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:
     return mine.keys() == theirs.keys() and all(x.equal(theirs[name]) for name, x in mine.items())
 
 
-def _one_model(rank: int, world_size: int) -> dict[str, Any]:
-    """FSDP2 from a forward pass over pruning and recalibration to the numbers in a report; and what is refused."""
-    mesh = init_device_mesh("cpu", (world_size,))
+def _batches() -> list[tuple[Tensor, Tensor]]:
     torch.manual_seed(0)
-    batches = [(torch.randn(6, 3, 5, 5) + i, torch.zeros(6)) for i in range(3)]
-    model, whole = _net(), _net()
+    return [(torch.randn(6, 3, 5, 5) + i, torch.zeros(6)) for i in range(3)]
+
+
+def _divided(model: nn.Module) -> bool:
+    return all(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def _fsdp2(mesh: DeviceMesh) -> dict[str, Any]:
+    """From a forward pass over pruning and recalibration to the numbers in a report."""
+    batches, model, whole = _batches(), _net(), _net()
     for layer in (model[0], model):
         fully_shard(layer, mesh=mesh)
     found: dict[str, Any] = {}
     flops = count_flops(model, batches[0][0])
-    found["counted"] = all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    found["counted"] = _divided(model)
     with torch.no_grad():
-        model(batches[0][0])  # leaves the root's parameters whole
+        model(batches[0][0])
         whole(batches[0][0])
-    found["counted"] &= not all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    assert not _divided(model), "a forward pass leaves the root's parameters whole"
     with CommDebugMode() as traffic:
         masks, alone = prune(model, 0.5), prune(whole, 0.5)
         Pruner(model, PruningOptions(granularity="filter")).at(0.5)
@@ -206,64 +214,72 @@ def _one_model(rank: int, world_size: int) -> dict[str, Any]:
     found["masks"] = all(isinstance(mask, DTensor) for mask in masks.values())
     found["traffic"] = sorted(str(operation) for operation in traffic.get_comm_counts())
     found["flops"] = (flops, kept_flops(flops, masks)) == (count_flops(whole, batches[0][0]), kept_flops(flops, alone))
-    found["pruned"] = _equal(_state(model), _state(whole)) and not any(
-        isinstance(p, DTensor) is False for p in model.parameters()
-    )
+    found["pruned"] = _equal(_state(model), _state(whole)) and _divided(model)
     before = _state(model)
     found["failed"] = error_of(RuntimeError, recalibrate, model, [*batches, torch.zeros(2, 5, 5, 5)])
     found["restored"] = _equal(_state(model), before)
     assert recalibrate(model, batches) == recalibrate(whole, batches) == 3
-    found["recalibrated"] = _equal(_state(model), _state(whole))
-    found["sharded"] = all(isinstance(parameter, DTensor) for parameter in model.parameters())
-    norms = batch_norms(model)
-    assert len(norms) == 1
-
-    found["page"] = _page(rank, world_size)
-    world = World(rank, world_size, local_rank=rank, device=torch.device("cpu"))
+    found["recalibrated"] = _equal(_state(model), _state(whole)) and _divided(model)
+    world = World(mesh.get_rank(), mesh.size(), local_rank=mesh.get_rank(), device=torch.device("cpu"))
     found["many"] = error_of(UserError, recalibrated_statistics, model, [masks], batches, world)
+    return found
+
+
+def _faults_in_one_shard(mesh: DeviceMesh) -> dict[str, Any]:
+    """What each rank is told where the shard of one of them alone cannot be pruned."""
+    model, found = fully_shard(_net(), mesh=mesh), {}
     before = _state(model)
     scores = {name: torch.ones(p.shape) for name, p in model.named_parameters()}
-    if rank == world_size - 1:
-        scores["2.weight"][-1] = torch.nan  # in the shard of the last rank alone
-    found["scores"] = error_of(UserError, lambda: prune(model, 0.5, scores=scores))
-    found["negative"] = error_of(
-        UserError,
-        lambda: prune(model, 0.5, granularity="filter", scores={n: -s.nan_to_num(1) for n, s in scores.items()}),
-    )
+    signed = {name: score.clone() for name, score in scores.items()}
+    if mesh.get_rank() == mesh.size() - 1:
+        scores["2.weight"][-1] = torch.nan
+        signed["2.weight"][-1] = -1.0
+    found["scores"] = error_of(UserError, partial(prune, scores=scores), model, 0.5)
+    found["negative"] = error_of(UserError, partial(prune, scores=signed, granularity="filter"), model, 0.5)
     found["unchanged"] = _equal(_state(model), before)
     with torch.no_grad():
         local = model.get_parameter("4.weight").to_local()
-        if rank == 0:
-            local[0, 0] = torch.inf
-    found["infinite"] = error_of(UserError, lambda: prune(model, 0.5, granularity="rank"))
-    if rank == 0:
-        local[0, 0] = torch.nan
-    found["nan"] = error_of(UserError, lambda: prune(model, 0.5))
-
-    copies, last = _net(), torch.zeros(2, 5, 5, 5)
-    replicated = DistributedDataParallel(copies)
-    # After DDP has made the buffers equal: a forward pass through it would do so again.
-    copies.register_buffer("own", torch.tensor(float(rank)))
-    copies[1].running_mean.fill_(float(rank))
-    before = {name: buffer.clone() for name, buffer in copies.named_buffers()}
-    error_of(RuntimeError, recalibrate, replicated, [*batches, last])
-    found["ddp restored"] = all(buffer.equal(before[name]) for name, buffer in copies.named_buffers())
-    expected = copy.deepcopy(copies)
-    recalibrate(expected, batches[rank:])
-    recalibrate(replicated, batches[rank:])  # other batches on each rank
-    found["ddp own"] = all(buffer.equal(expected.get_buffer(name)) for name, buffer in copies.named_buffers())
-
+    for value, key, words in ((torch.inf, "infinite", {"granularity": "rank"}), (torch.nan, "nan", {})):
+        if mesh.get_rank() == 0:
+            local[0, 0] = value
+        found[key] = error_of(UserError, partial(prune, **words), model, 0.5)
     unsummed = nn.Linear(4, 2)
     unsummed.weight = nn.Parameter(DTensor.from_local(torch.ones(2, 4), mesh, [Partial()]))
-    found["partial"] = error_of(UserError, lambda: prune(unsummed, 0.5))
-    whole = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
-    on_cpu = torch.device("cpu")
+    found["partial"] = error_of(UserError, prune, unsummed, 0.5)
+    return found
+
+
+def _other_wrappers(mesh: DeviceMesh) -> dict[str, bool]:
+    """DDP, BatchNorm whose buffers are DTensors, tensor parallelism, and FSDP1."""
+    batches, copies = _batches(), _net()
+    replicated = DistributedDataParallel(copies)
+    # After DDP has made the buffers equal: a forward pass through it would do so again.
+    copies.register_buffer("own", torch.tensor(float(mesh.get_rank())))
+    copies[1].running_mean.fill_(float(mesh.get_rank()))  # type: ignore[union-attr, operator]
+    alone, before = copy.deepcopy(copies), _state(copies)
+    error_of(RuntimeError, recalibrate, replicated, [*batches, torch.zeros(2, 5, 5, 5)])
+    found = {"ddp restored": _equal(_state(copies), before)}
+    for model in (alone, replicated):
+        recalibrate(model, batches[mesh.get_rank() :])  # other batches on each rank
+    found["ddp own"] = _equal(_state(copies), _state(alone))
+
+    norms = distribute_module(_net(), mesh)
+    recalibrate(norms, [distribute_tensor(x, mesh, [Replicate()]) for x, _ in batches])
+    recalibrate(whole := _net(), batches)
+    found["buffers"] = _equal(_state(norms), _state(whole)) and isinstance(norms[1].running_mean, DTensor)
+
+    parallel = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    flops = count_flops(parallel, torch.zeros(1, 8))
+    parallelize_module(parallel, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    found["parallel flops"] = count_flops(parallel, torch.zeros(1, 8)) == flops
+
     for keep_names in (True, False):
-        flat = FullyShardedDataParallel(copy.deepcopy(whole), use_orig_params=keep_names, device_id=on_cpu)
+        whole = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+        flat = FullyShardedDataParallel(whole, use_orig_params=keep_names, device_id=torch.device("cpu"))
         lines = [error_of(UserError, partial(prune, scope=scope), flat, 0.5) for scope in ("weights", "all")]
         found[f"fsdp1 {keep_names}"] = all("keeps it flat (FSDP1, ZeRO 3)" in line for line in lines)
         with FullyShardedDataParallel.summon_full_params(flat):
-            found[f"summoned {keep_names}"] = prune(flat, 0.5).kept
+            found[f"summoned {keep_names}"] = prune(flat, 0.5).kept == 9
     return found
 
 
@@ -278,33 +294,50 @@ def _page(rank: int, world_size: int) -> dict[str, Any]:
     return {"counts": [masks.kept, masks.total], "norm": int(names["net"][1].num_batches_tracked)}
 
 
-def test_fsdp2_prune_and_recalibrate_as_one_process() -> None:
-    """Fails when whole copies that a forward pass left are pruned, and lost; or when ranks disagree on an error."""
-    first, second = run_on_ranks(_one_model, 2, 2)
-    assert first["page"] == {"counts": [158, 1584], "norm": 2}
+def _on_two(rank: int, world_size: int) -> dict[str, dict[str, Any]]:
+    mesh = init_device_mesh("cpu", (world_size,))
+    return {
+        "fsdp2": _fsdp2(mesh),
+        "faults": _faults_in_one_shard(mesh),
+        "wrappers": _other_wrappers(mesh),
+        "page": _page(rank, world_size),
+    }
+
+
+@pytest.fixture(scope="module")
+def on_two() -> dict[str, dict[str, Any]]:
+    first, second = run_on_ranks(_on_two, 2, 2)
     assert first == second
-    for key in (
-        "flops",
-        "counted",
-        "masks",
-        "pruned",
-        "fsdp1 True",
-        "fsdp1 False",
-        "ddp restored",
-        "ddp own",
-        "restored",
-        "recalibrated",
-        "sharded",
-        "unchanged",
-    ):
-        assert first[key] is True, key
-    assert first["traffic"] and all("allreduce" in operation for operation in first["traffic"]), first["traffic"]
-    assert "channels" in first["failed"]
-    assert first["many"].startswith("0.weight is a DTensor with placements (Shard(dim=0),)")
-    assert first["scores"].startswith("scores['2.weight'] is not finite")
-    assert first["negative"].startswith("scores['0.weight'] has negative entries")
-    assert first["infinite"].startswith("4.weight is not finite")
-    assert first["nan"].startswith("4.weight holds NaN")
-    assert first["partial"].startswith("weight is a DTensor with placements (Partial(sum),): redistribute")
-    assert [first[f"summoned {keep_names}"] for keep_names in (True, False)] == [9, 9]
-    assert not any("\n" in first[key] for key in ("many", "scores", "negative", "infinite", "nan", "partial"))
+    return first  # type: ignore[no-any-return]
+
+
+def test_fsdp2_prunes_and_recalibrates_as_one_process(on_two: dict[str, dict[str, Any]]) -> None:
+    """Fails when whole copies that a forward pass left are pruned, and lost; or when a weight is gathered."""
+    found = on_two["fsdp2"]
+    for key in ("counted", "masks", "flops", "pruned", "restored", "recalibrated"):
+        assert found[key] is True, key
+    assert found["traffic"] and all("allreduce" in operation for operation in found["traffic"]), found["traffic"]
+    assert "channels" in found["failed"]
+    assert found["many"].startswith("0.weight is a DTensor with placements (Shard(dim=0),), and many prunings")
+
+
+def test_ranks_agree_on_what_is_wrong_in_one_shard(on_two: dict[str, dict[str, Any]]) -> None:
+    """Fails when one rank raises and the others wait for it, or an error is a traceback out of torch."""
+    found = on_two["faults"]
+    assert found["unchanged"] is True
+    assert found["scores"].startswith("scores['2.weight'] is not finite")
+    assert found["negative"].startswith("scores['2.weight'] has negative entries")
+    assert found["infinite"].startswith("4.weight is not finite")
+    assert found["nan"].startswith("4.weight holds NaN")
+    assert found["partial"].startswith("weight is a DTensor with placements (Partial(sum),): redistribute")
+    assert not any("\n" in str(line) for line in found.values())
+
+
+def test_other_wrappers_are_served_or_refused(on_two: dict[str, dict[str, Any]]) -> None:
+    """Fails when DDP sends buffers meanwhile, DTensors of BatchNorm are left out, or FSDP1's flat one is pruned."""
+    assert all(on_two["wrappers"].values()), on_two["wrappers"]
+
+
+def test_the_manuals_block_runs_on_two_ranks(on_two: dict[str, dict[str, Any]]) -> None:
+    """Fails when the manual's lines for FSDP2 do not prune, or count a rank's shard alone."""
+    assert on_two["page"] == {"counts": [158, 1584], "norm": 2}

@@ -71,7 +71,7 @@ def select_sharded(
             selected.append(None)
         elif partition.interleaved:
             assert partition.indices is not None
-            selected.append((key > kth[j]) | ((key == kth[j]) & (partition.indices() <= limits[j])))
+            selected.append((key > kth[j]) | ((key == kth[j]) & (partition.indices().to(key.device) <= limits[j])))
         else:
             left, own = wanted[j] - before[j, partition.own], ties[j, partition.own]
             selected.append(_at_least(key, kth[j], left, own))
@@ -162,7 +162,7 @@ def _last_tie_taken(
         if key is None or partition.indices is None or not partition.is_primary:
             reversed_indices.append(None)
         else:
-            reversed_indices.append(2**bits - 1 - partition.indices()[key == kth[j]])
+            reversed_indices.append(2**bits - 1 - partition.indices().to(key.device)[key == kth[j]])
     prefix, wanted = yield from _narrow(reversed_indices, wanted[tensors], _widths(bits)[:-1], device)
     counts = torch.zeros(len(tensors), 2**_LAST_BITS, dtype=torch.int32, device=device)
     for i, key in enumerate(reversed_indices):
