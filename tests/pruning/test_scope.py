@@ -112,8 +112,10 @@ def test_lazy_layers_are_told() -> None:
 
 def test_nothing_but_empty_parameters_is_nothing_to_prune() -> None:
     """Fails when the sparsity of nothing is a division by zero."""
+    layer = nn.Linear(3, 3, bias=False)
+    layer.weight = nn.Parameter(torch.empty(0, 3))
     with pytest.raises(UserError, match="Linear has nothing to prune"):
-        prune(nn.Linear(0, 3, bias=False), 0.5)
+        prune(layer, 0.5)
 
 
 def test_complex_weights_are_pruned_by_magnitude_and_have_no_low_rank() -> None:
