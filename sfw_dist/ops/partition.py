@@ -29,7 +29,7 @@ class Partition:
 
     @classmethod
     def of_places(
-        cls, name: str, numel: int, places: Sequence[Sequence[int]], rank: int, indices: Callable[[], Tensor]
+        cls, name: str, numel: int, places: Sequence[Sequence[int]], rank: int, indices: Callable[[], Tensor] | None
     ) -> Partition:
         """How a tensor is divided, from what each rank holds of it.
 

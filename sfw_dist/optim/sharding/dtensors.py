@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -90,27 +89,11 @@ def sharded_distributor(shards: Sequence[Shard], ranks: RankGroup) -> ShardedDis
         everyone = mine.new_empty(ranks.size * len(mine), 3)
         dist.all_gather_into_tensor(everyone, mine, group=ranks.group)
     table = everyone.view(ranks.size, -1, 3).transpose(0, 1).tolist()
-    partitions = [_partition(shard, rows, ranks.rank) for shard, rows in zip(shards, table, strict=True)]
+    partitions = [
+        Partition.of_places(shard.name, shard.global_numel, rows, ranks.rank, shard.global_indices)
+        for shard, rows in zip(shards, table, strict=True)
+    ]
     return ShardedDistributor(shards, partitions, ranks, device)
-
-
-def _partition(shard: Shard, rows: list[list[int]], rank: int) -> Partition:
-    """How a tensor is divided, from ``(global offset, entries, whether interleaved)`` of every rank."""
-    pieces = [(first, length) for first, length, _ in rows]
-    parts = tuple(sorted({piece for piece in pieces if piece[1]}))
-    interleaved = any(bool(flag) for _, length, flag in rows if length)
-    held = sum(length for _, length in parts)
-    consecutive = all(a + length == b for (a, length), (b, _) in pairwise(parts)) or interleaved
-    if held != shard.global_numel or not consecutive:
-        raise ValueError(
-            f"{shard.name} has {shard.global_numel} entries, and the ranks hold {held} in parts {parts[:4]}: "
-            "all ranks together must hold each entry, and the same ones only where they are replicated"
-        )
-    mine = pieces[rank]
-    own = parts.index(mine) if mine[1] else None
-    is_primary = own is not None and pieces.index(mine) == rank
-    indices = shard.global_indices if interleaved else None
-    return Partition(shard.global_numel, parts, own, is_primary, interleaved, indices)
 
 
 def ranks_along(mesh: DeviceMesh, dims: list[int]) -> RankGroup:
