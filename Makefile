@@ -10,6 +10,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 RUNS ?= runs
+# Processes that run the tests; many tests start two or more of their own.
+WORKERS ?= 2
 DATA ?= data
 
 # What FFCV compiles against and with, and what a virtual environment needs.
@@ -60,7 +62,7 @@ demo: setup
 	@python -m sfw_dist.report $(RUNS)/digits_sfw $(RUNS)/digits_sgd
 
 test: setup
-	python -m pytest
+	python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 test-quick: setup
 	python -m pytest -m "not slow"

@@ -27,11 +27,20 @@ settings.load_profile("repeatable")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what ``make test-quick`` leaves out."""
+    """Mark what ``make test-quick`` leaves out, and say which tests one process runs (``pytest -n``).
+
+    Those of a file share what it starts, and those of tests/slurm one cluster. They come first, because they take the
+    longest.
+    """
     folder = Path(__file__).parent
     for item in items:
         if any(item.path.is_relative_to(folder / part) for part in SLOW):
             item.add_marker(pytest.mark.slow)
+        on_slurm = item.path.is_relative_to(folder / "slurm")
+        item.add_marker(pytest.mark.xdist_group("slurm" if on_slurm else str(item.path.relative_to(folder))))
+    items.sort(
+        key=lambda item: (not item.path.is_relative_to(folder / "slurm"), item.get_closest_marker("slow") is None)
+    )
 
 
 @pytest.fixture(autouse=True)
