@@ -79,9 +79,9 @@ def constrain(
     So call it when the model has the weights whose norm shall count: before training, or for fine-tuning after the
     checkpoint is loaded. ``norm="initializer"`` gives a model the sets that it had when it was new.
 
-    With several ranks, norms of initializers are the same on all. Present ones are where the weights are: seed every
-    rank alike, or call this after DistributedDataParallel has sent rank 0's weights, or give a ``process_group``.
-    Otherwise the optimizer refuses the different radii.
+    With several ranks, norms of initializers are the same on all, and present ones are those of a rank's own weights.
+    SFW takes the first rank's, whose weights DistributedDataParallel sends to all, and the baselines do at their first
+    step; a ``process_group`` gives them here.
 
     Args:
         model: its parameters, trainable or frozen, shared ones once, with the names that they have in the model inside

@@ -58,8 +58,8 @@ class RankGroup:
             dist.all_reduce(x, group=self.group)
 
 
-def verify_agreement(described: Sequence[str], ranks: RankGroup, devices: set[torch.device]) -> None:
-    """Check that all ranks build from the same parameters and sets; collective.
+def disagreement(described: Sequence[str], ranks: RankGroup, devices: set[torch.device]) -> list[int]:
+    """The ranks that build from other parameters or sets than the first one; collective, the same on every rank.
 
     Args:
         described: all that must agree, a line for each tensor.
@@ -67,10 +67,10 @@ def verify_agreement(described: Sequence[str], ranks: RankGroup, devices: set[to
         devices: where the parameters lie.
 
     Raises:
-        UserError: on every rank, with the ranks that differ and the first tensor that does.
+        UserError: the parameters lie on several devices.
     """
     if ranks.size == 1:
-        return
+        return []
     if len(devices) > 1:
         raise UserError(f"the parameters lie on {sorted(map(str, devices))}: with several ranks use one each")
     digest = hashlib.sha256(json.dumps(list(described)).encode()).digest()
@@ -78,7 +78,16 @@ def verify_agreement(described: Sequence[str], ranks: RankGroup, devices: set[to
     gathered = mine.new_empty(ranks.size * mine.numel())
     dist.all_gather_into_tensor(gathered, mine, group=ranks.group)
     everyone = gathered.view(ranks.size, -1)
-    differing = everyone.ne(everyone[0]).any(1).nonzero().view(-1).tolist()
+    return everyone.ne(everyone[0]).any(1).nonzero().view(-1).tolist()
+
+
+def verify_agreement(described: Sequence[str], ranks: RankGroup, devices: set[torch.device]) -> None:
+    """Check that all ranks build from the same parameters and sets; collective, arguments as for :func:`disagreement`.
+
+    Raises:
+        UserError: on every rank, with the ranks that differ and the first tensor that does.
+    """
+    differing = disagreement(described, ranks, devices)
     if not differing:
         return
     lists: list[Any] = [None] * ranks.size
@@ -89,6 +98,5 @@ def verify_agreement(described: Sequence[str], ranks: RankGroup, devices: set[to
     raise UserError(
         f"ranks {differing} have other parameters or constraints than rank 0 (rank {differing[0]}: {one}; rank 0: "
         f"{other}): build the same model and param groups, in the same order, on every rank; with a model of its own "
-        "on each rank give the optimizer the ranks that share one as process_group=; where only the radius differs, "
-        "seed all ranks alike, build after DistributedDataParallel, or call constrain(…, process_group=…)"
+        "on each rank give the optimizer the ranks that share one as process_group="
     )

@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from sfw_dist.constraints import Constraint, Unconstrained
-from sfw_dist.distributed.rank_group import RankGroup, verify_agreement
+from sfw_dist.distributed.rank_group import RankGroup, disagreement, verify_agreement
 from sfw_dist.errors import UserError
 from sfw_dist.ops.pairwise_sum import inner_product, row_sums, tree_sum
 from sfw_dist.optim.constrained_optimizer import ConstrainedOptimizer
-from sfw_dist.optim.param_groups import check_group, constraint_of, entries, make_feasible
+from sfw_dist.optim.param_groups import check_group, constraint_of, entries, make_feasible, take_first_ranks_radii
 from sfw_dist.optim.sharding.gradients import verify_first_step
 from sfw_dist.optim.update import learning_rate
 
@@ -71,6 +71,7 @@ class WholeTensorOptimizer(ConstrainedOptimizer):
     @torch._disable_dynamo  # a compiled step would round otherwise than the ranks' that are not compiled
     @torch.no_grad()
     def _take_step(self) -> None:
+        self._verify()
         stepping = [
             entry
             for entry in entries(self.param_groups)
@@ -79,7 +80,6 @@ class WholeTensorOptimizer(ConstrainedOptimizer):
         for entry in stepping:
             if entry.parameter.grad is not None and entry.parameter.grad.is_sparse:
                 raise UserError(f"{entry.name} has a sparse gradient: take dense ones (nn.Embedding(sparse=False))")
-        self._verify()
         for entry in stepping:
             assert entry.parameter.grad is not None
             self._move(entry.parameter, entry.parameter.grad, entry.group, entry.constraint)
@@ -91,8 +91,12 @@ class WholeTensorOptimizer(ConstrainedOptimizer):
         self._verified, ranks = True, RankGroup.of(self._process_group)
         found = [entry for entry in entries(self.param_groups) if entry.parameter.requires_grad]
         if found:
+            devices = {entry.parameter.device for entry in found}
+            if disagreement([repr(entry.constraint) for entry in found], ranks, devices):
+                take_first_ranks_radii(self.param_groups, ranks)
+                found = [entry for entry in entries(self.param_groups) if entry.parameter.requires_grad]
             described = [f"{e.name} {tuple(e.parameter.shape)} {e.parameter.dtype} {e.constraint!r}" for e in found]
-            verify_agreement(described, ranks, {entry.parameter.device for entry in found})
+            verify_agreement(described, ranks, devices)
             verify_first_step({e.name: e.parameter for e in found}, ranks, gradients_are_reduced=True)
 
     @abstractmethod

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from sfw_dist.constraints import Constraint, Unconstrained, constraint_from_spec
 from sfw_dist.distributed.dtensor import full_tensor, to_local
+from sfw_dist.distributed.rank_group import RankGroup
 from sfw_dist.errors import UserError
 from sfw_dist.optim.update import Rescale
 
@@ -123,6 +125,32 @@ def from_plain(spec: Any) -> Constraint | tuple[Constraint, ...]:
     if isinstance(spec, list | tuple):
         return tuple(one if isinstance(one, Constraint) else constraint_from_spec(one) for one in spec)
     return spec if isinstance(spec, Constraint) else constraint_from_spec(spec)
+
+
+def take_first_ranks_radii(groups: Sequence[dict[str, Any]], ranks: RankGroup) -> bool:
+    """Give the groups' sets the first rank's radii, where the ranks' sets differ in nothing else; collective.
+
+    Radii may come from the norms of weights that each rank has drawn for itself, before DistributedDataParallel gives
+    all of them the first rank's.
+
+    Returns:
+        Whether they differ in nothing else; the same on every rank.
+    """
+    mine = [to_plain(group["constraint"]) for group in groups]
+    everyone: list[Any] = [None] * ranks.size
+    dist.all_gather_object(everyone, mine, group=ranks.group)
+    if any(_without_radii(sets) != _without_radii(everyone[0]) for sets in everyone):
+        return False
+    for group, sets, own in zip(groups, everyone[0], mine, strict=True):
+        if sets != own:
+            group["constraint"] = from_plain(sets)
+    return True
+
+
+def _without_radii(sets: Any) -> Any:
+    if isinstance(sets, list):
+        return [_without_radii(one) for one in sets]
+    return {name: value for name, value in sets.items() if name != "radius"}
 
 
 def merge_param_groups(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, overload
 
 import torch
@@ -123,8 +123,10 @@ class SFW(ConstrainedOptimizer, StepsForJoined):
         self._distribution = Distribution(ranks, split=split, replicate=replicate_momentum, fused=fused)
         self._grad_reducer: GradReducer | None = None
         self._last_step = LastStep()
-        params = list(params)
-        if not any(isinstance(group, dict) and "constraint" in group for group in params):
+        if isinstance(params, Iterator):
+            params = list(params)
+        plain = isinstance(params, Tensor) or not any(isinstance(g, dict) and "constraint" in g for g in params)
+        if plain:
             warnings.warn(
                 f"no param group has a constraint, so SFW takes momentum-SGD steps with lr {lr}: give it "
                 "constrain(model, KSparsePolytope(…))",

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from sfw_dist import SFW, LpBall, constrain
+from sfw_dist import SFW, AdaGradSFW, LpBall, ProjectedSGD, constrain
 from sfw_dist.constraints import bindings
 from tests.support.ranks import error_of, run_on_ranks
 
@@ -48,8 +48,19 @@ def _cases(rank: int) -> dict[str, Any]:
     alike, own = seeded(0), seeded(rank)
     results: dict[str, Any] = {"own": rows(own), "first": rows(own, whole)}
     # Built before DistributedDataParallel sends rank 0's weights.
-    results["refused"] = error_of(ValueError, SFW, constrain(own, SPEC))
+    early = SFW(constrain(own, SPEC))
+    results["early"] = [group["constraint"].radius(1) for group in early.param_groups]
+    late = [ProjectedSGD(constrain(seeded(rank), SPEC), lr=0.1), AdaGradSFW(constrain(seeded(rank), SPEC), lr=0.1)]
     SFW(constrain(own, SPEC, process_group=whole))
+    for optimizer in late:
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            dist.broadcast(parameter.detach(), 0)  # as DistributedDataParallel does
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    results["late"] = [[group["constraint"].radius(1) for group in optimizer.param_groups] for optimizer in late]
+    results["stepped"] = [
+        [p.detach().clone() for g in optimizer.param_groups for p in g["params"]] for optimizer in late
+    ]
     wrapped = DistributedDataParallel(seeded(rank))
     results["after"] = rows(wrapped)
     SFW(constrain(wrapped, SPEC))
@@ -66,8 +77,8 @@ def _cases(rank: int) -> dict[str, Any]:
 
 def test_radii_on_ranks() -> None:
     """Seeded differently: norms of initializers are equal on all ranks, MultiheadAttention's too; present ones are,
-    with a process group or after DDP, rank 0's, and without either refused. Fails when ranks train in different sets,
-    when a rank that calls alone waits, or when a wrapper or FSDP changes a name or a radius.
+    with a process group or after DDP, rank 0's, and without either the optimizers take rank 0's. Fails when ranks train
+    in different sets, when a rank that calls alone waits, or when a wrapper or FSDP changes a name or a radius.
     """
     first, second = run_on_ranks(_cases, 2)
     sources = {name: source for name, _, source in first["own"]}
@@ -79,5 +90,8 @@ def test_radii_on_ranks() -> None:
         assert results["first"] == results["after"] == results["whole"] == results["sharded"] == first["own"]
         assert "other parameters or sets than the first of process_group" in results["other_models"]
         assert "ranks [1]" in results["other_models"]
-        assert "position" in results["refused"] and "seed all ranks alike" in results["refused"]
+        assert results["early"] == [radius for _, radius, _ in first["own"]]
+        assert results["late"] == [results["early"]] * 2
+    for one, other in zip(first["stepped"], second["stepped"], strict=True):
+        assert all(torch.equal(p, q) for p, q in zip(one, other, strict=True))
     assert second["alone"] == (second["own"], second["own"])

@@ -91,7 +91,7 @@ def programs(rank: int) -> dict[str, Any]:
         said[f"{kind.__name__} replicas"] = message_of(
             lambda kind=kind: train(net, kind(constrain(net, LpBall(2, radius=0.5)), lr=0.1), range(1))
         )
-        own = LpBall(2, radius=0.5 + rank)
+        own = LpBall(2 if rank == 0 else 1, radius=0.5)
         said[f"{kind.__name__} sets"] = message_of(
             lambda kind=kind, own=own: train(net, kind(constrain(net, own), lr=0.1), range(1))
         )

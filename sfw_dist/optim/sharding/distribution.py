@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from sfw_dist.constraints import Constraint
-from sfw_dist.distributed.rank_group import RankGroup, verify_agreement
+from sfw_dist.distributed.rank_group import RankGroup, disagreement, verify_agreement
 from sfw_dist.errors import UserError
 from sfw_dist.ops.pairwise_sum import ROW
-from sfw_dist.optim.param_groups import Entry, check_group, entries, make_feasible
+from sfw_dist.optim.param_groups import Entry, check_group, entries, make_feasible, take_first_ranks_radii
 from sfw_dist.optim.shard import Shard, State, new_state, step_cost
 from sfw_dist.optim.sharding.assignment import ShardSpec, TensorSpec, assign
 from sfw_dist.optim.sharding.dtensors import FlatSegment, distributors_of_dtensors, distributors_of_flat_buffers
@@ -106,6 +106,8 @@ class Distribution:
         Raises:
             ValueError: a set that is not bound, or one that needs a tensor whole that is divided; ranks that differ.
         """
+        if self.specs is None:
+            self._agree_on_radii(groups)
         members = [entry for entry in entries(groups) if self._joins(entry.parameter)]
         whole = [entry for entry in members if not isinstance(entry.parameter, DTensor)]
         pinned = self._pinned(whole) if keep_owners else []
@@ -128,6 +130,15 @@ class Distribution:
         for shard in shards:
             state.setdefault(shard.parameter, {})  # of other owners, too, see complete
         self.complete(state)
+
+    def _agree_on_radii(self, groups: Groups) -> None:
+        """At the first plan, when each rank may have weights of its own; collective."""
+        whole = [entry for entry in entries(groups) if not isinstance(entry.parameter, DTensor)]
+        whole = [entry for entry in whole if self._joins(entry.parameter)]
+        if whole:
+            described, devices = [repr(entry.constraint) for entry in whole], {e.parameter.device for e in whole}
+            if disagreement(described, self.ranks, devices):
+                take_first_ranks_radii(groups, self.ranks)
 
     def _joins(self, parameter: Tensor) -> bool:
         return parameter.requires_grad or parameter in self._members
