@@ -121,6 +121,18 @@ def test_a_group_that_joins_late_leaves_the_others_as_they_are(
     torch.testing.assert_close(late.data, torch.full((4,), 0.5))
 
 
+@each_optimizer
+def test_a_state_may_be_loaded_again_and_into_a_copy(info: OptimizerInfo) -> None:
+    """Fails when loading or copying leaves something in an optimizer that makes the same state another's."""
+    optimizer = Problem(info, LR, Unconstrained()).optimizer
+    optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    for _ in range(2):
+        optimizer.load_state_dict(state)
+    copy.deepcopy(optimizer).load_state_dict(state)
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
 @pytest.mark.parametrize("to_none", [True, False])
 @each_optimizer
 def test_gradients_are_cleared(info: OptimizerInfo, to_none: bool) -> None:
