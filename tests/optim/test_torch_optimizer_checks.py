@@ -30,12 +30,21 @@ from tests.support.optimizer_infos import (
     every_set,
 )
 
+NAMES = "groups without names may stand beside groups with names: Lightning adds such"
+pytestmark = pytest.mark.filterwarnings("ignore:no param group has a constraint")
+
 
 def _errors_of_each() -> list[Any]:
     cases = []
     for info in INFOS:
         for error in info.optim_error_inputs_func("cpu", torch.float32):
-            cases.append(pytest.param(info, error, id=f"{info.name}-{error.optimizer_error_input.desc}"))
+            desc = error.optimizer_error_input.desc
+            marks = (
+                [pytest.mark.skip(reason=NAMES)]
+                if desc == "all optimizer param groups should be with/without names."
+                else []
+            )
+            cases.append(pytest.param(info, error, id=f"{info.name}-{desc}", marks=marks))
     return cases
 
 

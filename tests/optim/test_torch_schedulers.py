@@ -19,6 +19,7 @@ from torch.optim.swa_utils import SWALR
 
 from sfw_dist import SFW, AdaGradSFW, KSparsePolytope, LpBall, ProjectedSGD, Unconstrained
 
+pytestmark = pytest.mark.filterwarnings("ignore:no param group has a constraint")
 KINDS = (SFW, ProjectedSGD, AdaGradSFW)
 STEPS = 12
 SCHEDULERS: dict[str, Callable[[Any], Any]] = {

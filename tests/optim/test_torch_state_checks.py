@@ -24,6 +24,7 @@ from sfw_dist.constraints import Constraint
 from tests.support.optimizer_infos import Problem, assert_same, each_optimizer, every_option, every_set
 
 LR = OptimizerInput(None, {"lr": 1e-2})
+pytestmark = pytest.mark.filterwarnings("ignore:no param group has a constraint")
 
 
 def saved_and_loaded(state: dict[str, Any]) -> dict[str, Any]:
