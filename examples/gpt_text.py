@@ -120,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     train, validation, characters = text()
     torch.manual_seed(args.seed)
     net = GPT(characters)
-    groups = constrain(net, KSparsePolytope(k_frac=0.3, k_min=10, tau=20.0), unconstrained="norm_and_bias")
+    groups = constrain(net, KSparsePolytope(k_frac=0.1, k_min=10, tau=10.0), unconstrained="norm_and_bias")
     groups[-1]["lr_factor"] = 0.03  # for normalisation layers and biases, which momentum SGD trains
     optimizer = SFW(groups, lr=args.lr, replicate_momentum=True)
     start = 0

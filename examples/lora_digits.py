@@ -45,7 +45,7 @@ class Int8Linear(nn.Module):
 
 
 def optimizer_of(net: nn.Module) -> SFW:
-    groups = constrain(net, KSparsePolytope(k_frac=0.1, k_min=10, tau=5.0), unconstrained="norm_and_bias")
+    groups = constrain(net, KSparsePolytope(k_frac=0.3, k_min=10, tau=10.0), unconstrained="norm_and_bias")
     groups[-1]["lr"] = 0.02  # for biases, which momentum SGD trains
     return SFW(groups, lr=1.0)
 

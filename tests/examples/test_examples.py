@@ -16,7 +16,15 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader
 
 from sfw_dist import SFW, KSparsePolytope, Unconstrained, constrain
-from tests.support.example_runs import EXAMPLES, FIRST_AND_LAST, OFFLINE, accuracies, assert_same_state, start_example
+from tests.support.example_runs import (
+    EXAMPLES,
+    FIRST_AND_LAST,
+    OFFLINE,
+    PROGRAMS,
+    accuracies,
+    assert_same_state,
+    start_example,
+)
 
 RANKS = {"fsdp_digits": 2}
 """Processes that torchrun starts in the first command of an example; the other examples are started by Python."""
@@ -28,7 +36,9 @@ STEPS_OF_AN_EPOCH = 22
 
 def test_each_example_is_known_here() -> None:
     """Fails when an example is added that no test runs."""
-    assert {path.stem for path in EXAMPLES.glob("*_digits.py")} == set(FIRST_AND_LAST)
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"digits", *FIRST_AND_LAST, *PROGRAMS}
+    for name, launcher in PROGRAMS.items():
+        assert f"    {launcher} examples/{name}.py\n" in (EXAMPLES / f"{name}.py").read_text()
 
 
 # After so few epochs networks have learnt little; chance is 0.1.

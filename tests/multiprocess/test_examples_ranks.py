@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.example_runs import accuracies, assert_same_state, start_example
+from tests.support.example_runs import (
+    accuracies,
+    assert_same_distributed,
+    assert_same_files,
+    assert_same_state,
+    run_mains,
+    start_example,
+)
+from tests.support.ranks import run_on_ranks
 
 EPOCHS = ("--epochs", "2")
 
@@ -46,3 +54,45 @@ def test_fsdp_resumes_on_another_number_of_ranks(tmp_path: Path) -> None:
     assert "epoch 1: loss" in printed
     assert "epoch 0: loss" not in printed
     assert accuracies(printed)["0.00"] > 0.3
+
+
+def test_rank_0_saves_a_gpt_alone_and_resuming_repeats_its_steps(tmp_path: Path) -> None:
+    """Fails when ``state_dict`` on one rank waits, tied weights lose their set, or ``lr_factor`` is lost on the way."""
+    options = ["--steps", "40", "--interval", "20", "--folder"]
+    whole, resumed = [*options, str(tmp_path / "whole")], [*options, str(tmp_path / "resumed")]
+    resumed += ["--resume", str(tmp_path / "whole" / "step_20.pt")]
+    printed, silent = run_on_ranks(run_mains, 2, "gpt_text", [whole, resumed])
+    assert silent == ""
+    losses = accuracies(printed)
+    assert tuple(losses) == ("0.00", "0.50", "0.80", "0.90", "0.95")
+    assert losses["0.00"] < 3.6  # 4.8 at the beginning, 3.3 when only the characters' frequencies are known
+    (tmp_path / "whole" / "step_20.pt").unlink()
+    assert_same_files(tmp_path / "whole", tmp_path / "resumed")
+    state = torch.load(tmp_path / "whole" / "step_40.pt", weights_only=True)
+    assert torch.equal(state["model"]["head.weight"], state["model"]["tokens.weight"])
+    names = [name for group in state["optimizer"]["param_groups"] for name in group["param_names"]]
+    assert len(names) == len(state["optimizer"]["state"]) == len(state["model"]) - 1, "tied weights count once"
+    assert all(kept["momentum_buffer"].any() for kept in state["optimizer"]["state"].values())
+
+
+def test_accelerate_shards_by_fsdp2_and_resumes_bitwise(tmp_path: Path) -> None:
+    """Fails when SFW does not follow to the parameters that ``prepare`` has put into its groups, or loses state."""
+    name, folder = "accelerate_fsdp_digits", tmp_path / "runs" / "accelerate_fsdp_digits"
+    printed = start_example(name, *EPOCHS, folder=tmp_path, ranks=2)
+    assert accuracies(printed)["0.00"] > 0.35
+    start_example(name, *EPOCHS, "--folder", "resumed", "--resume", str(folder / "epoch_0"), folder=tmp_path, ranks=2)
+    for part in ("pytorch_model_fsdp_0", "optimizer_0"):
+        assert_same_distributed(folder / "epoch_1" / part, tmp_path / "resumed" / "epoch_1" / part, tmp_path)
+
+
+def test_a_container_of_optimizers_resumes_on_other_ranks(tmp_path: Path) -> None:
+    """Fails when the flat state of SFW beside AdamW lacks something, or loads on as many ranks as wrote it only."""
+    options = ["--steps", "40", "--interval", "20", "--folder"]
+    resume = ["--resume", str(tmp_path / "whole" / "step_20")]
+    whole, again = [*options, str(tmp_path / "whole")], [*options, str(tmp_path / "again"), *resume]
+    printed, _ = run_on_ranks(run_mains, 2, "container_digits", [whole, again])
+    assert accuracies(printed)["0.00"] > 0.5
+    assert_same_distributed(tmp_path / "whole" / "step_40", tmp_path / "again" / "step_40", tmp_path)
+    printed, *_ = run_on_ranks(run_mains, 3, "container_digits", [[*options, str(tmp_path / "on 3"), *resume]])
+    assert "step 20: loss" not in printed
+    assert accuracies(printed)["0.00"] > 0.5

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
+import io
 import os
 import re
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FIRST_AND_LAST = {
@@ -21,6 +27,15 @@ FIRST_AND_LAST = {
     "trainer_digits": ("checkpoint-22", "checkpoint-44"),
 }
 """An example's checkpoints after the first and the second epoch of one process."""
+
+PROGRAMS = {
+    "accelerate_fsdp_digits": "torchrun --nproc-per-node 2",
+    "container_digits": "torchrun --nproc-per-node 2",
+    "gpt_text": "torchrun --nproc-per-node 2",
+    "lightning_finetuning_digits": "python",
+    "lora_digits": "python",
+}
+"""Examples with tests of their own, and what their docstrings start them with."""
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
@@ -45,10 +60,62 @@ def start_example(name: str, *options: str, folder: Path, ranks: int = 0) -> str
     return done.stdout
 
 
+def run_mains(rank: int, name: str, runs: list[list[str]]) -> str:
+    """Call an example's ``main`` with each list of options, on ranks that :func:`run_on_ranks` has joined already.
+
+    Returns:
+        What this rank printed.
+    """
+    os.environ["RANK"] = str(rank)
+    sys.path.insert(0, str(EXAMPLES))
+    printed = io.StringIO()
+    with (
+        mock.patch.object(dist, "init_process_group"),
+        mock.patch.object(dist, "destroy_process_group"),
+        redirect_stdout(printed),
+    ):
+        main = importlib.import_module(name).main
+        for options in runs:
+            main(options)
+    return printed.getvalue()
+
+
 def accuracies(printed: str) -> dict[str, float]:
-    """By sparsity, as printed."""
-    found = re.findall(r"^sparsity (\S+): accuracy (\S+)$", printed, re.MULTILINE)
+    """By sparsity, as printed; of an example that predicts text the losses."""
+    found = re.findall(r"^sparsity (\S+): (?:accuracy|loss) (\S+)$", printed, re.MULTILINE)
     return {sparsity: float(accuracy) for sparsity, accuracy in found}
+
+
+def assert_same_files(one: Path, other: Path) -> None:
+    """Check that two folders have files of the same names, whose tensors and values are bitwise the same."""
+    names = sorted(str(path.relative_to(one)) for path in one.rglob("*") if path.suffix in (".pt", ".safetensors"))
+    assert names
+    for name in names:
+        read = load_file if name.endswith("safetensors") else _tensors
+        assert_same_values(read(one / name), read(other / name), name)
+
+
+def assert_same_distributed(one: Path, other: Path, folder: Path) -> None:
+    """The same of two distributed checkpoints; ``folder`` takes what they are gathered into."""
+    for number, path in enumerate((one, other)):
+        dcp_to_torch_save(path, folder / f"{number}.pt")
+    assert_same_values(_tensors(folder / "0.pt"), _tensors(folder / "1.pt"), one.name)
+
+
+def assert_same_values(one: Any, other: Any, name: str = "") -> None:
+    """Equal to the bit, whatever is nested in what; ``name`` is what an error says."""
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), name
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), name
+        for key, value in one.items():
+            assert_same_values(value, other[key], f"{name} {key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), name
+        for number, value in enumerate(one):
+            assert_same_values(value, other[number], f"{name} {number}")
+    else:
+        assert one == other, name
 
 
 def assert_same_state(name: str, one: Path, other: Path) -> None:
