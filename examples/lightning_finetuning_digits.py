@@ -30,6 +30,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from sfw_dist import SFW, KSparsePolytope, constrain, prune
 
+SPARSE = KSparsePolytope(k_frac=0.01, k_min=10, tau=5.0)
+
 
 class Digits(pl.LightningModule):
     def __init__(self) -> None:
@@ -46,7 +48,8 @@ class Digits(pl.LightningModule):
 
     def groups(self, part: str) -> list[dict[str, Any]]:
         """Param groups of ``backbone`` or of ``head``, by their names in the whole network."""
-        groups = constrain(self, KSparsePolytope(k_frac=0.01, k_min=10, tau=5.0), unconstrained="norm_and_bias")
+        # Sets as of a new network: the backbone keeps those in which it has learnt.
+        groups = constrain(self, SPARSE, unconstrained="norm_and_bias", norm="initializer")
         groups[-1]["lr"] = 0.02  # for biases, which momentum SGD trains
         named = [{**g, "params": [(name, p) for name, p in g["params"] if name.startswith(part)]} for g in groups]
         return [group for group in named if group["params"]]

@@ -45,7 +45,9 @@ class Int8Linear(nn.Module):
 
 
 def optimizer_of(net: nn.Module) -> SFW:
-    groups = constrain(net, KSparsePolytope(k_frac=0.3, k_min=10, tau=10.0), unconstrained="norm_and_bias")
+    sparse = KSparsePolytope(k_frac=0.3, k_min=10, tau=10.0)
+    # Sets as of a new network: the head has learnt already, and a resumed run has trained adapters.
+    groups = constrain(net, sparse, unconstrained="norm_and_bias", norm="initializer")
     groups[-1]["lr"] = 0.02  # for biases, which momentum SGD trains
     return SFW(groups, lr=1.0)
 
