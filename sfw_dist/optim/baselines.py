@@ -9,7 +9,7 @@ threads.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, overload
 
 import torch
@@ -22,9 +22,20 @@ from sfw_dist.distributed.rank_group import RankGroup, disagreement, verify_agre
 from sfw_dist.errors import UserError
 from sfw_dist.ops.pairwise_sum import inner_product, row_sums, tree_sum
 from sfw_dist.optim.constrained_optimizer import ConstrainedOptimizer
-from sfw_dist.optim.param_groups import check_group, constraint_of, entries, make_feasible, take_first_ranks_radii
+from sfw_dist.optim.param_groups import (
+    Entry,
+    bring_in_loaded,
+    check_group,
+    constraint_of,
+    entries,
+    make_feasible,
+    take_first_ranks_radii,
+)
 from sfw_dist.optim.sharding.gradients import verify_first_step
 from sfw_dist.optim.update import learning_rate
+
+_SQUARES = "sum_of_squares"
+"""The name of AdaGradSFW's S in the state."""
 
 
 class WholeTensorOptimizer(ConstrainedOptimizer):
@@ -80,6 +91,7 @@ class WholeTensorOptimizer(ConstrainedOptimizer):
         for entry in stepping:
             if entry.parameter.grad is not None and entry.parameter.grad.is_sparse:
                 raise UserError(f"{entry.name} has a sparse gradient: take dense ones (nn.Embedding(sparse=False))")
+        self._before_steps(stepping)
         for entry in stepping:
             assert entry.parameter.grad is not None
             self._move(entry.parameter, entry.parameter.grad, entry.group, entry.constraint)
@@ -98,6 +110,9 @@ class WholeTensorOptimizer(ConstrainedOptimizer):
             described = [f"{e.name} {tuple(e.parameter.shape)} {e.parameter.dtype} {e.constraint!r}" for e in found]
             verify_agreement(described, ranks, devices)
             verify_first_step({e.name: e.parameter for e in found}, ranks, gradients_are_reduced=True)
+
+    def _before_steps(self, stepping: Sequence[Entry]) -> None:
+        """Whatever is to be done before these tensors step."""
 
     @abstractmethod
     def _move(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any], constraint: Constraint) -> None:
@@ -190,16 +205,18 @@ class AdaGradSFW(WholeTensorOptimizer):
             raise ValueError(f"delta must be > 0, got {group['delta']}: write 1e-8")
         super()._begin(group)
 
+    def _before_steps(self, stepping: Sequence[Entry]) -> None:
+        bring_in_loaded(self.param_groups, {e.parameter for e in stepping if _SQUARES not in self.state[e.parameter]})
+
     def _move(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any], constraint: Constraint) -> None:
         if constraint.is_unconstrained:
             self._descend(parameter, gradient, group)
             return
         lr, rho, state = float(learning_rate(group)), group["momentum"], self.state[parameter]
         m = self._momentum(parameter, gradient, rho, 1 - rho)
-        if "sum_of_squares" not in state:
-            make_feasible(group, only=[parameter], rounded=True)  # weights may have been loaded since it was added
-            state["sum_of_squares"] = torch.zeros_like(parameter)
-        metric = state["sum_of_squares"].addcmul_(m, m).sqrt().add_(group["delta"])
+        if _SQUARES not in state:
+            state[_SQUARES] = torch.zeros_like(parameter)
+        metric = state[_SQUARES].addcmul_(m, m).sqrt().add_(group["delta"])
         if lr == 0:  # the model of a step of length 0 is 0/0
             return
         y = parameter.clone()

@@ -181,26 +181,50 @@ _ROUNDING = 1e-3
 
 
 @torch.no_grad()
-def make_feasible(group: dict[str, Any], *, only: Collection[Tensor] | None = None, rounded: bool = False) -> None:
+def make_feasible(
+    group: dict[str, Any], *, only: Collection[Tensor] | None = None, rounded: bool = False
+) -> dict[str, float]:
     """A feasible start: divide trainable tensors that lie outside their set by their gauge; collective for DTensors.
 
     Args:
         group: whose sets are bound.
         only: parameters that are looked at; ``None``: all.
-        rounded: whether tensors are left as they are if they are no farther outside than steps of their type take them;
-            others are told of.
+        rounded: whether tensors are left as they are if they are no farther outside than steps of their type take them.
+
+    Returns:
+        The gauges of those that were outside, by name.
     """
     looked_at = set(group["params"] if only is None else only)
+    outside: dict[str, float] = {}
     for index, parameter in enumerate(group["params"]):
         if not parameter.requires_grad or parameter not in looked_at:
             continue
         allowance = max(_ROUNDING, 16 * torch.finfo(parameter.dtype).eps) if rounded else 0.0
-        gauge = constraint_of(group, index).gauge(full_tensor(parameter))
+        gauge = float(constraint_of(group, index).gauge(full_tensor(parameter)))
         if gauge > 1 + allowance:
             here = to_local(parameter)
             here.copy_(here.double() / gauge)
             names = group.get("param_names", ())
             name = names[index] if index < len(names) else f"a tensor of shape {tuple(parameter.shape)}"
-            logger.log(
-                logging.WARNING if rounded else logging.INFO, "%s was %.3g times outside its set: scaled", name, gauge
-            )
+            logger.info("%s was %.4g times outside its set: scaled", name, gauge)
+            outside[name] = gauge
+    return outside
+
+
+def bring_in_loaded(groups: Sequence[dict[str, Any]], arrived: Collection[Tensor]) -> None:
+    """Have tensors that take their first step in their sets, and warn of those that were not.
+
+    They were when they were added to the optimizer, so something has changed them since.
+    """
+    outside: dict[str, float] = {}
+    for group in groups:
+        outside |= make_feasible(group, only=arrived, rounded=True)
+    if outside:
+        name = max(outside, key=lambda key: outside[key])
+        logger.warning(
+            "outside of their sets at their first step, and scaled: %d of the tensors, %s the farthest (%.4g times); load "
+            "weights before you build the optimizer",
+            len(outside),
+            name,
+            outside[name],
+        )

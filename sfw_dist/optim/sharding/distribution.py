@@ -14,7 +14,14 @@ from sfw_dist.constraints import Constraint
 from sfw_dist.distributed.rank_group import RankGroup, disagreement, verify_agreement
 from sfw_dist.errors import UserError
 from sfw_dist.ops.pairwise_sum import ROW
-from sfw_dist.optim.param_groups import Entry, check_group, entries, make_feasible, take_first_ranks_radii
+from sfw_dist.optim.param_groups import (
+    Entry,
+    bring_in_loaded,
+    check_group,
+    entries,
+    make_feasible,
+    take_first_ranks_radii,
+)
 from sfw_dist.optim.shard import Shard, State, new_state, step_cost
 from sfw_dist.optim.sharding.assignment import ShardSpec, TensorSpec, assign
 from sfw_dist.optim.sharding.dtensors import FlatSegment, distributors_of_dtensors, distributors_of_flat_buffers
@@ -174,8 +181,7 @@ class Distribution:
         if self.replicated_shards:
             tensors = {shard.name: shard.parameter for shard in self.replicated_shards}
             verify_first_step(tensors, self.ranks, gradients_are_reduced=gradients_are_reduced)
-        for group in groups:
-            make_feasible(group, only=self._arrived, rounded=True)
+        bring_in_loaded(groups, self._arrived)
         self._arrived, self._verified = set(), True
 
     def ranks_that_joined(self) -> RankGroup | None:
