@@ -222,8 +222,8 @@ def bring_in_loaded(groups: Sequence[dict[str, Any]], arrived: Collection[Tensor
     if outside:
         name = max(outside, key=lambda key: outside[key])
         logger.warning(
-            "outside of their sets at their first step, and scaled: %d of the tensors, %s the farthest (%.4g times); load "
-            "weights before you build the optimizer",
+            "outside of their sets at their first step, and scaled: %d of the tensors, %s the farthest (%.4g times); "
+            "load weights before you build the optimizer",
             len(outside),
             name,
             outside[name],
