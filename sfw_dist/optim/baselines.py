@@ -24,6 +24,7 @@ from sfw_dist.ops.pairwise_sum import inner_product, row_sums, tree_sum
 from sfw_dist.optim.constrained_optimizer import ConstrainedOptimizer
 from sfw_dist.optim.param_groups import (
     Entry,
+    Moved,
     bring_in_loaded,
     check_group,
     constraint_of,
@@ -55,11 +56,11 @@ class WholeTensorOptimizer(ConstrainedOptimizer):
         check_group(group)
         if any(isinstance(parameter, DTensor) for parameter in group["params"]):
             raise ValueError(f"{type(self).__name__} takes whole tensors, got a DTensor: divide none, or take SFW")
-        self._enter(group)
+        self._moved = [*self._moved, *self._enter(group)]
 
-    def _enter(self, group: dict[str, Any]) -> None:
+    def _enter(self, group: dict[str, Any]) -> list[Moved]:
         """A feasible start of the trainable tensors."""
-        make_feasible(group)
+        return make_feasible(group)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -82,6 +83,7 @@ class WholeTensorOptimizer(ConstrainedOptimizer):
     @torch._disable_dynamo  # a compiled step would round otherwise than the ranks' that are not compiled
     @torch.no_grad()
     def _take_step(self) -> None:
+        self._complete_groups()
         self._verify()
         stepping = [
             entry
@@ -100,7 +102,7 @@ class WholeTensorOptimizer(ConstrainedOptimizer):
         """At the first step that moves something, the ranks compare parameters, sets and gradients; collective."""
         if self._verified or all(learning_rate(group) == 0 for group in self.param_groups):
             return
-        self._verified, ranks = True, RankGroup.of(self._process_group)
+        self._verified, self._moved, ranks = True, [], RankGroup.of(self._process_group)
         found = [entry for entry in entries(self.param_groups) if entry.parameter.requires_grad]
         if found:
             devices = {entry.parameter.device for entry in found}
@@ -123,7 +125,7 @@ class WholeTensorOptimizer(ConstrainedOptimizer):
         if rho == 0:
             return gradient
         state = self.state[parameter]
-        if "momentum_buffer" not in state:
+        if state.get("momentum_buffer") is None:
             state["momentum_buffer"] = gradient.detach().clone(memory_format=torch.preserve_format)
         else:
             state["momentum_buffer"].mul_(rho).add_(gradient, alpha=new)
@@ -274,7 +276,8 @@ class ProjectedSGD(WholeTensorOptimizer):
         super().__init__(params, defaults)
 
     @torch.no_grad()
-    def _enter(self, group: dict[str, Any]) -> None:
+    def _enter(self, group: dict[str, Any]) -> list[Moved]:
+        entered = []
         for index, parameter in enumerate(group["params"]):
             constraint = constraint_of(group, index)
             if constraint.is_unconstrained or not parameter.requires_grad:
@@ -285,7 +288,13 @@ class ProjectedSGD(WholeTensorOptimizer):
                 raise ValueError(
                     f"{constraint!r} has no Euclidean projection: give ProjectedSGD LpBall(2, …), or take SFW"
                 ) from None
-            parameter.copy_(projected)
+            if not torch.equal(parameter, projected):
+                before = parameter.detach().clone()
+                parameter.copy_(projected)
+                entered.append(
+                    Moved("", parameter, float(constraint.gauge(before)), before, parameter.detach().clone())
+                )
+        return entered
 
     def _move(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any], constraint: Constraint) -> None:
         self._descend(parameter, gradient, group)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch.optim import Optimizer
 
-from sfw_dist.optim.param_groups import from_plain, to_plain
+from sfw_dist.optim.param_groups import Moved, from_plain, to_plain
 
 _HOOKS = (
     "_optimizer_state_dict_pre_hooks",
@@ -29,6 +29,8 @@ class ConstrainedOptimizer(Optimizer):
     """
 
     options: ClassVar[tuple[str, ...]]
+    _moved: list[Moved] = []  # noqa: RUF012
+    """Tensors that were brought into their sets when they were added, until the first step."""
 
     @torch._disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -41,7 +43,7 @@ class ConstrainedOptimizer(Optimizer):
         super().add_param_group(param_group)
         try:
             self._begin(self.param_groups[-1])
-        except ValueError:
+        except BaseException:
             self.param_groups.pop()
             raise
 
@@ -56,6 +58,12 @@ class ConstrainedOptimizer(Optimizer):
         for number, group in enumerate([*self.param_groups, added]):
             if "param_names" not in group and not (group is added and named):
                 group["param_names"] = [f"group{number}.param{j}" for j in range(len(group["params"]))]
+
+    def _complete_groups(self) -> None:
+        """Give groups that were not added by :meth:`add_param_group` the options that they lack."""
+        for group in self.param_groups:
+            for option in self.options:
+                group.setdefault(option, self.defaults[option])
 
     @abstractmethod
     def _begin(self, group: dict[str, Any]) -> None:
@@ -83,6 +91,9 @@ class ConstrainedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch: the groups' options, sets too, become those that were saved.
 
+        Weights that were scaled when the optimizer was built, into sets that are replaced now, are again what they
+        were: a run that is resumed loads its weights before or after it builds the optimizer.
+
         Raises:
             ValueError: the state has other groups or shapes, or is another optimizer's. Nothing has changed then.
         """
@@ -102,6 +113,9 @@ class ConstrainedOptimizer(Optimizer):
         except BaseException:
             self.param_groups, self.state = last
             raise
+        for moved in self._moved:
+            moved.undo()
+        self._moved = []
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 

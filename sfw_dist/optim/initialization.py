@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, get_args
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,7 @@ from sfw_dist.distributed.replicas import verify_replicas
 from sfw_dist.errors import UserError
 from sfw_dist.optim.first_step_loss import Batch, FirstStep, Loss, Start
 from sfw_dist.optim.param_groups import constraint_of
-from sfw_dist.optim.update import Rescale, learning_rate
+from sfw_dist.optim.update import RULES, Rescale, learning_rate
 from sfw_dist.pruning.modes import evaluation_mode
 
 
@@ -170,10 +170,10 @@ def _tensors(model: nn.Module, groups: Sequence[dict[str, Any]], lr: float, resc
 
 
 def _check(lr: float, rescale: str, steps: int, kappa: float, betas: Sequence[float], floors: Sequence[float]) -> None:
-    names = ", ".join(get_args(Rescale))
+    names = ", ".join(RULES)
     for valid, message in (
         (0 < lr < math.inf, f"lr must be > 0, got {lr}: write the training's, 1.0 in the paper"),
-        (rescale in get_args(Rescale), f"rescale must be one of {names}, got {rescale!r}"),
+        (rescale in RULES, f"rescale must be one of {names}, got {rescale!r}"),
         (steps >= 1, f"steps must be at least 1, got {steps}: the paper has 390"),
         (0 < kappa < math.inf, f"kappa must be > 0, got {kappa}: the paper has 0.001"),
         (all(0 <= beta < 1 for beta in betas), f"betas must be in [0, 1), got {betas}: write (0.9, 0.999)"),

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,7 @@ from sfw_dist.constraints import Constraint, Unconstrained, constraint_from_spec
 from sfw_dist.distributed.dtensor import full_tensor, to_local
 from sfw_dist.distributed.rank_group import RankGroup
 from sfw_dist.errors import UserError
-from sfw_dist.optim.update import Rescale
+from sfw_dist.optim.update import RULES
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +41,8 @@ def check_options(group: dict[str, Any]) -> None:
         raise ValueError(f"momentum must be in [0, 1), got {group['momentum']}: write momentum=0.9")
     if not group["weight_decay"] >= 0:
         raise ValueError(f"weight_decay must be at least 0, got {group['weight_decay']}: write weight_decay=0.0005")
-    if "rescale" in group and group["rescale"] not in get_args(Rescale):  # only SFW has one
-        raise ValueError(f"rescale must be one of {', '.join(get_args(Rescale))}, got {group['rescale']!r}")
+    if "rescale" in group and group["rescale"] not in RULES:  # only SFW has one
+        raise ValueError(f"rescale must be one of {', '.join(RULES)}, got {group['rescale']!r}")
     sets = group["constraint"]
     if not isinstance(sets, Constraint) and not (
         isinstance(sets, tuple) and len(sets) == len(group["params"]) and all(isinstance(s, Constraint) for s in sets)
@@ -66,6 +66,22 @@ def check_parameters(group: dict[str, Any]) -> None:
             raise ValueError("a parameter has no memory (device meta): initialise the model before the optimizer")
         if parameter.numel() == 0:
             raise ValueError(f"a parameter of shape {tuple(parameter.shape)} has no entries: leave it out")
+
+
+def refuse_flattened(group: dict[str, Any], before: Mapping[Tensor, torch.Size]) -> None:
+    """Raise :class:`UserError` where one flat tensor has taken the place of a group's, which had other shapes.
+
+    Args:
+        group: as it is now.
+        before: the shapes of the parameters that it had.
+    """
+    replaced = len(group["params"]) == 1 and group["params"][0] not in before and group["params"][0].ndim == 1
+    if replaced and any(len(shape) > 1 for shape in before.values()):
+        raise UserError(
+            f"a framework has replaced {len(before)} parameters by one of {group['params'][0].numel()} entries in a "
+            "row, in which SFW cannot tell the tensors apart: under DeepSpeed call "
+            "sfw_dist.optim.deepspeed.initialize, or its adopt(engine) before the first step"
+        )
 
 
 def constraint_of(group: dict[str, Any], index: int) -> Constraint:
@@ -180,10 +196,31 @@ _ROUNDING = 1e-3
 """How far float32 steps may take a tensor out of its set, as a part of its gauge; they take it less far."""
 
 
+@dataclass(frozen=True)
+class Moved:
+    """A tensor that lay outside its set, and was brought in."""
+
+    name: str
+    parameter: Tensor
+    gauge: float
+    """How many times outside it was."""
+    before: Tensor
+    """This rank's entries before, and ..."""
+    after: Tensor
+    """... after."""
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Give the tensor its entries of before, if nothing has changed them since."""
+        here = to_local(self.parameter)
+        if here.shape == self.after.shape and here.dtype == self.after.dtype and torch.equal(here, self.after):
+            here.copy_(self.before)
+
+
 @torch.no_grad()
 def make_feasible(
     group: dict[str, Any], *, only: Collection[Tensor] | None = None, rounded: bool = False
-) -> dict[str, float]:
+) -> list[Moved]:
     """A feasible start: divide trainable tensors that lie outside their set by their gauge; collective for DTensors.
 
     Args:
@@ -192,10 +229,10 @@ def make_feasible(
         rounded: whether tensors are left as they are if they are no farther outside than steps of their type take them.
 
     Returns:
-        The gauges of those that were outside, by name.
+        Those that were outside.
     """
     looked_at = set(group["params"] if only is None else only)
-    outside: dict[str, float] = {}
+    outside: list[Moved] = []
     for index, parameter in enumerate(group["params"]):
         if not parameter.requires_grad or parameter not in looked_at:
             continue
@@ -203,11 +240,12 @@ def make_feasible(
         gauge = float(constraint_of(group, index).gauge(full_tensor(parameter)))
         if gauge > 1 + allowance:
             here = to_local(parameter)
+            before = here.clone()
             here.copy_(here.double() / gauge)
             names = group.get("param_names", ())
             name = names[index] if index < len(names) else f"a tensor of shape {tuple(parameter.shape)}"
             logger.info("%s was %.4g times outside its set: scaled", name, gauge)
-            outside[name] = gauge
+            outside.append(Moved(name, parameter, gauge, before, here.clone()))
     return outside
 
 
@@ -216,15 +254,13 @@ def bring_in_loaded(groups: Sequence[dict[str, Any]], arrived: Collection[Tensor
 
     They were when they were added to the optimizer, so something has changed them since.
     """
-    outside: dict[str, float] = {}
-    for group in groups:
-        outside |= make_feasible(group, only=arrived, rounded=True)
+    outside = [moved for group in groups for moved in make_feasible(group, only=arrived, rounded=True)]
     if outside:
-        name = max(outside, key=lambda key: outside[key])
+        farthest = max(outside, key=lambda moved: moved.gauge)
         logger.warning(
             "outside of their sets at their first step, and scaled: %d of the tensors, %s the farthest (%.4g times); "
             "load weights before you build the optimizer",
             len(outside),
-            name,
-            outside[name],
+            farthest.name,
+            farthest.gauge,
         )

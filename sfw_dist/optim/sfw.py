@@ -24,6 +24,7 @@ from sfw_dist.optim.sharding.gradients import check_gradients, gradient_of
 from sfw_dist.optim.sharding.interface import Distributor
 from sfw_dist.optim.sharding.join import StepsForJoined
 from sfw_dist.optim.sharding.state_dict import (
+    all_ranks_called,
     by_place,
     check_shapes,
     gather_state,
@@ -33,7 +34,7 @@ from sfw_dist.optim.sharding.state_dict import (
     without_own,
 )
 from sfw_dist.optim.statistics import LastStep, StepStatistics
-from sfw_dist.optim.update import Rescale
+from sfw_dist.optim.update import RULES, Rescale
 
 
 class SFW(ConstrainedOptimizer, StepsForJoined):
@@ -137,12 +138,8 @@ class SFW(ConstrainedOptimizer, StepsForJoined):
         self._plan()
 
     def _begin(self, group: dict[str, Any]) -> None:
-        """Owners of earlier tensors stay. Collective: all ranks add the same group."""
         check_group(group)
-        if self._distribution.specs is None:  # __init__ is still adding groups, and plans once at its end
-            make_feasible(group)
-        else:
-            self._follow_groups()
+        self._moved = [*self._moved, *make_feasible(group)]  # the next step assigns it to owners
 
     def __getstate__(self) -> dict[str, Any]:
         """torch keeps its own attributes only; with ours, copies and pickles of an optimizer can step."""
@@ -150,9 +147,7 @@ class SFW(ConstrainedOptimizer, StepsForJoined):
         return {**super().__getstate__(), **ours, "_grad_reducer": None}
 
     def _follow_groups(self) -> None:
-        for group in self.param_groups:
-            for option in self.options:
-                group.setdefault(option, self.defaults[option])
+        self._complete_groups()
         self._last_step.clear()
         self._distribution.follow(self.param_groups, self.state)
 
@@ -193,6 +188,8 @@ class SFW(ConstrainedOptimizer, StepsForJoined):
         """A step; ``joined``: for other ranks' sake, of a rank that has run out of data."""
         distributors = self._distribute()
         received = self._receive_for_joined(joined=joined)
+        if self._distribution.begin(self.param_groups, gradients_are_reduced=self._grad_reducer is None):
+            self._moved = []
         for distributor in distributors:
             gradients = [received.get(s.parameter, gradient_of(s.parameter)) for s in distributor.shards]
             distributor.compute_vertices(self.state, gradients)
@@ -207,15 +204,18 @@ class SFW(ConstrainedOptimizer, StepsForJoined):
         """The distributors of the present groups, after what has changed since the last step is taken in."""
         if self._distribution.replicated_shards and (ranks := self._distribution.ranks_that_joined()):
             # A framework has joined other ranks after the script built its optimizer.
-            state, self._distribution.ranks = self.state_dict(), ranks
-            self.load_state_dict(state)
+            with self._hooks_unplugged():
+                state, self._distribution.ranks = self._whole_state(), ranks
+                self._load(state["state"], state["param_groups"])
         if self._distribution.changed(self.param_groups):
             self._follow_groups()
+        for group in self.param_groups:
+            if group["rescale"] not in RULES:
+                check_options(group)
         distributors = self._distribution.distributors(self.param_groups)
         self._distribution.complete(self.state)
         # By every rank and before any work: an owner that raised alone would leave the others waiting.
         check_gradients(self.param_groups, distributors, self._distribution.is_member)
-        self._distribution.begin(self.param_groups, gradients_are_reduced=self._grad_reducer is None)
         return distributors
 
     def _check_finite(self, *, wait: bool) -> None:
@@ -223,6 +223,8 @@ class SFW(ConstrainedOptimizer, StepsForJoined):
         if bad:
             for distributor in self._distribution.distributors(self.param_groups):
                 distributor.reset_momentum(bad, self.state)
+            for group in self.param_groups:
+                check_options(group)  # a rate that is not finite, set by a scheduler, shows here first
             found = [name for name in dict.fromkeys(s.name for s in self._distribution.shards) if name in bad]
             names = ", ".join(found[:3]) + (" …" if len(found) > 3 else "")
             raise UserError(
@@ -257,17 +259,29 @@ class SFW(ConstrainedOptimizer, StepsForJoined):
         return super().state_dict()
 
     def _whole_state(self) -> dict[str, Any]:
-        if self._distribution.changed(self.param_groups, sets_too=False):  # they would give momenta to other tensors
-            self._follow_groups()
-        state = super()._whole_state()
-        distribution, shards = self._distribution, self._distribution.replicated_shards
-        if distribution.ranks.size > 1 and shards and not distribution.replicate:
+        distribution = self._distribution
+        if distribution.ranks.size == 1 or distribution.replicate or not distribution.replicated_shards:
+            return self._local_state()
+        distribution.ranks_that_joined()  # raises where the others have gone
+        with all_ranks_called(distribution.ranks):
+            state = self._local_state()
             assert distribution.specs is not None
-            distribution.ranks_that_joined()  # raises where the others have gone
-            gathered = gather_state(distribution.specs, shards, self.state, distribution.ranks)
+            gathered = gather_state(distribution.specs, distribution.replicated_shards, self.state, distribution.ranks)
+            others = without_own(state["state"])
             for number, own in zip(self._numbers(), gathered.values(), strict=True):
-                state["state"][number] = {**state["state"].get(number, {}), **own}
+                state["state"][number] = {**others.get(number, {}), **own}
         return state
+
+    def _local_state(self) -> dict[str, Any]:
+        """What this rank has, after what has changed since the last step is taken in."""
+        if self._distribution.changed(self.param_groups, sets_too=False):  # they would give momenta to other tensors
+            if self._distribution.replicate:  # this rank may be the only one that saves
+                present = {p for group in self.param_groups for p in group["params"]}
+                for parameter in [p for p in self.state if isinstance(p, Tensor) and p not in present]:
+                    del self.state[parameter]
+            else:
+                self._follow_groups()
+        return super()._whole_state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned, at this or another number of ranks; each rank keeps what it owns.
@@ -350,4 +364,5 @@ class SFW(ConstrainedOptimizer, StepsForJoined):
             ValueError: the ranks do not hold each entry of each tensor once.
         """
         self._last_step.clear()
+        self._moved = []
         self._distribution.adopt(self.param_groups, segments, RankGroup.of(process_group), self.state)

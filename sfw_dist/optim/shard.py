@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from sfw_dist.constraints import Constraint
 from sfw_dist.distributed.dtensor import to_local
+from sfw_dist.errors import UserError
 from sfw_dist.optim.vertex_codec import VertexCodec
 
 State = dict[Tensor, dict[str, Any]]
@@ -143,3 +144,42 @@ def new_state(shard: Shard, step: Tensor) -> dict[str, Tensor]:
     """The state of a tensor that has taken no step; ``step`` is its counter."""
     momentum = {"momentum_buffer": new_momentum(shard)} if shard.group["momentum"] > 0 else {}
     return {"step": step.zero_(), **momentum}
+
+
+def zero_steps(shard: Shard, rows: int | None) -> Tensor:
+    """A count of steps, 0: a scalar, or ``(rows,)`` for the tensors of a flat buffer."""
+    return torch.zeros(()) if rows is None else torch.zeros(rows, device=shard.parameter.device)
+
+
+def adjust_state(shard: Shard, own: dict[str, Any], rows: int | None) -> None:
+    """Let the state be one that the step can use, whatever a script or a framework has put there.
+
+    A momentum of another type or on another device goes with its parameter; one that does not fit starts afresh, and so
+    does one that is ``None``, as in torch.
+
+    Args:
+        shard: a shard.
+        own: its ``step`` and ``momentum_buffer``; changed.
+        rows: see :func:`zero_steps`.
+
+    Raises:
+        UserError: a momentum that is no tensor.
+    """
+    if own.get("momentum_buffer", own) is None:
+        del own["momentum_buffer"]
+    step, buffer = own["step"], own.get("momentum_buffer")
+    shape = () if rows is None else (rows,)
+    if not (
+        isinstance(step, Tensor) and step.shape == shape and step.dtype == torch.float32 and not step.requires_grad
+    ):
+        start = zero_steps(shard, rows)
+        taken = torch.as_tensor(0.0 if step is None else step, dtype=torch.float32, device=start.device)
+        own["step"] = start + taken.detach().reshape(shape)
+    if buffer is None or (isinstance(buffer, Tensor) and shard.holds(buffer)):
+        return
+    if not isinstance(buffer, Tensor):
+        raise UserError(f"the momentum_buffer of {shard.name} is a {type(buffer).__name__}: give a tensor, or none")
+    if buffer.shape in (shard.parameter.shape, (shard.numel,)):
+        own["momentum_buffer"] = buffer.to(shard.parameter.device, shard.dtype).contiguous()
+    else:
+        own.update(new_state(shard, zero_steps(shard, rows)))

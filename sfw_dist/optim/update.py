@@ -7,7 +7,7 @@ bits of step sizes.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from sfw_dist.optim.shard import Shard, new_momentum
 from sfw_dist.optim.vertex_codec import STATS
 
 Rescale = Literal["gradient", "fast_gradient", "diameter", "none"]
+RULES = get_args(Rescale)
 Number = float | Tensor
 
 
@@ -64,7 +65,9 @@ def compute_vertex(shard: Shard, state: dict[str, Any], gradient: Tensor | None)
 def no_update(shard: Shard) -> tuple[Tensor, Vertex]:
     """Statistics and vertex of a parameter without gradient, which any rank can decode and which change nothing."""
     stats = torch.zeros(STATS, dtype=torch.float64, device=shard.parameter.device)
-    return stats, Vertex(None, torch.zeros(shard.numel, dtype=shard.dtype, device=shard.parameter.device))
+    # Added to -0, or taken from it, the other zero would make it 0.
+    zero = 0.0 if shard.constraint.is_unconstrained else -0.0
+    return stats, Vertex(None, torch.full((shard.numel,), zero, dtype=shard.dtype, device=shard.parameter.device))
 
 
 def apply_update(shard: Shard, gamma: Tensor, vertex: Vertex) -> None:
@@ -124,7 +127,7 @@ def update_momentum(shard: Shard, state: dict[str, Any], gradient: Tensor | None
 
 def is_first_step(shard: Shard, state: dict[str, Any]) -> bool:
     """Whether momentum starts with this gradient; creates the buffer that it needs."""
-    if shard.group["momentum"] > 0 and "momentum_buffer" not in state:  # a scheduler raised the momentum from 0
+    if shard.group["momentum"] > 0 and state.get("momentum_buffer") is None:  # a scheduler raised the momentum from 0
         state["momentum_buffer"] = new_momentum(shard)
         return True
     return bool(state["step"].item() == 0)

@@ -50,6 +50,11 @@ def _cases(rank: int) -> dict[str, Any]:
     # Built before DistributedDataParallel sends rank 0's weights.
     early = SFW(constrain(own, SPEC))
     results["early"] = [group["constraint"].radius(1) for group in early.param_groups]
+    added = seeded(2 + rank)
+    for group in constrain(added, SPEC):
+        early.add_param_group({**group, "params": [(f"added.{name}", p) for name, p in group["params"]]})
+    early.state_dict()  # the state, or a step, takes in what was added
+    results["added"] = [group["constraint"].radius(1) for group in early.param_groups[len(results["early"]) :]]
     late = [ProjectedSGD(constrain(seeded(rank), SPEC), lr=0.1), AdaGradSFW(constrain(seeded(rank), SPEC), lr=0.1)]
     SFW(constrain(own, SPEC, process_group=whole))
     for optimizer in late:
@@ -91,6 +96,7 @@ def test_radii_on_ranks() -> None:
         assert "other parameters or sets than the first of process_group" in results["other_models"]
         assert "ranks [1]" in results["other_models"]
         assert results["early"] == [radius for _, radius, _ in first["own"]]
+        assert results["added"] == [one.radius for one in bindings(seeded(2), SPEC)]
         assert results["late"] == [results["early"]] * 2
     for one, other in zip(first["stepped"], second["stepped"], strict=True):
         assert all(torch.equal(p, q) for p, q in zip(one, other, strict=True))

@@ -95,6 +95,8 @@ def life(rank: int) -> dict[str, Any]:
     said: dict[str, Any] = {}
     said["waiting"] = saved_late(rank)
 
+    said["no momentum"], said["unfrozen"] = without_momentum(), saved_while_unfrozen(rank)
+
     group = dist.new_group([0, 1])
     run = Run(NAMES, process_group=group)
     run.step(0)
@@ -113,6 +115,28 @@ def life(rank: int) -> dict[str, Any]:
     said["step"] = error_of(ValueError, default.step, 1)
     said["state"] = error_of(ValueError, default.optimizer.state_dict)
     return said
+
+
+def without_momentum() -> list[tuple[int, ...]]:
+    """The momenta that are saved after a scheduler has set the momentum to 0; "a" is divided between the ranks."""
+    run = Run(NAMES, split=8192)
+    run.step(0)
+    for group in run.optimizer.param_groups:
+        group["momentum"] = 0.0
+    run.step(1)
+    state = run.optimizer.state_dict()
+    Run(NAMES, split=8192).optimizer.load_state_dict(state)
+    return [tuple(own["momentum_buffer"].shape) for own in state["state"].values()]
+
+
+def saved_while_unfrozen(rank: int) -> int:
+    """Rank 0 alone saves when a tensor has just been unfrozen, and before it has taken a step."""
+    run = Run(NAMES, frozen="b", replicate_momentum=True)
+    run.step(0)
+    run.tensors["b"].requires_grad_(True)
+    saved = len(run.optimizer.state_dict()["state"]) if rank == 0 else len(NAMES) - 1
+    run.step(1)
+    return saved
 
 
 def saved_late(rank: int) -> str:
@@ -142,6 +166,8 @@ def test_an_optimizer_is_saved_copied_and_outlived() -> None:
     assert "replicate_momentum=True" in zero["waiting"]
     assert one["waiting"] == ""
     for rank, said in enumerate((zero, one)):
+        assert said["no momentum"] == [SHAPES[name] for name in NAMES]
+        assert said["unfrozen"] == len(NAMES) - 1
         assert said["copied"]
         assert said["pickled"] == "an optimizer with process_group= cannot be pickled: save its state_dict()"
         for message in (said["step"], said["state"]):

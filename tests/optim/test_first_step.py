@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 
@@ -55,6 +56,27 @@ def test_a_tensor_that_has_taken_steps_is_left_as_it_is() -> None:
     again.load_state_dict(optimizer.state_dict())
     step(layer, again, seed=1), step(other, whole, seed=1)
     assert torch.equal(layer.weight, other.weight)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("weights_first", [True, False])
+def test_a_resumed_run_has_the_weights_that_were_saved(kind: type[SFW], weights_first: bool) -> None:
+    """Fails when weights that were loaded before the optimizer are scaled into a set that the saved one replaces."""
+    layer = linear(0.1)  # no draw of the initializer, so that the present norm counts
+    optimizer = kind(constrain(layer, LpBall(2, tau=0.5)), lr=0.01)
+    step(layer, optimizer)
+    saved, state = {"weight": layer.weight.detach().clone()}, copy.deepcopy(optimizer.state_dict())
+    again = linear(3.0)
+    if weights_first:
+        again.load_state_dict(saved)
+    resumed = kind(constrain(again, LpBall(2, tau=0.5)), lr=0.1)
+    if not weights_first:
+        again.load_state_dict(saved)
+    assert not weights_first or not torch.equal(again.weight, saved["weight"])
+    resumed.load_state_dict(state)
+    assert torch.equal(again.weight, saved["weight"])
+    step(layer, optimizer, seed=1), step(again, resumed, seed=1)
+    assert torch.equal(again.weight, layer.weight)
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)

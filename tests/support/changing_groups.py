@@ -27,12 +27,14 @@ def group(name: str, p: Tensor, lr: float = 0.05) -> dict[str, Any]:
 class Run:
     """An optimizer over some tensors, and equal gradients wherever it runs."""
 
-    def __init__(self, names: str, **options: Any) -> None:
-        self.tensors = {name: parameter(name) for name in names}
+    def __init__(self, names: str, *, frozen: str = "", **options: Any) -> None:
+        self.tensors = {name: parameter(name).requires_grad_(name not in frozen) for name in names}
         self.optimizer = SFW([group(name, p) for name, p in self.tensors.items()], **options)
 
     def step(self, number: int) -> None:
         for name, p in self.tensors.items():
+            if not p.requires_grad:
+                continue
             generator = torch.Generator().manual_seed(100 * number + sum(map(ord, name)))
             p.grad = torch.randn(p.shape, generator=generator)
         self.optimizer.step()

@@ -57,6 +57,8 @@ class CPUKernel:
         self._shards = shards
         self._own = [i for i, shard in enumerate(shards) if shard.written is not None]
         self._staged: dict[tuple[str, int], Tensor] = {}
+        self._staged_now: set[tuple[str, int]] = set()
+        """Those of the present call; the others are memory for parameters that are row-major by now."""
         self._computed = self._tasks([(shards[i], shards[i].written) for i in self._own])
         self._updated = self._tasks([(shard, shard.read) for shard in shards])
         self._scratch = _Scratch(shards)
@@ -71,13 +73,18 @@ class CPUKernel:
             task["kind"], task["type"] = LAYOUT_CODES[shard.codec.layout], DTYPE_CODES[shard.parameter.dtype]
         return tasks
 
+    @staticmethod
+    def takes(gradient: Tensor, parameter: Tensor) -> bool:
+        """Whether the compiled code reads the gradient as it is: it has its parameter's type."""
+        return gradient.dtype == parameter.dtype
+
     def compute_vertices(
         self,
         gradients: Sequence[Tensor | None],
         momenta: Sequence[Tensor | None],
         options: Sequence[dict[str, Any]],
     ) -> None:
-        """Momentum, vertex and statistics; gradients have their parameters' types."""
+        """Momentum, vertex and statistics."""
         tasks = self._computed
         tasks["theta"] = [self._address("theta", i, self._shards[i].parameter) for i in self._own]
         tasks["gradient"] = [
@@ -92,21 +99,23 @@ class CPUKernel:
 
     def apply_update(self) -> None:
         """Every shard's parameter after the step."""
+        self._staged_now.clear()
         self._updated["theta"] = [self._address("theta", i, shard.parameter) for i, shard in enumerate(self._shards)]
         self._call(self._library.apply_update, self._updated)
-        for shard in self._shards if self._staged else ():
-            staged = self._staged.get(("theta", id(shard.parameter)))
-            if staged is not None:
-                shard.parameter.copy_(staged)
+        for shard in self._shards if self._staged_now else ():
+            key = ("theta", id(shard.parameter))
+            if key in self._staged_now:
+                shard.parameter.copy_(self._staged[key])
 
     def _address(self, what: str, index: int, x: Tensor) -> int:
         """Of the shard's first entry: in the tensor, or in a copy where memory is not row-major (channels_last)."""
         shard = self._shards[index]
-        if not x.is_contiguous() or x.dtype != shard.parameter.dtype:
+        if not x.is_contiguous() or x.is_neg():
             # One copy a parameter, shared by all its shards.
             key = (what, id(shard.parameter))
             if key not in self._staged:
-                self._staged[key] = torch.empty(x.shape, dtype=shard.parameter.dtype)
+                self._staged[key] = torch.empty(x.shape, dtype=x.dtype)
+            self._staged_now.add(key)
             x = self._staged[key].copy_(x)
         return x.data_ptr() + shard.start * x.element_size()
 

@@ -68,13 +68,18 @@ class CUDAKernel:
         self._parameters = _Table(len(shards), 1, self._device)
         self._staged: dict[tuple[str, Tensor, torch.dtype], Tensor] = {}
 
+    @staticmethod
+    def takes(gradient: Tensor, parameter: Tensor) -> bool:
+        """Whether the kernels read the gradient as it is, whatever its parameter's type."""
+        return gradient.dtype in _READABLE
+
     def compute_vertices(
         self,
         gradients: Sequence[Tensor | None],
         momenta: Sequence[Tensor | None],
         options: Sequence[dict[str, Any]],
     ) -> None:
-        """Momentum, vertex and statistics; gradients may have another type than their parameters."""
+        """Momentum, vertex and statistics."""
         table = [(0,) * layout.STEP.value] * len(self._shards)
         for i, gradient, m, values in zip(self._own, gradients, momenta, options, strict=True):
             if gradient is not None and m is not None:
@@ -118,13 +123,12 @@ class CUDAKernel:
         )
 
     def _row_major(self, what: str, parameter: Tensor, x: Tensor) -> Tensor:
-        """The parameter or its gradient or, where the kernels cannot read it (channels_last, float64), a copy of it."""
-        if x.is_contiguous() and x.dtype in _READABLE:
+        """The parameter or its gradient or, where the kernels cannot read it (channels_last), a copy of it."""
+        if x.is_contiguous() and not x.is_neg():
             return x
-        dtype = x.dtype if x.dtype in _READABLE else parameter.dtype
-        key = (what, parameter, dtype)
+        key = (what, parameter, x.dtype)
         if key not in self._staged:
-            self._staged[key] = torch.empty(x.shape, dtype=dtype, device=x.device)
+            self._staged[key] = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         return self._staged[key].copy_(x)
 
     def _launch(self, kernel: Any, rows: Tensor, *arguments: Tensor, **constants: int) -> None:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, get_args
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from sfw_dist.optim.update import Rescale
+from sfw_dist.optim.update import RULES
 from sfw_dist.optim.vertex_codec import VertexCodec
 
 # What the compiled code calls types, rescale rules and layouts of a vertex; cpu_step.cpp repeats these numbers.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-RESCALE_CODES = {rescale: code for code, rescale in enumerate(get_args(Rescale))}
+RESCALE_CODES = {rescale: code for code, rescale in enumerate(RULES)}
 LAYOUT_CODES = {"mask": 0, "indices": 1, "all": 2}
 
 
@@ -39,6 +39,10 @@ class KernelShard:
 class Kernel(Protocol):
     """The step of a fixed list of shards."""
 
+    @staticmethod
+    def takes(gradient: Tensor, parameter: Tensor) -> bool:
+        """Whether the gradient's type is one that the kernel reads for this parameter; it is not rounded."""
+
     def compute_vertices(
         self,
         gradients: Sequence[Tensor | None],
@@ -48,7 +52,7 @@ class Kernel(Protocol):
         """Momentum, vertex and statistics of the shards with ``written``, in their order.
 
         Args:
-            gradients: shaped as the parameter; ``None``: the shard stays as it is.
+            gradients: shaped as the parameter, of a type that the kernel takes; ``None``: the shard stays as it is.
             momenta: float32, contiguous, of the shards' own entries; updated. Needed where there is a gradient.
             options: ``lr``, ``momentum``, ``weight_decay``, ``rescale``, ``first`` (whether m becomes g).
         """

@@ -20,9 +20,10 @@ from sfw_dist.optim.param_groups import (
     check_group,
     entries,
     make_feasible,
+    refuse_flattened,
     take_first_ranks_radii,
 )
-from sfw_dist.optim.shard import Shard, State, new_state, step_cost
+from sfw_dist.optim.shard import Shard, State, adjust_state, new_state, step_cost, zero_steps
 from sfw_dist.optim.sharding.assignment import ShardSpec, TensorSpec, assign
 from sfw_dist.optim.sharding.dtensors import FlatSegment, distributors_of_dtensors, distributors_of_flat_buffers
 from sfw_dist.optim.sharding.gradients import verify_first_step
@@ -113,8 +114,7 @@ class Distribution:
         Raises:
             ValueError: a set that is not bound, or one that needs a tensor whole that is divided; ranks that differ.
         """
-        if self.specs is None:
-            self._agree_on_radii(groups)
+        self._agree_on_radii(groups)
         members = [entry for entry in entries(groups) if self._joins(entry.parameter)]
         whole = [entry for entry in members if not isinstance(entry.parameter, DTensor)]
         pinned = self._pinned(whole) if keep_owners else []
@@ -139,13 +139,18 @@ class Distribution:
         self.complete(state)
 
     def _agree_on_radii(self, groups: Groups) -> None:
-        """At the first plan, when each rank may have weights of its own; collective."""
-        whole = [entry for entry in entries(groups) if not isinstance(entry.parameter, DTensor)]
-        whole = [entry for entry in whole if self._joins(entry.parameter)]
-        if whole:
-            described, devices = [repr(entry.constraint) for entry in whole], {e.parameter.device for e in whole}
-            if disagreement(described, self.ranks, devices):
-                take_first_ranks_radii(groups, self.ranks)
+        """Of tensors that join, while each rank may have weights of its own; collective."""
+        joining = [
+            entry
+            for entry in entries(groups)
+            if entry.parameter.requires_grad
+            and entry.parameter not in self._members
+            and not isinstance(entry.parameter, DTensor)
+        ]
+        described, devices = [repr(entry.constraint) for entry in joining], {e.parameter.device for e in joining}
+        if joining and disagreement(described, self.ranks, devices):
+            numbers = {id(entry.group) for entry in joining}
+            take_first_ranks_radii([group for group in groups if id(group) in numbers], self.ranks)
 
     def _joins(self, parameter: Tensor) -> bool:
         return parameter.requires_grad or parameter in self._members
@@ -163,7 +168,7 @@ class Distribution:
         self._verified = False
         self._arrived -= set(stepped)
 
-    def begin(self, groups: Groups, *, gradients_are_reduced: bool) -> None:
+    def begin(self, groups: Groups, *, gradients_are_reduced: bool) -> bool:
         """At the first step after tensors joined or were loaded: compare replicas, bring in what lies outside its set.
 
         Not before, because DistributedDataParallel sends rank 0's weights, and scripts load weights, after the
@@ -173,16 +178,20 @@ class Distribution:
             groups: the optimizer's.
             gradients_are_reduced: whether all ranks should have the same gradients.
 
+        Returns:
+            Whether it was done now.
+
         Raises:
             UserError: parameters differ between ranks.
         """
         if self._verified or self.is_flat or all(learning_rate(group) == 0 for group in groups):
-            return
+            return False
         if self.replicated_shards:
             tensors = {shard.name: shard.parameter for shard in self.replicated_shards}
             verify_first_step(tensors, self.ranks, gradients_are_reduced=gradients_are_reduced)
         bring_in_loaded(groups, self._arrived)
         self._arrived, self._verified = set(), True
+        return True
 
     def ranks_that_joined(self) -> RankGroup | None:
         """The ranks that are there now, if this process was alone when its tensors were planned; else ``None``.
@@ -246,28 +255,16 @@ class Distribution:
         """
         old = {p for _, parameters, _ in self._planned for p, *_ in parameters}
         present = {p for group in groups for p in group["params"]}
+        shapes = {id(group): {p: shape for p, _, shape, *_ in parameters} for group, parameters, _ in self._planned}
         for group in groups:
             check_group(group)
-            self._refuse_flattened(group)
+            refuse_flattened(group, shapes.get(id(group), {}))
+        new = present - self._members
         for group in groups:
-            make_feasible(group, only=present - self._members)
+            make_feasible(group, only=new, rounded=True)  # groups that were added have been brought in
         self.plan(groups, state)
         for parameter in old - present:
             state.pop(parameter, None)
-
-    def _refuse_flattened(self, group: dict[str, Any]) -> None:
-        """Raise :class:`UserError` where one flat tensor has taken the place of a group's, which had other shapes."""
-        for planned, parameters, _ in self._planned:
-            shapes = [shape for _, _, shape, *_ in parameters]
-            fresh = planned is group and not {p for p, *_ in parameters} & set(group["params"])
-            if not (fresh and len(group["params"]) == 1 and any(len(shape) > 1 for shape in shapes)):
-                continue
-            if group["params"][0].ndim == 1:
-                raise UserError(
-                    f"a framework has replaced {len(shapes)} parameters by one of {group['params'][0].numel()} entries "
-                    "in a row, in which SFW cannot tell the tensors apart: under DeepSpeed call "
-                    "sfw_dist.optim.deepspeed.initialize, or its adopt(engine) before the first step"
-                )
 
     def complete(self, state: State) -> None:
         """Give every shard that this rank steps the state of a tensor that took no step, where it has none.
@@ -278,18 +275,11 @@ class Distribution:
         """
         for shard in self._stepped:
             own = state.setdefault(shard.parameter, {})
-            buffer: Tensor | None = own.get("momentum_buffer")
-            if "step" in own and (buffer is None or shard.holds(buffer)):
-                continue
-            count = torch.zeros(())
-            if self._flat is not None:
-                count = torch.zeros(len(self._flat[shard.parameter]), device=shard.parameter.device)
-            fresh = new_state(shard, count)
-            if "step" in own and buffer is not None and buffer.shape in (shard.parameter.shape, (shard.numel,)):
-                # The parameter has another type or device than before: momentum goes with it.
-                there = buffer.to(shard.parameter.device, shard.dtype).contiguous()
-                fresh = {"step": own["step"], "momentum_buffer": there}
-            own.update(fresh)
+            rows = None if self._flat is None else len(self._flat[shard.parameter])
+            if "step" in own:
+                adjust_state(shard, own, rows)
+            else:
+                own.update(new_state(shard, zero_steps(shard, rows)))
 
     def distributors(self, groups: Groups) -> list[Distributor]:
         """What steps the tensors of these groups; collective where it is not planned yet."""

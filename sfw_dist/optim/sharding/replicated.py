@@ -132,9 +132,16 @@ class ReplicatedDistributor:
         options: list[dict[str, Any]] = []
         momenta: list[Tensor | None] = []
         counts: list[NDArray[np.float32]] = []
+        taken: list[Tensor | None] = []
+        plainly: list[int] = []
         for i in self._computed:
             shard, own = self.shards[i], state[self.shards[i].parameter]
-            if gradients[i] is None:
+            gradient = gradients[i]
+            if gradient is not None and not kernel.takes(gradient, shard.parameter):
+                plainly.append(i)
+                gradient = None
+            taken.append(gradient)
+            if gradient is None:
                 options.append(shard.group | {"lr": 0.0, "first": True})
                 momenta.append(None)
                 continue
@@ -146,9 +153,11 @@ class ReplicatedDistributor:
                 own["step"].zero_()
             else:
                 counts.append(own["step"].numpy())  # a view; torch takes ten times as long to add 1 to a number
-        kernel.compute_vertices([gradients[i] for i in self._computed], momenta, options)
+        kernel.compute_vertices(taken, momenta, options)
         for count in counts:
             count += 1
+        for i in plainly:
+            self._write(i, *compute_vertex(self.shards[i], state[self.shards[i].parameter], gradients[i]))
 
     def _unkept_momentum(self, i: int, shard: Shard) -> Tensor:
         """Memory for the direction of a step without momentum."""
@@ -176,6 +185,8 @@ class ReplicatedDistributor:
         """All parameters after the step, on every rank, from the same bytes."""
         if self._kernel is not None:
             self._kernel.apply_update()
+            # The kernels write to memory; a backward pass that still needs the old values must notice.
+            torch.autograd.graph.increment_version([self.shards[i].parameter for i in self._fused])
         for i in self._applied_plainly:
             stats, vertex = self.shards[i].codec.decode(self._read[i])
             apply_update(self.shards[i], stats[0], vertex)

@@ -31,8 +31,12 @@ _OWN = ("step", "momentum_buffer")
 
 
 @contextmanager
-def _told_of_waiting(ranks: RankGroup) -> Iterator[None]:
-    """A script that saves on one rank alone would otherwise stand still in silence."""
+def all_ranks_called(ranks: RankGroup) -> Iterator[None]:
+    """Around what every rank must call: a script that saves on one rank alone would otherwise stand still in silence.
+
+    Raises:
+        RuntimeError: (gloo) ranks that have not called within :data:`TIMEOUT`, and what to do.
+    """
     text = (
         f"SFW.state_dict() on rank {ranks.rank} waits for the other ranks, which own a part of the momenta: {_REMEDY}"
     )
@@ -40,6 +44,11 @@ def _told_of_waiting(ranks: RankGroup) -> Iterator[None]:
     timer.daemon = True
     timer.start()
     try:
+        if dist.get_backend(ranks.group) == "gloo":
+            try:
+                dist.monitored_barrier(ranks.group, timeout=TIMEOUT, wait_all_ranks=True)
+            except RuntimeError as error:
+                raise RuntimeError(f"not every rank called SFW.state_dict(): {_REMEDY} ({error})") from error
         yield
     finally:
         timer.cancel()
@@ -48,37 +57,22 @@ def _told_of_waiting(ranks: RankGroup) -> Iterator[None]:
 def gather_state(
     specs: Sequence[ShardSpec], shards: Sequence[Shard], state: State, ranks: RankGroup
 ) -> dict[int, dict[str, Tensor]]:
-    """``step`` and ``momentum_buffer`` of every tensor, by its place among them; collective, the same on every rank.
-
-    Raises:
-        RuntimeError: (gloo) ranks that have not called within :data:`TIMEOUT`, and what to do.
-    """
-    with _told_of_waiting(ranks):
-        if dist.get_backend(ranks.group) == "gloo":
-            try:
-                dist.monitored_barrier(ranks.group, timeout=TIMEOUT, wait_all_ranks=True)
-            except RuntimeError as error:
-                raise RuntimeError(f"not every rank called SFW.state_dict(): {_REMEDY} ({error})") from error
-        return _gather(specs, shards, state, ranks)
-
-
-def _gather(
-    specs: Sequence[ShardSpec], shards: Sequence[Shard], state: State, ranks: RankGroup
-) -> dict[int, dict[str, Tensor]]:
+    """``step`` and ``momentum_buffer`` of every tensor, by its place among them; collective, the same on every rank."""
     device, group = shards[0].parameter.device, ranks.group
     owned = [state[s.parameter] if spec.owner == ranks.rank else {} for spec, s in zip(specs, shards, strict=True)]
-    steps = torch.zeros(len(shards), dtype=torch.float64, device=device)
-    for i, (shard, own) in enumerate(zip(shards, owned, strict=True)):
+    counts = torch.zeros(len(shards), 2, dtype=torch.float64, device=device)
+    for row, shard, own in zip(counts, shards, owned, strict=True):
         # Without the buffer that its group's momentum needs, a tensor's next step is like its first.
         if own and ("momentum_buffer" in own or shard.group["momentum"] == 0):
-            steps[i] = own["step"]
-    dist.all_reduce(steps, group=group)
+            row[0] = own["step"]
+        row[1] = "momentum_buffer" in own
+    dist.all_reduce(counts, group=group)
     gathered: dict[int, dict[str, Tensor]] = {}
-    for spec, shard, own, taken in zip(specs, shards, owned, steps.tolist(), strict=True):
+    for spec, shard, own, (taken, kept) in zip(specs, shards, owned, counts.tolist(), strict=True):
         tensor = gathered.setdefault(spec.tensor, {"step": torch.tensor(taken, dtype=torch.float32)})
-        if shard.group["momentum"] == 0:
-            continue
-        if spec.start == 0:
+        if shard.group["momentum"] == 0 and not (kept or "momentum_buffer" in tensor):
+            continue  # a scheduler may have set the momentum to 0; then there is a buffer
+        if "momentum_buffer" not in tensor:
             tensor["momentum_buffer"] = torch.zeros(shard.parameter.shape, dtype=shard.dtype, device=device)
         entries = shard.entries(tensor["momentum_buffer"])
         if "momentum_buffer" in own:
