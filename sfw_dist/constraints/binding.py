@@ -15,18 +15,18 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import UninitializedParameter
 
 from sfw_dist.constraints.base import Constraint
-from sfw_dist.constraints.initial_norm import Draws, InitialNorm, choose_norm, drawn_norms, present_norm
+from sfw_dist.constraints.initial_norm import InitialNorm, Size, choose_norm, drawn_norms, present_size
 from sfw_dist.constraints.unconstrained import Unconstrained
 from sfw_dist.distributed.rank_group import RankGroup
 
 _NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+TRAINABLE_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 Free = Literal["none", "norm_and_bias"]
 NormRule = Literal["auto", "initializer"]
@@ -162,7 +162,7 @@ def bindings(
             constrained.append((len(found), owners))
             found.append(Binding(name, parameter, spec, None, "not bound yet"))
     if constrained:
-        norms = _norms([(found[place], owners) for place, owners in constrained], norm)
+        norms = _norms(_unwrapped(model), [(found[place], owners) for place, owners in constrained], norm)
         if process_group is not None:
             norms = _of_first_rank(norms, found, RankGroup.of(process_group))
         for (place, _), (value, source) in zip(constrained, norms, strict=True):
@@ -223,7 +223,7 @@ def _check(name: str, parameter: nn.Parameter, module: nn.Module) -> str | None:
             f"{name} is FullyShardedDataParallel's, which keeps slices of several tensors in one: take "
             "torch.distributed.fsdp.fully_shard"
         )
-    reason = _cannot_train(parameter)
+    reason = cannot_train(parameter)
     if reason is not None and parameter.requires_grad:
         raise ValueError(f"{name} {reason}, which SFW cannot train: freeze it with requires_grad_(False), or {_REMEDY}")
     return reason and f"in no group: {reason}"
@@ -232,10 +232,13 @@ def _check(name: str, parameter: nn.Parameter, module: nn.Module) -> str | None:
 _REMEDY = "store it as one dense floating-point tensor"
 
 
-def _cannot_train(parameter: nn.Parameter) -> str | None:
+def cannot_train(parameter: Tensor) -> str | None:
+    """Why SFW cannot train a tensor of this kind, as the end of a sentence; ``None``: it can."""
+    if parameter.is_nested:
+        return "is a nested tensor"
     if parameter.numel() == 0:
         return f"of shape {tuple(parameter.shape)} has no entries"
-    if parameter.dtype not in _TYPES:
+    if parameter.dtype not in TRAINABLE_TYPES:
         return f"is {str(parameter.dtype).removeprefix('torch.')}"
     if parameter.layout != torch.strided:
         return f"is {str(parameter.layout).removeprefix('torch.')}"
@@ -244,26 +247,24 @@ def _cannot_train(parameter: nn.Parameter) -> str | None:
     return None
 
 
-def _norms(parameters: Sequence[tuple[Binding, _Owners]], rule: NormRule) -> list[InitialNorm]:
+def _norms(model: nn.Module, parameters: Sequence[tuple[Binding, _Owners]], rule: NormRule) -> list[InitialNorm]:
     wanted: dict[nn.Module, list[str]] = {}
     for _, owners in parameters:
         for module, leaf in owners:
             wanted.setdefault(module, []).append(leaf)
-    draws: dict[tuple[nn.Module, str], Draws] = {}
-    for module, leaves in wanted.items():
-        draws |= {(module, leaf): drawn for leaf, drawn in drawn_norms(module, leaves).items()}
+    draws = drawn_norms(model, wanted)
     norms = []
     for one, owners in parameters:
         drawn = [draws[owner] for owner in owners if owner in draws]
-        norms.append(choose_norm(drawn, one.parameter.numel(), partial(_finite_norm, one), rule))
+        norms.append(choose_norm(drawn, one.parameter.numel(), partial(_finite_size, one), rule))
     return norms
 
 
-def _finite_norm(one: Binding) -> float:
-    norm = present_norm(one.parameter)
-    if not math.isfinite(norm):
+def _finite_size(one: Binding) -> Size:
+    size = present_size(one.parameter)
+    if not math.isfinite(size.norm):
         raise ValueError(f"{one.name} has entries that are not finite: initialise the model before constrain")
-    return norm
+    return size
 
 
 def _of_first_rank(norms: list[InitialNorm], found: Sequence[Binding], ranks: RankGroup) -> list[InitialNorm]:

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parameter import UninitializedParameter
 
 from sfw_dist.constraints import Constraint, Unconstrained, constraint_from_spec
+from sfw_dist.constraints.binding import TRAINABLE_TYPES, cannot_train
 from sfw_dist.distributed.dtensor import full_tensor, to_local
 from sfw_dist.distributed.rank_group import RankGroup
 from sfw_dist.errors import UserError
@@ -60,12 +62,15 @@ def check_parameters(group: dict[str, Any]) -> None:
             )
         if not parameter.requires_grad:
             continue  # it takes no step
-        if not parameter.is_floating_point():
+        if isinstance(parameter, UninitializedParameter):
+            raise ValueError("a parameter is a lazy module's: send one batch through the model before the optimizer")
+        if not parameter.is_nested and parameter.dtype not in TRAINABLE_TYPES:
             raise ValueError(f"constrained optimizers take real floating-point parameters, got {parameter.dtype}")
         if parameter.is_meta:
             raise ValueError("a parameter has no memory (device meta): initialise the model before the optimizer")
-        if parameter.numel() == 0:
-            raise ValueError(f"a parameter of shape {tuple(parameter.shape)} has no entries: leave it out")
+        reason = cannot_train(parameter)
+        if reason is not None:
+            raise ValueError(f"a parameter {reason}: leave it out, or store it as one dense floating-point tensor")
 
 
 def refuse_flattened(group: dict[str, Any], before: Mapping[Tensor, torch.Size]) -> None:

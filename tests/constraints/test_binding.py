@@ -314,6 +314,14 @@ FROZEN: dict[str, tuple[nn.Parameter, str]] = {
     "float8": (quantised(3, torch.float8_e4m3fn), "is float8_e4m3fn"),
     "complex": (quantised(3, torch.complex64), "is complex64"),
     "sparse": (nn.Parameter(torch.eye(3).to_sparse(), requires_grad=False), "is sparse_coo"),
+    "nested": (
+        nn.Parameter(torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), requires_grad=False),
+        "is a nested tensor",
+    ),
+    "jagged": (
+        nn.Parameter(torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged), False),
+        "is a nested tensor",
+    ),
     "empty": (nn.Parameter(torch.ones(0, 4), requires_grad=False), "of shape (0, 4) has no entries"),
     "subclass": (nn.Parameter(TwoTensor(torch.ones(3), torch.ones(3)), requires_grad=False), "is a TwoTensor"),
 }
@@ -331,7 +339,7 @@ def test_frozen_parameters_that_cannot_be_trained_are_in_no_group(kind: str, spe
     assert (left_out.name, left_out.constraint, left_out.source) == ("base", None, f"in no group: {reason}")
 
 
-@pytest.mark.parametrize("kind", ["float8", "complex", "sparse", "empty", "subclass"])
+@pytest.mark.parametrize("kind", ["float8", "complex", "sparse", "nested", "jagged", "empty", "subclass"])
 def test_trainable_parameters_that_cannot_be_trained_are_an_error(kind: str) -> None:
     """Fails when a parameter that the script means to train stays as it is in silence."""
     base, reason = FROZEN[kind]

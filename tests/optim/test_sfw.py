@@ -569,6 +569,14 @@ def test_a_sparse_gradient_is_refused_before_anything_moved() -> None:
         ({"constraint": KSparsePolytope(k_frac=0.05, tau=15.0)}, r"bind it with constrain\(model, spec\)"),
         ({"params": [nn.Parameter(torch.ones(3) * 1j)]}, r"floating-point parameters, got torch\.complex64"),
         ({"params": [nn.Parameter(torch.ones(0, 5))]}, r"a parameter of shape \(0, 5\) has no entries"),
+        (
+            {"params": [nn.Parameter(torch.ones(2).to(torch.float8_e4m3fn))]},
+            "floating-point parameters, got torch.float8",
+        ),
+        (
+            {"params": [nn.Parameter(torch.eye(2).to_sparse())]},
+            "a parameter is sparse_coo: leave it out, or store it as",
+        ),
     ],
 )
 def test_a_bad_group_is_refused_in_one_line(options: dict[str, Any], message: str) -> None:
