@@ -82,7 +82,8 @@ class Draws(NamedTuple):
         tails that are at most exponential, on the scale of its own σ: of n uniform entries the largest falls below a
         fraction e^-s of their bound with a probability of e^(-n·s), σ is 1/n, and nothing is beyond the bound; that of
         normal and heavy-tailed entries exceeds its mean by more than z·σ with a probability below about e^(-1.3·z).
-        So it may be 20·σ above the mean and 30·σ below.
+        So it may be 20·σ above the mean and 30·σ below. Of fewer than 50 entries neither says much: other weights pass
+        whose norm is 3 times the initializer's (of 36 entries) or 9 times (of 16).
         """
         if not self.norm.allows(present.norm, _DEVIATIONS, _DEVIATIONS, _QUADRATIC):
             return False
@@ -144,7 +145,8 @@ def drawn_norms(model: nn.Module, wanted: Mapping[nn.Module, Sequence[str]]) -> 
     The initializer is its class's ``reset_parameters`` (of ``nn.MultiheadAttention``: ``_reset_parameters``), drawn up
     to 100 times under a generator of its own, the same on every rank. Large tensors, whose norm hardly varies (its
     relative deviation is about ``0.45/√n``), take fewer. An initializer that writes to the model itself, which no copy
-    can prevent (it may hold the weights in a closure), counts as none.
+    can prevent (it may hold the weights in a closure), counts as none: torch's writes are refused on the whole model,
+    NumPy's are put back on the module that is drawn.
 
     Args:
         model: stays as it is, and so do the states of torch's, NumPy's and Python's random generators.

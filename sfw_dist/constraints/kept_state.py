@@ -52,8 +52,8 @@ def seed_generators() -> None:
 class KeptState:
     """What modules hold: their attributes, the containers in them, and their tensors.
 
-    Objects of other classes are looked into where an attribute or a container holds them; what these hold in turn, and
-    what belongs to classes or to Python modules, is not kept.
+    Objects of other classes are looked into where an attribute or a container holds them. What these hold in turn, what
+    belongs to classes or to Python modules, and tensors that no module holds are not kept.
     """
 
     def __init__(self, modules: Iterable[nn.Module], entries: bool = False) -> None:

@@ -141,12 +141,20 @@ def test_the_model_and_all_generators_stay_whatever_an_initializer_reaches(
 
 
 def test_an_initializer_does_not_reach_the_rest_of_the_model() -> None:
-    """Fails when a module's initializer draws the weights of another, which is no child of it."""
+    """Fails when a module's initializer draws the weights of another, which is no child of it, or changes it else."""
     other = nn.Linear(3, 3)
-    own = Own(lambda _: nn.init.zeros_(other.weight))
-    before = nn.init.ones_(other.weight).detach().clone()
-    assert drawn_norms(nn.Sequential(other, own), {own: ["weight"]}) == {}
-    assert torch.equal(other.weight, before)
+    weight, before = other.weight, nn.init.ones_(other.weight).detach().clone()
+
+    def swap(x: Tensor) -> None:
+        weight.data = torch.zeros(3, 3)
+        other.weight = nn.Parameter(torch.zeros(3, 3))
+        other.extra_state = 1  # type: ignore[assignment]
+        nn.init.ones_(x)
+
+    for initialise, drawn in ((lambda _: nn.init.zeros_(weight), 0), (swap, 1)):
+        own = Own(initialise)
+        assert len(drawn_norms(nn.Sequential(other, own), {own: ["weight"]})) == drawn
+        assert other.weight is weight and torch.equal(weight, before) and not hasattr(other, "extra_state")
 
 
 @pytest.mark.parametrize("draw", [lambda: np.random.randn(8, 8), lambda: [random.gauss() for _ in range(64)]])
