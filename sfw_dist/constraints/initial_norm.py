@@ -82,8 +82,8 @@ class Draws(NamedTuple):
         tails that are at most exponential, on the scale of its own σ: of n uniform entries the largest falls below a
         fraction e^-s of their bound with a probability of e^(-n·s), σ is 1/n, and nothing is beyond the bound; that of
         normal and heavy-tailed entries exceeds its mean by more than z·σ with a probability below about e^(-1.3·z).
-        So it may be 20·σ above the mean and 30·σ below. Of fewer than 50 entries neither says much: other weights pass
-        whose norm is 3 times the initializer's (of 36 entries) or 9 times (of 16).
+        So it may be 20·σ above the mean and 30·σ below. Of fewer than 50 entries neither says much: others may pass
+        whose norm is up to 3 times the initializer's (of 36 entries) or 5 times (of 16), or as many times smaller.
         """
         if not self.norm.allows(present.norm, _DEVIATIONS, _DEVIATIONS, _QUADRATIC):
             return False
