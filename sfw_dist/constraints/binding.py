@@ -21,7 +21,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import UninitializedParameter
 
 from sfw_dist.constraints.base import Constraint
-from sfw_dist.constraints.initial_norm import InitialNorm, Size, choose_norm, drawn_norms, present_size
+from sfw_dist.constraints.initial_norm import Draws, InitialNorm, Size, choose_norm, drawn_norms, present_size
 from sfw_dist.constraints.unconstrained import Unconstrained
 from sfw_dist.distributed.rank_group import RankGroup
 
@@ -68,13 +68,13 @@ def constrain(
     ones.
 
     **The norm that tau refers to** is E‖W‖₂ of the initializer that made the parameter: the mean over up to 100 draws
-    of its module's ``reset_parameters``, on a copy. Where the present norm is none that these draws allow, by more than
-    chance, something else made the weights (the model's own initialisation, a checkpoint, training), and the present
-    norm counts; so it does where no module sets the parameter. The chance that weights fresh from one of torch's
-    initializers are taken for others is below 1e-9; a difference below 1 % is disregarded. Of a parameter that several
-    modules share the initializer counts that allows its norm, and if several do, the one with the smallest. A parameter
-    of zeros, or of entries below 2e-4, says nothing about its scale and has its initializer's norm; if that makes
-    zeros, too, or there is none, it counts as 1, as published.
+    of the ``reset_parameters`` of torch's layers, on a copy. Where the present norm is none that these draws allow, by
+    more than chance, something else made the weights (the model's own initialisation, a checkpoint, training), and the
+    present norm counts; so it does where no layer of torch's sets the parameter. The chance that weights fresh from one
+    of torch's initializers are taken for others is below 1e-9; a difference below 1 % is disregarded. Of a parameter
+    that several modules share the initializer counts that allows its norm, and if several do, the one with the
+    smallest. A parameter of zeros, or of entries below 2e-4, says nothing about its scale and has its initializer's
+    norm; if that makes zeros, too, or there is none, it counts as 1, as published.
 
     So call it when the model has the weights whose norm shall count: before training, or for fine-tuning after the
     checkpoint is loaded. ``norm="initializer"`` gives a model the sets that it had when it was new.
@@ -162,7 +162,7 @@ def bindings(
             constrained.append((len(found), owners))
             found.append(Binding(name, parameter, spec, None, "not bound yet"))
     if constrained:
-        norms = _norms(_unwrapped(model), [(found[place], owners) for place, owners in constrained], norm)
+        norms = _norms([(found[place], owners) for place, owners in constrained], norm)
         if process_group is not None:
             norms = _of_first_rank(norms, found, RankGroup.of(process_group))
         for (place, _), (value, source) in zip(constrained, norms, strict=True):
@@ -247,12 +247,14 @@ def cannot_train(parameter: Tensor) -> str | None:
     return None
 
 
-def _norms(model: nn.Module, parameters: Sequence[tuple[Binding, _Owners]], rule: NormRule) -> list[InitialNorm]:
+def _norms(parameters: Sequence[tuple[Binding, _Owners]], rule: NormRule) -> list[InitialNorm]:
     wanted: dict[nn.Module, list[str]] = {}
     for _, owners in parameters:
         for module, leaf in owners:
             wanted.setdefault(module, []).append(leaf)
-    draws = drawn_norms(model, wanted)
+    draws: dict[tuple[nn.Module, str], Draws] = {}
+    for module, leaves in wanted.items():
+        draws |= {(module, leaf): drawn for leaf, drawn in drawn_norms(module, leaves).items()}
     norms = []
     for one, owners in parameters:
         drawn = [draws[owner] for owner in owners if owner in draws]

@@ -5,19 +5,17 @@ from __future__ import annotations
 import logging
 import math
 import statistics
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from sfw_dist.constraints.kept_state import KeptState, RefusedWrites, kept_random_states, seed_generators
-from sfw_dist.constraints.module_copies import ModuleCopies
 from sfw_dist.distributed.dtensor import full_tensor
 
 logger = logging.getLogger(__name__)
 
+_SEED = 0
 _MOST_DRAWS = 100  # as many as published
 _ENTRIES_WANTED = 100_000
 _DEVIATIONS = 10.0
@@ -27,6 +25,7 @@ _LEAST_TOLERANCE = 0.01
 _ZERO = 2e-4
 """Entries of this root mean square count as zeros: layer scales begin with 1e-4 to 1e-6, some biases and tokens with
 1e-6, and a set of that size would freeze them. Weights of 100,000 inputs begin with 2e-3."""
+_REGISTERED = ("_parameters", "_buffers", "_modules")
 
 NormSource = Literal["initializer", "present", "1 for zeros"]
 
@@ -102,7 +101,7 @@ def expected_initial_norm(module: nn.Module, parameter: str) -> float:
         4.0
     """
     own = module.get_parameter(parameter)
-    drawn = drawn_norms(module, {module: [parameter]})
+    drawn = drawn_norms(module, [parameter])
     return choose_norm(drawn.values(), own.numel(), lambda: present_size(own), "initializer").value
 
 
@@ -139,84 +138,58 @@ def present_size(parameter: Tensor) -> Size:
     return Size(float(f"{norm:.9g}"), largest)
 
 
-def drawn_norms(model: nn.Module, wanted: Mapping[nn.Module, Sequence[str]]) -> dict[tuple[nn.Module, str], Draws]:
-    """The sizes of parameters over draws of their modules' initializers, on copies.
+def drawn_norms(module: nn.Module, parameters: Sequence[str]) -> dict[str, Draws]:
+    """The sizes of a module's own parameters over draws of its initializer, on a copy.
 
-    The initializer is its class's ``reset_parameters`` (of ``nn.MultiheadAttention``: ``_reset_parameters``), drawn up
-    to 100 times under a generator of its own, the same on every rank. Large tensors, whose norm hardly varies (its
-    relative deviation is about ``0.45/√n``), take fewer. An initializer that writes to the model itself, which no copy
-    can prevent (it may hold the weights in a closure), counts as none: torch's writes are refused on the whole model,
-    NumPy's are put back on the module that is drawn.
+    The initializer is the ``reset_parameters`` of torch's layers, and of classes that inherit it (of
+    ``nn.MultiheadAttention``: ``_reset_parameters``), drawn up to 100 times under a generator of its own, the same on
+    every rank. Large tensors, whose norm hardly varies (its relative deviation is about ``0.45/√n``), take fewer.
+    Another class's own initializer is not called: what it may write to besides its parameters, or to the model itself
+    through a closure, no copy can know.
 
     Args:
-        model: stays as it is, and so do the states of torch's, NumPy's and Python's random generators.
-        wanted: its modules, with names of parameters that they have themselves.
+        module: stays as it is, and so does the random state.
+        parameters: names of parameters that it has itself.
 
     Returns:
-        By module and name; without those that no initializer sets.
+        By name; without those that no initializer of torch's sets.
     """
-    kept = KeptState(model.modules())
-    guard = RefusedWrites(kept.memory())
-    found: dict[tuple[nn.Module, str], Draws] = {}
-    with kept_random_states(), torch.no_grad():
-        try:
-            for module, names in wanted.items():
-                seed_generators()
-                found |= {(module, name): draws for name, draws in _drawn(module, names, guard).items()}
-        finally:
-            kept.restore()
-    return found
-
-
-def _drawn(module: nn.Module, parameters: Sequence[str], guard: RefusedWrites) -> dict[str, Draws]:
-    kind = type(module)
-    reset = getattr(kind, "reset_parameters", None) or getattr(kind, "_reset_parameters", None)
+    reset = _torchs_initializer(type(module))
     if reset is None or not parameters:
         return {}
-    if all(map(_is_torchs, module.modules())):  # it reaches nothing but the module that it is called on
-        return _sizes_over_draws(module, parameters, reset, nullcontext())
-    kept = KeptState(module.modules(), entries=True)
-    reason: object = None
-    guard.refused = False
-    try:
-        drawn = _sizes_over_draws(module, parameters, reset, guard)
-    except Exception as error:  # it takes arguments, say, or needs what a copy lacks: there is no other use
-        reason = error
-    finally:
-        written = kept.restore()
-    if written or guard.refused:
-        reason = "it writes to the model itself"
-    if reason is not None:
-        logger.info("%s's initializer cannot be called on a copy: %s", kind.__name__, reason)
-        return {}
-    return drawn
-
-
-def _is_torchs(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("torch.nn.modules.") and "reset_parameters" not in vars(module)
-
-
-def _sizes_over_draws(
-    module: nn.Module,
-    parameters: Sequence[str],
-    reset: Callable[[nn.Module], object],
-    guard: AbstractContextManager[object],
-) -> dict[str, Draws]:
-    # On the CPU, where the draws are the same on every machine.
-    clone = ModuleCopies().of_module(module)
+    # On the CPU, where the draws are the same on every machine and one generator is all there is to restore.
+    clone = _Copies().of_module(module)
     counts = {p: min(_MOST_DRAWS, math.ceil(_ENTRIES_WANTED / clone.get_parameter(p).numel())) for p in parameters}
     sizes: dict[str, list[Size]] = {name: [] for name in parameters}
     by_kurtosis: dict[str, float] = {}
-    for number in range(max(counts.values())):
-        with guard:
-            reset(clone)
-        for name in (name for name in parameters if number < counts[name]):
-            drawn = clone.get_parameter(name)
-            sizes[name].append(_size(drawn))
-            if number == 0:
-                by_kurtosis[name] = _deviation_by_kurtosis(drawn, sizes[name][0].norm)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.default_generator.manual_seed(_SEED)
+        for number in range(max(counts.values())):
+            try:
+                reset(clone)
+            except Exception as error:  # a subclass may lack what the initializer needs
+                logger.info("%s's initializer cannot be called on a copy: %s", type(module).__name__, error)
+                return {}
+            for name in (name for name in parameters if number < counts[name]):
+                drawn = clone.get_parameter(name)
+                sizes[name].append(_size(drawn))
+                if number == 0:
+                    by_kurtosis[name] = _deviation_by_kurtosis(drawn, sizes[name][0].norm)
     finite = (name for name in parameters if math.isfinite(sum(size.norm for size in sizes[name])))
     return {name: _summary(sizes[name], by_kurtosis[name]) for name in finite}
+
+
+def _torchs_initializer(kind: type[nn.Module]) -> Callable[[nn.Module], object] | None:
+    """Torch's initializer of a class, if it is that; not where a property of the class's own stands for a weight."""
+    reset = getattr(kind, "reset_parameters", None) or getattr(kind, "_reset_parameters", None)
+    properties = (value for base in kind.__mro__ for value in vars(base).values() if isinstance(value, property))
+    if reset is None or not all(_is_torchs(function) for function in (reset, *(p.fget for p in properties))):
+        return None
+    return reset
+
+
+def _is_torchs(function: Any) -> bool:
+    return getattr(function, "__module__", "").startswith("torch.")
 
 
 def _summary(sizes: Sequence[Size], by_kurtosis: float) -> Draws:
@@ -242,6 +215,53 @@ def _deviation_by_kurtosis(x: Tensor, norm: float) -> float:
     fourth = float(torch.linalg.vector_norm(x.detach(), 4, dtype=torch.float64))
     kurtosis = x.numel() * (fourth / norm) ** 4
     return 0.5 * math.sqrt(max(0.0, kurtosis - 1) / x.numel())
+
+
+class _Copies:
+    """Modules with their children, on the CPU, with parameters, buffers and other tensors of their own.
+
+    They are whole ones where the module's are divided between ranks; ``copy.deepcopy`` refuses such modules. Parameters
+    are NaN, so that those that an initializer does not set are seen.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[int, Any] = {}
+
+    def of_module(self, module: nn.Module) -> nn.Module:
+        clone: nn.Module = object.__new__(type(module))
+        self._made[id(module)] = clone
+        # Registered tensors come first: attributes may name them again, and hold others that an initializer writes to.
+        own = {key: {k: self._of(v) for k, v in module.__dict__[key].items()} for key in _REGISTERED}
+        clone.__dict__.update(own)
+        clone.__dict__.update({key: self._of(v) for key, v in module.__dict__.items() if key not in _REGISTERED})
+        return clone
+
+    def _of(self, value: Any) -> Any:
+        if id(value) in self._made:
+            return self._made[id(value)]
+        if isinstance(value, nn.Module):
+            return self.of_module(value)
+        if isinstance(value, nn.Parameter):
+            self._made[id(value)] = _not_set(value)
+        elif isinstance(value, Tensor):
+            self._made[id(value)] = _on_cpu(value)
+        elif type(value) in (list, tuple):
+            return type(value)(self._of(entry) for entry in value)
+        elif type(value) is dict:
+            return {key: self._of(entry) for key, entry in value.items()}
+        return self._made.get(id(value), value)
+
+
+def _not_set(parameter: Tensor) -> nn.Parameter:
+    real = parameter.is_floating_point()
+    fill = math.nan if real and parameter.dtype.itemsize > 1 else 0
+    return nn.Parameter(torch.full(parameter.shape, fill, dtype=parameter.dtype, device="cpu"), real)
+
+
+def _on_cpu(x: Tensor) -> Tensor:
+    if x.is_meta:
+        return torch.zeros(x.shape, dtype=x.dtype, device="cpu")
+    return full_tensor(x).detach().cpu().clone()
 
 
 def _size(x: Tensor) -> Size:
