@@ -265,6 +265,8 @@ class SFW(ConstrainedOptimizer, StepsForJoined):
         distribution.ranks_that_joined()  # raises where the others have gone
         with all_ranks_called(distribution.ranks):
             state = self._local_state()
+            if not distribution.replicated_shards:  # a framework has divided all of them since the last step
+                return state
             assert distribution.specs is not None
             gathered = gather_state(distribution.specs, distribution.replicated_shards, self.state, distribution.ranks)
             others = without_own(state["state"])

@@ -98,16 +98,21 @@ def prepared(rank: int) -> dict[str, Any]:
     for group in optimizer.param_groups:
         group["params"] = [new[names[p]] for p in group["params"]]
     before = [full_tensor(p).clone() for p in net.parameters()]
+    saved = len(optimizer.state_dict()["state"])  # before a step has taken in what changed, as a resume does
     for _ in range(3):
         net(torch.ones(4, 20)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
     moved = [not torch.equal(full_tensor(p), old) for p, old in zip(net.parameters(), before, strict=True)]
     state = optimizer.state_dict()["state"]
-    return {"moved": moved, "sharded": all(isinstance(s["momentum_buffer"], DTensor) for s in state.values())}
+    return {
+        "saved": saved,
+        "moved": moved,
+        "sharded": all(isinstance(s["momentum_buffer"], DTensor) for s in state.values()),
+    }
 
 
 def test_parameters_that_became_dtensors_are_trained() -> None:
     """Fails when nothing is trained, without a word, after a framework has replaced the parameters."""
     for rank in run_on_ranks(prepared, 2):
-        assert rank == {"moved": [True, True], "sharded": True}
+        assert rank == {"saved": 2, "moved": [True, True], "sharded": True}
