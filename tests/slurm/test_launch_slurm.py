@@ -77,8 +77,10 @@ def test_the_last_element_requeues_itself_alone(cluster: Site) -> None:
     jobs = cluster.submit("prune_array", run, "--sparsities", MANY, "--per-task", "500")["jobs"]
     (array,) = {job.partition("_")[0] for job in jobs}
     cluster.wait("the last task runs", lambda: jobs[-1] in cluster.running())
-    cluster.wait("it has begun", lambda: any(map(_notes_usr2, _task(cluster, array, 1))))
+    cluster.wait("it has begun", lambda: _stopped(_task(cluster, array, 1)))
     cluster.call("scancel", "--signal=USR2", jobs[-1])
+    for pid in _task(cluster, array, 1):
+        os.kill(pid, signal.SIGCONT)
 
     def ended() -> bool:
         return not cluster.call("squeue", "--noheader", "--array", "--jobs", array, succeeds=False).stdout
@@ -87,6 +89,14 @@ def test_the_last_element_requeues_itself_alone(cluster: Site) -> None:
     assert cluster.launch("collect", run).stderr == "", cluster.logs("requeued")
     counts = cluster.call("sacct", "-X", "-n", "-P", "-D", "-o", "JobID", "--jobs", array).stdout.split()
     assert counts.count(jobs[0]) == 1 and counts.count(jobs[1]) == 2
+
+
+def _stopped(pids: list[int]) -> bool:
+    """Stop the processes that have a handler for SIGUSR2, so that they do not end before the signal; whether any has."""
+    ready = [pid for pid in pids if _notes_usr2(pid)]
+    for pid in ready:
+        os.kill(pid, signal.SIGSTOP)
+    return bool(ready)
 
 
 def _notes_usr2(pid: int) -> bool:
