@@ -92,7 +92,7 @@ def test_the_last_element_requeues_itself_alone(cluster: Site) -> None:
 
 
 def _stopped(pids: list[int]) -> bool:
-    """Stop the processes that have a handler for SIGUSR2, so that they do not end before the signal; whether any has."""
+    """Stop the processes that have a handler for SIGUSR2, lest they end before the signal; whether there is any."""
     ready = [pid for pid in pids if _notes_usr2(pid)]
     for pid in ready:
         os.kill(pid, signal.SIGSTOP)
