@@ -119,8 +119,8 @@ def requeue(first: bool = True) -> None:
     raise UserError("Slurm did not requeue the job: resume with python -m launch.retry RUN")
 
 
-class _PreemptedError(Exception):
-    pass
+class _PreemptedError(BaseException):
+    """No ``Exception``: a library that catches those, while it parses or imports, would swallow the signal."""
 
 
 def _preempted(number: int, frame: FrameType | None) -> None:

@@ -113,14 +113,17 @@ def test_a_momentum_that_is_no_tensor_is_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", [SFW, AdaGradSFW, ProjectedSGD])
-def test_a_refused_group_is_not_kept(kind: type[SFW]) -> None:
-    """Fails when an error of another type than was foreseen leaves a group behind, at which every later step fails."""
+@pytest.mark.parametrize(("bad", "error"), [({"lr": "0.1"}, TypeError), ({"momentum": 2.0}, ValueError)])
+def test_a_refused_group_is_not_kept(kind: type[SFW], bad: dict[str, Any], error: type[Exception]) -> None:
+    """Fails when an error of any type leaves a group behind, at which every later step or state fails."""
     net, other = nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)
     optimizer = kind(constrain(net, BALL), lr=0.1)
-    with pytest.raises(TypeError):
-        optimizer.add_param_group({"params": [("other", other.weight)], "constraint": BALL, "lr": "0.1"})
+    with pytest.raises(error):
+        optimizer.add_param_group({"params": [("other", other.weight)], "constraint": BALL, **bad})
     assert len(optimizer.param_groups) == 1
     step(net, optimizer, 0)
+    optimizer.add_param_group({"params": [("other", other.weight)], "constraint": BALL})
+    assert len(optimizer.param_groups) == 2
 
 
 @pytest.mark.parametrize("kind", [SFW, AdaGradSFW, ProjectedSGD])

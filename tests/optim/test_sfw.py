@@ -1,77 +1,33 @@
-"""The optimizer in one process: what a step does, what torch expects of an optimizer, and how it refuses bad input."""
+"""The optimizer in one process: what a step does, for which tensors, and how it refuses bad input."""
 
 from __future__ import annotations
 
-import copy
-import io
 import math
-import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch import nn
 from torch.optim import lr_scheduler
 
-from sfw_dist import SFW, KSparsePolytope, KSupportBall, LpBall, Unconstrained, constrain
+from sfw_dist import SFW, KSparsePolytope, KSupportBall, LpBall, Unconstrained
 from sfw_dist.constraints import Constraint
 from sfw_dist.errors import UserError
 from sfw_dist.optim.reference import sfw_step
+from tests.support.chosen_gradients import (
+    SETS,
+    assert_all_equal,
+    assert_near,
+    every_set,
+    mixed_groups,
+    parameters,
+    set_gradients,
+    tensors,
+    train,
+)
 
-SETS = {
-    "k_sparse": KSparsePolytope(k=9, radius=0.3),
-    "k_support": KSupportBall(k=9, radius=1.5),
-    "l2": LpBall(2, radius=2.0),
-    "linf": LpBall(math.inf, radius=0.2),
-}
 RESCALES = {"gradient": 0.01, "fast_gradient": 0.02, "diameter": 0.3, "none": 0.05}  # with a suitable learning rate
-SHAPES = [(12, 4, 3, 3), (20, 11), (17,)]
-
-every_set = pytest.mark.parametrize("constraint", SETS.values(), ids=SETS.keys())
-
-
-def tensors(seed: int, shapes: list[tuple[int, ...]] = SHAPES, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) * 0.1 for shape in shapes]
-
-
-def parameters(dtype: torch.dtype = torch.float32, shapes: list[tuple[int, ...]] = SHAPES) -> list[nn.Parameter]:
-    return [nn.Parameter(x) for x in tensors(0, shapes, dtype)]
-
-
-def set_gradients(params: list[nn.Parameter], seed: int) -> None:
-    """Gradients that differ from step to step around a fixed direction, as a network's do."""
-    generator = torch.Generator().manual_seed(1000 + seed)
-    for p in params:
-        mean = torch.arange(p.numel()).sin().view(p.shape)
-        p.grad = (0.1 * mean + 0.1 * torch.randn(p.shape, generator=generator)).to(p.dtype)
-
-
-def train(optimizer: SFW, steps: range = range(10)) -> list[Tensor]:
-    """Copies of all parameters after these steps."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    for step in steps:
-        set_gradients(params, step)
-        optimizer.step()
-    return [p.detach().clone() for p in params]
-
-
-def mixed_groups(params: list[nn.Parameter]) -> list[dict[str, Any]]:
-    """A sparse, a dense and an unconstrained group."""
-    sets: list[Constraint] = [SETS["k_sparse"], SETS["l2"], Unconstrained()]
-    return [{"params": [p], "constraint": c} for p, c in zip(params, sets, strict=True)]
-
-
-def assert_all_equal(actual: list[Tensor], expected: list[Tensor]) -> None:
-    for a, e in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, e, rtol=0, atol=0)
-
-
-def assert_near(actual: Tensor, expected: Tensor, rtol: float) -> None:
-    """Close in proportion to the tensor's largest entry: entries near 0 come of cancellation."""
-    torch.testing.assert_close(actual, expected, rtol=rtol, atol=rtol * float(expected.abs().max()), check_dtype=False)
 
 
 # ---------------------------------------------------------------------------------------------------- the step
@@ -250,25 +206,6 @@ def test_a_parameter_without_gradient_is_untouched_and_its_first_gradient_is_its
     assert_near(late.detach(), expected.theta, 1e-6)
 
 
-def test_frozen_parameters_stay_and_do_not_shift_the_others() -> None:
-    """A constraint counted off per gradient, not per parameter, would go to the wrong tensor behind a frozen one."""
-    frozen, first, second = parameters(shapes=[(5,), (20, 11), (17,)])
-    frozen.requires_grad_(False)
-    start = frozen.detach().clone()
-    sets = [SETS["l2"], SETS["k_sparse"], SETS["linf"]]
-    groups = [{"params": [p], "constraint": c} for p, c in zip([frozen, first, second], sets, strict=True)]
-    alone = parameters(shapes=[(5,), (20, 11), (17,)])[1:]
-    other = SFW([{"params": [p], "constraint": c} for p, c in zip(alone, sets[1:], strict=True)])
-    optimizer = SFW(groups)
-    for step in range(5):
-        set_gradients([first, second], step)
-        set_gradients(alone, step)
-        optimizer.step()
-        other.step()
-    assert torch.equal(frozen, start)
-    assert_all_equal([first.detach(), second.detach()], [p.detach() for p in alone])
-
-
 @pytest.mark.parametrize("constraint", [*SETS.values(), Unconstrained()], ids=[*SETS.keys(), "unconstrained"])
 def test_the_memory_format_makes_no_difference(constraint: Constraint) -> None:
     """Entries taken in memory order instead of row-major order go to the wrong place, silently."""
@@ -310,9 +247,6 @@ def test_bfloat16_parameters_have_a_float32_momentum() -> None:
         assert (p - q).norm() < 1e-2 * q.norm()
 
 
-# ----------------------------------------------------------------------------------------- torch's machinery
-
-
 def test_the_closure_is_evaluated_with_gradients_and_its_loss_returned() -> None:
     p = parameters()[1]
     optimizer = SFW([{"params": [p], "constraint": SETS["l2"]}])
@@ -328,28 +262,6 @@ def test_the_closure_is_evaluated_with_gradients_and_its_loss_returned() -> None
     assert loss.item() == pytest.approx(float(start.square().sum()))
     assert not torch.equal(p, start)
     assert optimizer.step() is None
-
-
-def test_zero_grad() -> None:
-    params = parameters()
-    optimizer = SFW(mixed_groups(params))
-    set_gradients(params, 0)
-    optimizer.zero_grad(set_to_none=False)
-    assert all(torch.count_nonzero(p.grad) == 0 for p in params)
-    optimizer.zero_grad()
-    assert all(p.grad is None for p in params)
-
-
-def test_step_hooks_run_around_the_step() -> None:
-    """Profilers and trainers hang on these; a hook that sees no parameters would be called at the wrong place."""
-    p = parameters()[1]
-    start = p.detach().clone()
-    optimizer = SFW([{"params": [p], "constraint": SETS["l2"]}])
-    seen = []
-    optimizer.register_step_pre_hook(lambda *_: seen.append(("before", torch.equal(p, start))))
-    optimizer.register_step_post_hook(lambda *_: seen.append(("after", torch.equal(p, start))))
-    train(optimizer, range(1))
-    assert seen == [("before", True), ("after", False)]
 
 
 @pytest.mark.parametrize(
@@ -373,157 +285,6 @@ def test_schedulers_set_the_step_size(schedule: Callable[[SFW], Any], expected: 
         assert [s.gamma for s in optimizer.statistics().values()] == [pytest.approx(wanted)] * len(params)
         if step < 3:
             scheduler.step()
-
-
-def test_grad_scaler_unscales_and_skips() -> None:
-    """With gradients of infinity nothing moves, momentum neither; otherwise the scale has no effect."""
-    params, plain = parameters(), parameters()
-    optimizer, other = SFW(mixed_groups(params), lr=0.1), SFW(mixed_groups(plain), lr=0.1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-
-    def scaled_step(factor: float) -> None:
-        set_gradients(params, 0)
-        gradients = [p.grad for p in params]
-        optimizer.zero_grad()
-        scaler.scale(sum((p * g).sum() * factor for p, g in zip(params, gradients, strict=True))).backward()
-        scaler.step(optimizer)
-        scaler.update()
-
-    scaled_step(1.0)
-    expected = train(other, range(1))
-    assert_all_equal([p.detach() for p in params], expected)  # a scale that is a power of two is exact
-
-    momentum = copy.deepcopy([s["momentum_buffer"] for s in optimizer.state.values()])
-    scaled_step(math.inf)
-    assert scaler.get_scale() == 512.0
-    assert_all_equal([p.detach() for p in params], expected)
-    assert_all_equal([s["momentum_buffer"] for s in optimizer.state.values()], momentum)
-
-
-@pytest.mark.parametrize(
-    "duplicate", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["deepcopy", "pickle"]
-)
-def test_a_copy_of_model_and_optimizer_trains_on(duplicate: Callable[[Any], Any]) -> None:
-    """torch's own pickling keeps groups and state only; the copy must follow the original, and not move it."""
-    optimizer = SFW(mixed_groups(parameters()))
-    train(optimizer)
-    twin = duplicate(optimizer)
-    assert twin.statistics() == optimizer.statistics()
-    before = [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
-    on = range(10, 15)
-    continued = train(twin, on)
-    assert_all_equal([p.detach() for group in optimizer.param_groups for p in group["params"]], before)
-    assert_all_equal(train(optimizer, on), continued)
-    twin.param_groups[0]["lr"] = 1e6
-    train(twin, range(1))
-    assert next(iter(twin.statistics().values())).gamma == 1.0
-
-
-# ------------------------------------------------------------------------------------------------------ state
-
-
-def test_torchs_own_state_dicts_load() -> None:
-    """Fails when state that torch.distributed.checkpoint keys by name is looked up by number, and not found."""
-    models = [nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 3)) for _ in range(2)]
-    first, second = (SFW(constrain(model, KSparsePolytope(k=4, tau=15.0)), lr=0.1) for model in models)
-    train(first)
-    set_optimizer_state_dict(models[1], second, get_optimizer_state_dict(models[0], first))
-    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
-        assert second.state[q]["step"] == 10
-        assert torch.equal(first.state[p]["momentum_buffer"], second.state[q]["momentum_buffer"])
-
-
-def saved_and_loaded(state: dict[str, Any]) -> dict[str, Any]:
-    """Through a file that may hold no code."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_a_resumed_run_is_bitwise_the_uninterrupted_one(dtype: torch.dtype, momentum: float) -> None:
-    """torch's own load_state_dict would cast the float32 momentum of a bf16 parameter to bf16."""
-    uninterrupted = train(SFW(mixed_groups(parameters(dtype)), lr=0.1, momentum=momentum), range(20))
-
-    stopped = SFW(mixed_groups(parameters(dtype)), lr=0.1, momentum=momentum)
-    halfway = train(stopped, range(10))
-    state = saved_and_loaded(stopped.state_dict())
-    resumed = SFW(mixed_groups([nn.Parameter(x.clone()) for x in halfway]), lr=7.0, momentum=momentum)
-    resumed.load_state_dict(state)
-    assert_all_equal(train(resumed, range(10, 20)), uninterrupted)
-
-
-def test_a_loaded_state_is_a_copy() -> None:
-    """Two optimizers that share a momentum tensor would both add to it."""
-    optimizer = SFW(mixed_groups(parameters()))
-    train(optimizer)
-    twin = SFW(mixed_groups([nn.Parameter(p.detach().clone()) for g in optimizer.param_groups for p in g["params"]]))
-    twin.load_state_dict(optimizer.state_dict())
-    continued = train(twin, range(10, 12))
-    assert_all_equal(train(optimizer, range(10, 12)), continued)
-
-
-def test_a_state_brings_its_constraint() -> None:
-    """As in torch: the groups' options become those that were saved."""
-    wide = KSparsePolytope(k=9, radius=50.0)
-    saved = SFW([{"params": parameters(), "constraint": wide}], lr=0.1)
-    loading = SFW([{"params": parameters(), "constraint": SETS["l2"]}], lr=0.2)
-    loading.load_state_dict(saved_and_loaded(saved.state_dict()))
-    assert loading.param_groups[0]["constraint"] == wide
-    assert loading.param_groups[0]["lr"] == 0.1
-    start = [nn.Parameter(p.detach().clone()) for p in loading.param_groups[0]["params"]]
-    same = SFW([{"params": start, "constraint": wide}], lr=0.1)
-    assert_all_equal(train(loading), train(same))
-
-
-def keys(state: dict[str, Any]) -> Any:
-    return {i: sorted(entries) for i, entries in state["state"].items()}, [sorted(g) for g in state["param_groups"]]
-
-
-def test_a_fresh_state_has_the_keys_of_later_ones() -> None:
-    """Distributed checkpoints are loaded into the fresh optimizer's tensors: what is not there is not read."""
-    optimizer = SFW(mixed_groups(parameters()))
-    fresh = keys(optimizer.state_dict())
-    train(optimizer)
-    assert keys(optimizer.state_dict()) == fresh
-    assert fresh[0] == {i: ["momentum_buffer", "step"] for i in range(3)}
-
-
-def test_a_state_of_another_shape_is_refused_whole() -> None:
-    """Momentum of another shape would be broadcast. A refused state must leave the optimizer as it was."""
-    shapes = [*SHAPES[:2], (18,)]
-    other = SFW(mixed_groups(parameters(shapes=shapes)), lr=0.5)
-    optimizer, untouched = SFW(mixed_groups(parameters())), SFW(mixed_groups(parameters()))
-    train(optimizer), train(untouched)
-    with pytest.raises(ValueError, match=r"momentum_buffer of group2\.param0 has shape \(18,\)"):
-        optimizer.load_state_dict(other.state_dict())
-    assert_all_equal(train(optimizer), train(untouched))
-
-
-def test_a_state_of_other_groups_is_refused() -> None:
-    other = SFW([{"params": parameters(), "constraint": SETS["l2"]}])
-    with pytest.raises(ValueError, match="different number of parameter groups"):
-        SFW(mixed_groups(parameters())).load_state_dict(other.state_dict())
-
-
-def test_a_group_added_later_keeps_the_momentum_of_the_others() -> None:
-    """Fine-tuning adds layers in the middle of a run."""
-    old, alone, new = parameters(), parameters(), parameters(shapes=[(6, 5)])[0]
-    optimizer, other = SFW(mixed_groups(old), lr=0.1), SFW(mixed_groups(alone), lr=0.1)
-    train(optimizer), train(other)
-    optimizer.add_param_group({"params": [new], "constraint": KSparsePolytope(k=3, radius=0.01)})
-    assert KSparsePolytope(k=3, radius=0.01).gauge(new) <= 1 + 1e-6
-    start = new.detach().clone()
-    for step in range(10, 15):
-        set_gradients([new], step)
-        set_gradients(old, step)
-        set_gradients(alone, step)
-        optimizer.step()
-        other.step()
-    assert_all_equal([p.detach() for p in old], [p.detach() for p in alone])
-    assert not torch.equal(new, start)
 
 
 # ------------------------------------------------------------------------------------------------- bad input
@@ -584,59 +345,6 @@ def test_a_bad_group_is_refused_in_one_line(options: dict[str, Any], message: st
     with pytest.raises(ValueError, match=message) as caught:
         SFW([group])
     assert "\n" not in str(caught.value)
-
-
-def test_a_momentum_that_a_scheduler_raises_from_zero_starts_with_the_gradient() -> None:
-    """OneCycleLR cycles the momentum by default; a missing buffer was a KeyError in the middle of training."""
-    p = torch.nn.Parameter(torch.zeros(30))
-    optimizer = SFW([{"params": [p], "constraint": KSparsePolytope(k=3, radius=1.0)}], lr=0.1, momentum=0.0)
-    p.grad = torch.arange(30.0)
-    optimizer.step()
-    optimizer.param_groups[0]["momentum"] = 0.9
-    optimizer.step()
-    assert torch.equal(optimizer.state[p]["momentum_buffer"], p.grad)
-
-
-@pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("constraint", [KSparsePolytope(k=3, radius=1.0), Unconstrained()], ids=repr)
-@pytest.mark.parametrize("resumed", [False, True])
-def test_a_momentum_that_a_scheduler_took_away_starts_anew(resumed: bool, constraint: Constraint, fused: bool) -> None:
-    """The momentum of long ago came back, or not, as the run had been resumed in between or not."""
-    p = torch.nn.Parameter(torch.zeros(30))
-    optimizer = SFW([{"params": [p], "constraint": constraint}], lr=0.1, momentum=0.9, fused=fused)
-    before = keys(optimizer.state_dict())
-    for momentum, sign in ((0.9, 1.0), (0.9, 1.0), (0.0, 1.0), (0.0, 1.0), (0.9, -1.0)):
-        optimizer.param_groups[0]["momentum"] = momentum
-        p.grad = sign * torch.arange(30.0)
-        if resumed:
-            state = saved_and_loaded(optimizer.state_dict())
-            optimizer = SFW([{"params": [p], "constraint": constraint}], lr=0.1, momentum=0.9, fused=fused)
-            optimizer.load_state_dict(state)
-        optimizer.step()
-        assert resumed or keys(optimizer.state_dict()) == before
-    assert torch.equal(optimizer.state[p]["momentum_buffer"], p.grad)
-    optimizer.step()
-    expected = p.grad * (1.9 if constraint == Unconstrained() else 1.0)
-    torch.testing.assert_close(optimizer.state[p]["momentum_buffer"], expected)
-
-
-def test_the_state_of_another_optimizer_is_refused_in_one_line() -> None:
-    p = torch.nn.Parameter(torch.zeros(30))
-    optimizer = SFW([{"params": [p], "constraint": KSparsePolytope(k=3, radius=1.0)}])
-    with pytest.raises(ValueError, match="another optimizer's") as raised:
-        optimizer.load_state_dict(torch.optim.SGD([p], lr=0.1).state_dict())
-    assert "\n" not in str(raised.value)
-
-
-def test_a_refused_group_is_not_kept() -> None:
-    """It stayed in param_groups without a slot, and later state dicts disagreed with the parameters."""
-    p, q = torch.nn.Parameter(torch.zeros(30)), torch.nn.Parameter(torch.zeros(3))
-    optimizer = SFW([{"params": [p], "constraint": KSparsePolytope(k=3, radius=1.0)}])
-    with pytest.raises(ValueError, match="momentum"):
-        optimizer.add_param_group({"params": [q], "momentum": 2.0})
-    assert len(optimizer.param_groups) == 1
-    optimizer.add_param_group({"params": [q]})
-    assert len(optimizer.param_groups) == 2
 
 
 def test_a_group_may_be_given_another_set_during_training() -> None:

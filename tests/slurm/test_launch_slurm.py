@@ -78,8 +78,10 @@ def test_the_last_element_requeues_itself_alone(cluster: Site) -> None:
     (array,) = {job.partition("_")[0] for job in jobs}
     cluster.wait("the last task runs", lambda: jobs[-1] in cluster.running())
     cluster.wait("it has begun", lambda: _stopped(_task(cluster, array, 1)))
+    stopped = [pid for pid in _task(cluster, array, 1) if _usr2_in(pid, "SigCgt")]
     cluster.call("scancel", "--signal=USR2", jobs[-1])
-    for pid in _task(cluster, array, 1):
+    cluster.wait("the signal is there", lambda: all(_usr2_in(pid, "ShdPnd") for pid in stopped))
+    for pid in stopped:
         os.kill(pid, signal.SIGCONT)
 
     def ended() -> bool:
@@ -88,25 +90,25 @@ def test_the_last_element_requeues_itself_alone(cluster: Site) -> None:
     cluster.wait("the array has ended", ended)
     assert cluster.launch("collect", run).stderr == "", cluster.logs("requeued")
     counts = cluster.call("sacct", "-X", "-n", "-P", "-D", "-o", "JobID", "--jobs", array).stdout.split()
-    assert counts.count(jobs[0]) == 1 and counts.count(jobs[1]) == 2
+    assert counts.count(jobs[0]) == 1 and counts.count(jobs[1]) == 2, cluster.logs("requeued")
 
 
 def _stopped(pids: list[int]) -> bool:
     """Stop the processes that have a handler for SIGUSR2, lest they end before the signal; whether there is any."""
-    ready = [pid for pid in pids if _notes_usr2(pid)]
+    ready = [pid for pid in pids if _usr2_in(pid, "SigCgt")]
     for pid in ready:
         os.kill(pid, signal.SIGSTOP)
     return bool(ready)
 
 
-def _notes_usr2(pid: int) -> bool:
-    """Whether a process has a handler for SIGUSR2."""
+def _usr2_in(pid: int, field: str) -> bool:
+    """Whether a process handles SIGUSR2 (``SigCgt``), or has one waiting (``ShdPnd``)."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
         return False
-    (caught,) = [int(line.split()[1], 16) for line in lines if line.startswith("SigCgt")]
-    return bool(caught >> (signal.SIGUSR2 - 1) & 1)
+    (signals,) = [int(line.split()[1], 16) for line in lines if line.startswith(field)]
+    return bool(signals >> (signal.SIGUSR2 - 1) & 1)
 
 
 def test_preempted_trainings_end_with_the_weights_of_one_that_was_not(cluster: Site) -> None:
