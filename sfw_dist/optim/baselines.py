@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from sfw_dist.constraints import Constraint, Unconstrained
-from sfw_dist.distributed.rank_group import RankGroup, disagreement, verify_agreement
+from sfw_dist.distributed.rank_group import RankGroup, verify_agreement
 from sfw_dist.errors import UserError
 from sfw_dist.ops.pairwise_sum import inner_product, row_sums, tree_sum
 from sfw_dist.optim.constrained_optimizer import ConstrainedOptimizer
@@ -85,11 +85,7 @@ class WholeTensorOptimizer(ConstrainedOptimizer):
     def _take_step(self) -> None:
         self._complete_groups()
         self._verify()
-        stepping = [
-            entry
-            for entry in entries(self.param_groups)
-            if entry.parameter.requires_grad and entry.parameter.grad is not None
-        ]
+        stepping = [entry for entry in self._trainable() if entry.parameter.grad is not None]
         for entry in stepping:
             if entry.parameter.grad is not None and entry.parameter.grad.is_sparse:
                 raise UserError(f"{entry.name} has a sparse gradient: take dense ones (nn.Embedding(sparse=False))")
@@ -103,15 +99,15 @@ class WholeTensorOptimizer(ConstrainedOptimizer):
         if self._verified or all(learning_rate(group) == 0 for group in self.param_groups):
             return
         self._verified, self._moved, ranks = True, [], RankGroup.of(self._process_group)
-        found = [entry for entry in entries(self.param_groups) if entry.parameter.requires_grad]
+        take_first_ranks_radii(self._trainable(), ranks)
+        found = self._trainable()
         if found:
-            devices = {entry.parameter.device for entry in found}
-            if disagreement([repr(entry.constraint) for entry in found], ranks, devices):
-                take_first_ranks_radii(self.param_groups, ranks)
-                found = [entry for entry in entries(self.param_groups) if entry.parameter.requires_grad]
             described = [f"{e.name} {tuple(e.parameter.shape)} {e.parameter.dtype} {e.constraint!r}" for e in found]
-            verify_agreement(described, ranks, devices)
+            verify_agreement(described, ranks, {entry.parameter.device for entry in found})
             verify_first_step({e.name: e.parameter for e in found}, ranks, gradients_are_reduced=True)
+
+    def _trainable(self) -> list[Entry]:
+        return [entry for entry in entries(self.param_groups) if entry.parameter.requires_grad]
 
     def _before_steps(self, stepping: Sequence[Entry]) -> None:
         """Whatever is to be done before these tensors step."""

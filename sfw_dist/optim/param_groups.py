@@ -17,7 +17,7 @@ from torch.nn.parameter import UninitializedParameter
 from sfw_dist.constraints import Constraint, Unconstrained, constraint_from_spec
 from sfw_dist.constraints.binding import TRAINABLE_TYPES, cannot_train
 from sfw_dist.distributed.dtensor import full_tensor, to_local
-from sfw_dist.distributed.rank_group import RankGroup
+from sfw_dist.distributed.rank_group import RankGroup, disagreement
 from sfw_dist.errors import UserError
 from sfw_dist.optim.update import RULES
 
@@ -148,24 +148,28 @@ def from_plain(spec: Any) -> Constraint | tuple[Constraint, ...]:
     return spec if isinstance(spec, Constraint) else constraint_from_spec(spec)
 
 
-def take_first_ranks_radii(groups: Sequence[dict[str, Any]], ranks: RankGroup) -> bool:
-    """Give the groups' sets the first rank's radii, where the ranks' sets differ in nothing else; collective.
+def take_first_ranks_radii(joining: Sequence[Entry], ranks: RankGroup) -> None:
+    """Give the sets of tensors that join the first rank's radii, where the ranks' differ in nothing else; collective.
 
     Radii may come from the norms of weights that each rank has drawn for itself, before DistributedDataParallel gives
     all of them the first rank's.
 
-    Returns:
-        Whether they differ in nothing else; the same on every rank.
+    Args:
+        joining: tensors that every rank has whole; their groups' ``constraint`` may change.
+        ranks: who shares them.
     """
+    devices = {entry.parameter.device for entry in joining}
+    if not joining or not disagreement([repr(entry.constraint) for entry in joining], ranks, devices):
+        return
+    groups = list({id(entry.group): entry.group for entry in joining}.values())
     mine = [to_plain(group["constraint"]) for group in groups]
     everyone: list[Any] = [None] * ranks.size
     dist.all_gather_object(everyone, mine, group=ranks.group)
     if any(_without_radii(sets) != _without_radii(everyone[0]) for sets in everyone):
-        return False
+        return  # the ranks' agreement is checked next, which says what differs
     for group, sets, own in zip(groups, everyone[0], mine, strict=True):
         if sets != own:
             group["constraint"] = from_plain(sets)
-    return True
 
 
 def _without_radii(sets: Any) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from sfw_dist.constraints import Constraint
-from sfw_dist.distributed.rank_group import RankGroup, disagreement, verify_agreement
+from sfw_dist.distributed.rank_group import RankGroup, verify_agreement
 from sfw_dist.errors import UserError
 from sfw_dist.ops.pairwise_sum import ROW
 from sfw_dist.optim.param_groups import (
@@ -147,10 +147,7 @@ class Distribution:
             and entry.parameter not in self._members
             and not isinstance(entry.parameter, DTensor)
         ]
-        described, devices = [repr(entry.constraint) for entry in joining], {e.parameter.device for e in joining}
-        if joining and disagreement(described, self.ranks, devices):
-            numbers = {id(entry.group) for entry in joining}
-            take_first_ranks_radii([group for group in groups if id(group) in numbers], self.ranks)
+        take_first_ranks_radii(joining, self.ranks)
 
     def _joins(self, parameter: Tensor) -> bool:
         return parameter.requires_grad or parameter in self._members
