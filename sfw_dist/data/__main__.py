@@ -14,7 +14,7 @@ from sfw_dist.errors import command_imports, reports_user_errors
 with command_imports("sfw_dist.data", "train"):
     from sfw_dist.data.datasets.registry import DATASETS
     from sfw_dist.data.manifest import read_manifest
-    from sfw_dist.data.prepare import prepare, verify
+    from sfw_dist.data.prepare import named, prepare, verify
 
 EXAMPLES = """\
 examples:
@@ -88,7 +88,13 @@ def _prepare(name: str, root: Path, size: int | None, skip_bad: bool, as_json: b
     else:
         counts = ", ".join(f"{count} {part}" for part, count in manifest.counts.items())
         skipped = f", {len(manifest.skipped)} skipped" if manifest.skipped else ""
-        print(f"{folder}: {counts} samples{skipped}{'' if manifest.has_betons else ', without FFCV'}")
+        left_out = f", {len(manifest.left_out)} left out" if manifest.left_out else ""
+        print(f"{folder}: {counts} samples{skipped}{left_out}{'' if manifest.has_betons else ', without FFCV'}")
+        for text, files in (("skipped as unusable", manifest.skipped), ("left out as no images", manifest.left_out)):
+            if files:
+                print(f"{text}: {named(files)}")
+        for note in manifest.notes:
+            print(f"note: {note}")
     return 0
 
 

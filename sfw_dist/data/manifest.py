@@ -64,6 +64,10 @@ class Manifest:
     files: dict[str, FileRecord]
     skipped: tuple[str, ...] = ()
     """Source files that were left out as unusable, and why."""
+    left_out: tuple[str, ...] = ()
+    """Source files that were not taken for samples, and why."""
+    notes: tuple[str, ...] = ()
+    """What else people should know of the preparation: one sentence each."""
 
     @property
     def has_betons(self) -> bool:
@@ -94,7 +98,8 @@ def read_manifest(folder: Path) -> Manifest:
             raise ValueError(f"wanted format {FORMAT}")
         for key in ("classes", "image_shape", "mean", "std"):
             fields[key] = tuple(fields[key])
-        fields["skipped"] = tuple(fields.get("skipped", ()))
+        for key in ("skipped", "left_out", "notes"):  # absent in manifests of earlier versions
+            fields[key] = tuple(fields.get(key, ()))
         fields["files"] = {name: FileRecord(**record) for name, record in fields["files"].items()}
         return Manifest(**fields)
     except (FileNotFoundError, NotADirectoryError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
@@ -40,7 +40,7 @@ BetonWriter = Callable[[BinaryIO, NDArray[np.uint8], NDArray[np.int64]], None]
 CHUNKS = "chunks"
 """Folder of the images decoded so far; after an interruption the next call continues with it."""
 MOST_NAMED = 10
-"""Bad files that an error names; further ones are counted."""
+"""Files that a message names; further ones are counted."""
 
 
 def prepare(name: str, root: Path | str, *, size: int | None = None, skip_bad: bool = False) -> Path:
@@ -181,6 +181,8 @@ def _fill_folder(folder: Path, dataset: Dataset, skip_bad: bool) -> None:
         std=std,
         files=files,
         skipped=skipped,
+        left_out=raw.left_out,
+        notes=raw.notes,
     )
     manifest.save(folder)
     _add_betons(folder, manifest)
@@ -210,9 +212,18 @@ def _decoded(
 
 
 def _bad_files(bad: tuple[str, ...]) -> str:
-    more = f" and {len(bad) - MOST_NAMED} more" if len(bad) > MOST_NAMED else ""
-    named = ", ".join(bad[:MOST_NAMED])
-    return f"{len(bad)} image file(s) cannot be used: {named}{more}; replace them, or leave them out with --skip-bad"
+    return f"{len(bad)} image file(s) cannot be used: {named(bad)}; replace them, or leave them out with --skip-bad"
+
+
+def named(items: Sequence[str]) -> str:
+    """The first items of a list, and how many more there are.
+
+    Example:
+        >>> named([str(i) for i in range(12)])
+        '0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more'
+    """
+    more = f" and {len(items) - MOST_NAMED} more" if len(items) > MOST_NAMED else ""
+    return ", ".join(items[:MOST_NAMED]) + more
 
 
 def _write_part(

@@ -9,6 +9,7 @@ import numpy as np
 
 from sfw_dist.data.datasets.array_sets import Reader, raw_folder, unpacked
 from sfw_dist.data.datasets.download import Remote
+from sfw_dist.data.datasets.image_listing import Listing, list_classes
 from sfw_dist.data.datasets.raw import ImageFiles, RawArrays
 from sfw_dist.errors import UserError
 
@@ -49,8 +50,8 @@ def tiny_imagenet_reader(name: str, remote: Remote, top: str) -> Reader:
 def read_imagefolder(root: Path) -> RawArrays:
     """List ``root/raw/imagefolder/PART/CLASS/…``.
 
-    Every file that is not hidden, at any depth, is an image of its class. The parts are ``train`` and ``test`` (else
-    ``val``); the classes are the folders of ``train``, sorted.
+    The parts are ``train`` and ``test`` (else ``val``); the classes are the folders of ``train``, sorted. What counts
+    as an image is said by :func:`~sfw_dist.data.datasets.image_listing.list_classes`.
 
     Args:
         root: folder of all data sets.
@@ -58,25 +59,21 @@ def read_imagefolder(root: Path) -> RawArrays:
     folder = raw_folder(root, "imagefolder")
     test_folder = folder / ("test" if (folder / "test").is_dir() else "val")
     train, test = (_class_folders(part) for part in (folder / "train", test_folder))
-    classes = tuple(sorted({label for _, label in train}))
-    unknown = sorted({label for _, label in test} - set(classes))
+    classes = tuple(sorted({label for _, label in train.samples}))
+    unknown = sorted({label for _, label in test.samples} - set(classes))
     if unknown:
         raise UserError(f"{test_folder} has the class {unknown[0]!r}, which {folder / 'train'} has not: remove it")
-    return _listed(train, test, classes, fit=True)
+    listed = _listed(train.samples, test.samples, classes, fit=True)
+    return listed._replace(left_out=(*train.left_out, *test.left_out))
 
 
-def _class_folders(part: Path) -> _Samples:
+def _class_folders(part: Path) -> Listing:
     if not part.is_dir():
         raise UserError(f"{part} is not there: put images into {part.parent}/train/CLASS and {part.parent}/val/CLASS")
-    samples: _Samples = []
-    for folder in sorted(path for path in part.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-        if not files:
-            raise UserError(f"{folder} holds no images: remove it, or put the images of class {folder.name!r} into it")
-        samples += [(file, folder.name) for file in files]
-    if not samples:
+    listing = list_classes(part)
+    if not listing.samples:
         raise UserError(f"{part} holds no folders of images: put them into {part}/CLASS")
-    return samples
+    return listing
 
 
 def _listed(train: _Samples, test: _Samples, classes: tuple[str, ...], fit: bool) -> RawArrays:

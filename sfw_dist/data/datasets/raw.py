@@ -30,3 +30,7 @@ class RawArrays(NamedTuple):
     test_labels: NDArray[np.int64]
     classes: tuple[str, ...] | None = None
     """Names of the classes, when the raw data rather than the registry holds them."""
+    left_out: tuple[str, ...] = ()
+    """``path (reason)`` of each file that is no sample."""
+    notes: tuple[str, ...] = ()
+    """What else people should know of how the raw data was read: one sentence each."""
