@@ -84,6 +84,8 @@ def decode(files: ImageFiles, side: int, folder: Path, description: str) -> Deco
 def decode_image(path: Path, side: int, fit: bool) -> NDArray[np.uint8]:
     """Decode one image; the value of a grayscale one is repeated in all channels.
 
+    Of 16 bits the upper 8 are kept, as of PNG's 16-bit colours; real numbers in [0, 1] become 0 to 255.
+
     Args:
         path: of the image file.
         side: of the square image, in pixels.
@@ -93,11 +95,11 @@ def decode_image(path: Path, side: int, fit: bool) -> NDArray[np.uint8]:
         uint8 RGB ``(side, side, 3)``.
 
     Raises:
-        ValueError: another size, without ``fit``.
+        ValueError: another size, without ``fit``; or numbers whose range is not known.
         Exception: one of ``DECODE_ERRORS``: the file is damaged.
     """
     with Image.open(path) as file:
-        image = file.convert("RGB")
+        image = _eight_bits(file).convert("RGB")
     width, height = image.size
     if fit and image.size != (side, side):
         scale = side / min(width, height)
@@ -108,6 +110,28 @@ def decode_image(path: Path, side: int, fit: bool) -> NDArray[np.uint8]:
     if image.size != (side, side):
         raise ValueError(f"{width}×{height} pixels, wanted {side}×{side}")
     return np.asarray(image)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """The image with values of 8 bits: Pillow's own conversion clips, and makes 16-bit images white, real ones black.
+
+    Raises:
+        ValueError: 32-bit integers above 255, or real numbers outside of [0, 1].
+    """
+    wide = image.mode.startswith("I;16")
+    if not (wide or image.mode in ("I", "F")):
+        return image
+    values = np.asarray(image)
+    low, high = float(values.min()), float(values.max())
+    # Pillow opens 16-bit PGM, and before version 10.3 also PNG, as 32 bits.
+    if wide or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        values = values.astype(np.uint16) >> 8
+    elif image.mode == "F" and 0 <= low <= high <= 1:  # false if a value is NaN
+        values = np.rint(values * 255)
+    elif image.mode == "F" or not 0 <= low <= high <= 255:
+        kind, wanted = ("real", "0 to 1") if image.mode == "F" else ("32-bit", "0 to 255")
+        raise ValueError(f"{kind} numbers of {low:g} to {high:g}, wanted {wanted}: save it with 8 or 16 bits")
+    return Image.fromarray(values.astype(np.uint8))
 
 
 def _try_decode(path: Path, side: int, fit: bool) -> NDArray[np.uint8] | str:

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import sfw_dist.data.decode as decoding
 from sfw_dist.data.__main__ import main
+from sfw_dist.data.decode import decode_image
 from sfw_dist.data.manifest import read_manifest
 from sfw_dist.data.prepare import prepare, verify
 from tests.support.downloads import error_of
@@ -96,3 +98,40 @@ def test_a_repaired_file_is_decoded_again(tiny: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(decoding, "decode_image", counted)
     assert read_manifest(prepare("tiny_imagenet", tiny)).counts == {"train": 12, "test": 6}
     assert set(names) <= set(decoded) and "n03_3.JPEG" not in decoded
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm", "jp2"])
+def test_16_bits_become_their_upper_8(tmp_path: Path, suffix: str) -> None:
+    """Fails when a grey image of 16 bits is clipped at 255: nearly all of it is white."""
+    values = (np.arange(64 * 64).reshape(64, 64) * 16).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / f"x.{suffix}")
+    decoded = decode_image(tmp_path / f"x.{suffix}", 64, fit=False)
+    np.testing.assert_array_equal(decoded, np.repeat((values >> 8).astype(np.uint8)[..., None], 3, axis=2))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "kind", "expected"),
+    [
+        (0, 1, np.float32, 255),
+        (0, 255, np.int32, 255),
+        (0, 200, np.int32, 200),
+        (0, 255, np.float32, "real numbers of 0 to 255, wanted 0 to 1"),
+        (-1, 1, np.float32, "real numbers of -1 to 1"),
+        (0, np.nan, np.float32, "real numbers of nan"),
+        (0, 256, np.int32, "32-bit numbers of 0 to 256, wanted 0 to 255"),
+        (-1, 9, np.int32, "32-bit numbers of -1 to 9"),
+    ],
+)
+def test_wide_numbers_are_scaled_or_refused(
+    tmp_path: Path, low: float, high: float, kind: type, expected: int | str
+) -> None:
+    """Fails when images of integers become white and images of real numbers black, without a word."""
+    values = np.zeros((8, 8), kind)
+    values[0, 0], values[0, 1], values[0, 2] = low, high, high / 2
+    Image.fromarray(values).save(tmp_path / "x.tif")
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            decode_image(tmp_path / "x.tif", 8, fit=False)
+    else:
+        decoded = decode_image(tmp_path / "x.tif", 8, fit=False)
+        assert decoded[0, 1].tolist() == [expected] * 3 and abs(int(decoded[0, 2, 0]) - expected / 2) <= 0.5
