@@ -12,6 +12,8 @@ from sfw_dist.errors import UserError
 from sfw_dist.files import write_text
 
 FORMAT = 1
+LEAST_STD = 1e-7
+"""What earlier versions wrote for a constant channel is below it, or no number: a rounding error of at most 1.5e-8."""
 MANIFEST = "manifest.json"
 
 Part = Literal["train", "test"]
@@ -100,6 +102,7 @@ def read_manifest(folder: Path) -> Manifest:
             fields[key] = tuple(fields[key])
         for key in ("skipped", "left_out", "notes"):  # absent in manifests of earlier versions
             fields[key] = tuple(fields.get(key, ()))
+        fields["std"] = tuple(std if std > LEAST_STD else 1.0 for std in fields["std"])
         fields["files"] = {name: FileRecord(**record) for name, record in fields["files"].items()}
         return Manifest(**fields)
     except (FileNotFoundError, NotADirectoryError):

@@ -171,6 +171,11 @@ def _fill_folder(folder: Path, dataset: Dataset, skip_bad: bool) -> None:
         if isinstance(images, Decoded):
             files |= _write_files(folder, part, images.good)
     mean, std = channel_statistics(_mapped_images(folder, "train"))
+    constant = tuple(
+        f"channel {channel} is {255 * mean[channel]:.0f} in every training image: its standard deviation counts as 1"
+        for channel in range(len(std))
+        if std[channel] == 1  # values in [0, 1] deviate by at most 0.5
+    )
     manifest = Manifest(
         name=dataset.name,
         source=dataset.source,
@@ -182,7 +187,7 @@ def _fill_folder(folder: Path, dataset: Dataset, skip_bad: bool) -> None:
         files=files,
         skipped=skipped,
         left_out=raw.left_out,
-        notes=raw.notes,
+        notes=(*raw.notes, *constant),
     )
     manifest.save(folder)
     _add_betons(folder, manifest)
@@ -282,7 +287,7 @@ def channel_statistics(images: NDArray[np.uint8]) -> tuple[tuple[float, ...], tu
         images: uint8 ``(n, height, width, channels)``.
 
     Returns:
-        ``(mean, std)`` in units of [0, 1].
+        ``(mean, std)`` in units of [0, 1]; the deviation of a constant channel, by which images are divided, is 1.
 
     Example:
         >>> mean, std = channel_statistics(np.array([0, 255], np.uint8).reshape(2, 1, 1, 1))
@@ -297,5 +302,6 @@ def channel_statistics(images: NDArray[np.uint8]) -> tuple[tuple[float, ...], tu
     frequencies = counts / counts.sum(axis=1, keepdims=True)
     values = np.arange(256) / 255
     mean = frequencies @ values
-    variance = frequencies @ values**2 - mean**2
-    return tuple(mean.tolist()), tuple(np.sqrt(variance).tolist())
+    # Of the deviations themselves: E[x²] − E[x]² of a constant channel rounds to something, which may be below zero.
+    std = np.sqrt((frequencies * (values - mean[:, np.newaxis]) ** 2).sum(axis=1))
+    return tuple(mean.tolist()), tuple(np.where(std > 0, std, 1.0).tolist())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -49,6 +50,28 @@ def test_channel_statistics_are_per_channel_in_unit_range() -> None:
     mean, std = channel_statistics(images)
     np.testing.assert_allclose(mean, (images / 255).mean(axis=(0, 1, 2)), rtol=1e-12)
     np.testing.assert_allclose(std, (images / 255).std(axis=(0, 1, 2)), rtol=1e-12)
+
+
+@pytest.mark.parametrize("level", [0, 7, 77, 201, 255])
+def test_a_constant_channel_has_the_deviation_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, level: int) -> None:
+    """Fails when a constant channel becomes NaN, or is blown up by the rounding error of its variance."""
+
+    def read(root: Path) -> RawArrays:
+        raw = tiny_arrays(root)
+        for images in (raw.train_images, raw.test_images):
+            images[..., 1] = level
+        return raw
+
+    register(monkeypatch, read)
+    manifest = read_manifest(prepare("tiny", tmp_path))
+    assert manifest.std[1] == 1 and manifest.mean[1] == level / 255
+    assert manifest.std[0] < 0.5 and manifest.std[2] < 0.5
+    (note,) = manifest.notes
+    assert note.startswith(f"channel 1 is {level} in every training image")
+    for text in (f'"std": [0.3, {value}, 0.3]' for value in ("NaN", "0.0", "1.4e-08")):
+        path = tmp_path / "tiny" / "manifest.json"
+        path.write_text(re.sub(r'"std": \[[^]]*\]', text, path.read_text()))
+        assert read_manifest(path.parent).std == (0.3, 1.0, 0.3), "as earlier versions wrote it"
 
 
 def test_a_prepared_data_set_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
