@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from sfw_dist.errors import command_imports, reports_user_errors
+from sfw_dist.errors import UserError, command_imports, reports_user_errors
 
 with command_imports("sfw_dist.data", "train"):
-    from sfw_dist.data.datasets.registry import DATASETS
-    from sfw_dist.data.manifest import read_manifest
+    from sfw_dist.data.datasets.registry import DATASETS, find_dataset
+    from sfw_dist.data.manifest import prepare_again, read_manifest
     from sfw_dist.data.prepare import named, prepare, verify
+    from sfw_dist.data.source import source_changes
 
 EXAMPLES = """\
 examples:
@@ -22,6 +23,7 @@ examples:
   python -m sfw_dist.data prepare fashion_mnist --root /scratch/data --json
   python -m sfw_dist.data prepare tiny_imagenet --root /scratch/data --skip-bad
   python -m sfw_dist.data prepare imagefolder --root /scratch/flowers --size 96
+  python -m sfw_dist.data prepare imagefolder --root /scratch/flowers --again
   python -m sfw_dist.data verify fashion_mnist --root /scratch/data
 """
 
@@ -43,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     texts = {
         "prepare": "get and convert a data set into ROOT/NAME; does nothing when it is there.\n"
+        "When the raw files have changed since, it says which, and replaces ROOT/NAME with --again.\n"
         "Raw files are taken from ROOT/raw/NAME (images of your own: ROOT/raw/imagefolder/{train,val}/CLASS/*), and\n"
         "what is not there is downloaded into it. After an interruption it finishes what is left.",
         "verify": "hash every file of ROOT/NAME; exit status 1 and a line for each problem",
@@ -69,6 +72,9 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="leave out image files that are missing or damaged; the manifest lists them",
     )
+    prepare_parser.add_argument(
+        "--again", action="store_true", help="replace ROOT/NAME, which keeps its size of images unless --size is given"
+    )
     return parser
 
 
@@ -76,14 +82,18 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     if options.command == "prepare":
-        return _prepare(options.name, options.root, options.size, options.skip_bad, options.json)
+        return _prepare(options)
     return _verify(options.name, options.root, options.json)
 
 
-def _prepare(name: str, root: Path, size: int | None, skip_bad: bool, as_json: bool) -> int:
-    folder = prepare(name, root, size=size, skip_bad=skip_bad)
+def _prepare(options: argparse.Namespace) -> int:
+    dataset, folder = find_dataset(options.name), options.root / options.name
+    changes = [] if options.again else source_changes(folder, dataset)
+    if changes:
+        raise UserError(f"the raw files of {folder} have changed ({named(changes)}): {prepare_again(folder)}")
+    prepare(options.name, options.root, size=options.size, skip_bad=options.skip_bad, again=options.again)
     manifest = read_manifest(folder)
-    if as_json:
+    if options.json:
         print(json.dumps({"folder": str(folder)} | asdict(manifest)))
     else:
         counts = ", ".join(f"{count} {part}" for part, count in manifest.counts.items())

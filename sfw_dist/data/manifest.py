@@ -6,8 +6,11 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
+
+from sfw_dist.data.datasets.registry import DATASETS
 from sfw_dist.errors import UserError
 from sfw_dist.files import write_text
 
@@ -165,8 +168,33 @@ def prepare_command(folder: Path) -> str:
 
 
 def prepare_again(folder: Path) -> str:
-    """The remedy for a data set that is damaged, for the end of an error message."""
-    return f"delete the folder {folder} and {prepare_command(folder)}"
+    """The remedy for a data set that is damaged, with the options of its preparation, for the end of a message."""
+    side, skipped = prepared_side(folder), _fields(folder).get("skipped")
+    size = f" --size {side}" if side and folder.name in DATASETS and DATASETS[folder.name].any_size else ""
+    return f"{prepare_command(folder)}{size}{' --skip-bad' if skipped else ''} --again"
+
+
+def prepared_side(folder: Path) -> int | None:
+    """The side of the images of a folder that may be damaged, or ``None`` if neither manifest nor images tell it."""
+    shape = _fields(folder).get("image_shape")
+    if isinstance(shape, list) and len(shape) == 3 and isinstance(shape[1], int):
+        return shape[1]
+    try:
+        with (folder / images_file("train")).open("rb") as file:
+            np.lib.format.read_magic(file)
+            (_, side, *_), _, _ = np.lib.format.read_array_header_1_0(file)
+            return int(side)
+    except (OSError, ValueError):
+        return None
+
+
+def _fields(folder: Path) -> dict[str, Any]:
+    """The manifest's fields, unchecked; empty if there are none."""
+    try:
+        fields = json.loads((folder / MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return fields if isinstance(fields, dict) else {}
 
 
 def file_record(path: Path) -> FileRecord:

@@ -29,8 +29,10 @@ from sfw_dist.data.manifest import (
     files_file,
     images_file,
     labels_file,
+    prepared_side,
     read_manifest,
 )
+from sfw_dist.data.source import write_source
 from sfw_dist.errors import UserError
 from sfw_dist.files import make_folder, replacing, write_json
 
@@ -43,7 +45,9 @@ MOST_NAMED = 10
 """Files that a message names; further ones are counted."""
 
 
-def prepare(name: str, root: Path | str, *, size: int | None = None, skip_bad: bool = False) -> Path:
+def prepare(
+    name: str, root: Path | str, *, size: int | None = None, skip_bad: bool = False, again: bool = False
+) -> Path:
     """Make the folder ``root/name`` unless it exists.
 
     Any number of processes may call this at once: the first does the work, the others wait. The folder appears
@@ -56,6 +60,7 @@ def prepare(name: str, root: Path | str, *, size: int | None = None, skip_bad: b
         root: folder of all data sets.
         size: side of the images in pixels, for a data set that leaves it open.
         skip_bad: leave out image files that are missing or damaged, and list them in the manifest.
+        again: replace a folder that is there, by images of the same size unless ``size`` tells another.
 
     Returns:
         The folder.
@@ -64,18 +69,23 @@ def prepare(name: str, root: Path | str, *, size: int | None = None, skip_bad: b
         UserError: unknown name, or the data cannot be read, downloaded or written.
     """
     dataset, root = find_dataset(name), Path(root)
+    folder = root / name
+    if size is None and dataset.any_size:
+        size = prepared_side(folder)  # a damaged folder is made again with the size that it had
     if size is not None:
         dataset = dataset.resized(size)
-    folder = root / name
-    manifest = _intact_manifest(folder)
+    manifest = None if again else _intact_manifest(folder)
     if manifest and size is not None and manifest.image_shape != dataset.image_shape:
-        raise UserError(f"{folder} holds images of {manifest.image_shape[1:]}, not of size {size}: choose another root")
+        raise UserError(
+            f"{folder} holds images of {manifest.image_shape[1:]}, not of size {size}: "
+            "choose another root, or replace it with --again"
+        )
     if manifest and (manifest.has_betons or _beton_writer() is None):
         return folder
     try:
         make_folder(root)
         with FileLock(root / f".{name}.lock"):
-            manifest = _intact_manifest(folder)  # again: whoever held the lock may have made the folder
+            manifest = None if again else _intact_manifest(folder)  # whoever held the lock may have made the folder
             if manifest is None:
                 _make_folder(folder, dataset, skip_bad)
             elif not manifest.has_betons:
@@ -166,10 +176,13 @@ def _fill_folder(folder: Path, dataset: Dataset, skip_bad: bool) -> None:
     for part, (images, labels) in parts.items():
         if len(labels) == 0:
             raise UserError(f"{dataset.name} has no usable image for {part}: get its raw files again")
+        if isinstance(images, Decoded) and part == "train":
+            _check_classes(labels, classes, skipped)
         assert labels.dtype == np.int64 and 0 <= labels.min() <= labels.max() < len(classes)
         files |= _write_part(folder, part, images, labels)
         if isinstance(images, Decoded):
             files |= _write_files(folder, part, images.good)
+    files |= write_source(folder, raw)
     mean, std = channel_statistics(_mapped_images(folder, "train"))
     constant = tuple(
         f"channel {channel} is {255 * mean[channel]:.0f} in every training image: its standard deviation counts as 1"
@@ -201,6 +214,16 @@ def _check_counts(dataset: Dataset, raw: RawArrays, classes: tuple[str, ...]) ->
                 f"the raw files of {dataset.name} are not complete ({what}: {found[what]:,}, wanted {wanted:,}): "
                 "delete its folder below raw to get them again"
             )
+
+
+def _check_classes(labels: NDArray[np.int64], classes: tuple[str, ...], skipped: tuple[str, ...]) -> None:
+    """Check that ``--skip-bad`` has left every class an image to train on."""
+    empty = np.flatnonzero(np.bincount(labels, minlength=len(classes)) == 0)
+    if len(empty):
+        raise UserError(
+            f"no training image of class {classes[empty[0]]!r} can be used ({named(skipped)}): replace one, or remove "
+            "the class"
+        )
 
 
 def _decoded(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import shutil
 import urllib.error
 import urllib.request
@@ -52,6 +53,8 @@ def fashion_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             ("labels-idx1", np.arange(n) % 10),
         ):
             content, path = idx_bytes(array), folder / f"{split}-{kind}-ubyte"
+            checksum = f"content-sha256:{hashlib.sha256(content).hexdigest()}"
+            monkeypatch.setitem(registry.FASHION_MNIST_CHECKSUMS, path.name, checksum)
             if split == "train":
                 path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(content))
             else:

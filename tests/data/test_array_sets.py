@@ -81,15 +81,31 @@ def test_a_download_is_kept_only_with_the_right_checksum(fashion_root: Path, mon
     path.unlink()
     before = sorted(path.parent.iterdir())
 
-    monkeypatch.setattr(urllib.request, "urlopen", Server(content))
-    with pytest.raises(UserError, match="cannot download"):
-        DATASETS["fashion_mnist"].read(fashion_root)
-    assert sorted(path.parent.iterdir()) == before
+    for wrong in (b"<html>log in first</html>", gzip.compress(gzip.decompress(content) + b"more")):
+        monkeypatch.setattr(urllib.request, "urlopen", Server(wrong))
+        with pytest.raises(UserError, match="cannot download"):
+            DATASETS["fashion_mnist"].read(fashion_root)
+        assert sorted(path.parent.iterdir()) == before
 
-    sha256 = hashlib.sha256(gzip.decompress(content)).hexdigest()
-    monkeypatch.setitem(registry.FASHION_MNIST_CHECKSUMS, name, f"content-sha256:{sha256}")
+    monkeypatch.setattr(urllib.request, "urlopen", Server(content))
     DATASETS["fashion_mnist"].read(fashion_root)
     assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("file", ["train-labels-idx1-ubyte.gz", "t10k-labels-idx1-ubyte"])
+def test_a_local_file_is_the_published_one_packed_or_plain(fashion_root: Path, file: str) -> None:
+    """Fails when a file is trained on that is whole but of another data set, or one that was packed anew is refused."""
+    path = fashion_root / "raw" / "fashion_mnist" / file
+    packed = file.endswith(".gz")
+    content = gzip.decompress(path.read_bytes()) if packed else path.read_bytes()
+    if packed:
+        path.write_bytes(gzip.compress(content, 1, mtime=9))
+        DATASETS["fashion_mnist"].read(fashion_root)
+    other = content[:-1] + bytes([(content[-1] + 1) % 10])
+    path.write_bytes(gzip.compress(other) if packed else other)
+    message = error_of(lambda: DATASETS["fashion_mnist"].read(fashion_root))
+    wanted = registry.FASHION_MNIST_CHECKSUMS[file.removesuffix(".gz")]
+    assert f"{path} is damaged or not of fashion_mnist (wanted {wanted})" in message
 
 
 @pytest.mark.skipif(not registry.FASHION_MNIST_DEBIAN.is_dir(), reason="dataset-fashion-mnist is not installed")

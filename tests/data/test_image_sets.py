@@ -98,8 +98,11 @@ def _unpacked(remote: Remote, parent: Path, checksum: str) -> Path:
 def test_a_list_that_is_missing_or_strange_is_named(tiny: Path, file: str) -> None:
     """A KeyError or FileNotFoundError from within; or a class without images."""
     path = tiny / "raw" / "tiny_imagenet" / "tiny-imagenet-200" / file
+    whole = path.read_text()
     path.write_text("strange\n")
     error_of(lambda: prepare("tiny_imagenet", tiny))
+    path.write_text(whole + whole.splitlines()[0])
+    assert f"{path} is damaged ({whole.split()[0]} is in 2 lines)" in error_of(lambda: prepare("tiny_imagenet", tiny))
     path.unlink()
     assert f"{path} cannot be read (missing)" in error_of(lambda: prepare("tiny_imagenet", tiny))
 
@@ -136,3 +139,47 @@ def test_imagefolder_mistakes_are_told(tmp_path: Path) -> None:
     assert "'b'" in error_of(lambda: prepare("imagefolder", tmp_path))
     (folder / "train" / "b").mkdir()
     assert "holds no images" in error_of(lambda: prepare("imagefolder", tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("folders", "taken", "left_alone"),
+    [
+        (["val/a", "val/b"], "val", ""),
+        (["valid/a", "valid/b"], "valid", ""),
+        (["validation/a", "validation/b"], "validation", ""),
+        (["test/a", "test/b", "val/a", "val/b"], "test", "val (not needed)"),
+        (["test", "val/a", "val/b"], "val", "test (holds no folders of classes)"),
+        (["test/unknown", "val/a", "val/b"], "val", "test (has the class 'unknown', which {train} has not)"),
+    ],
+)
+def test_the_test_part_is_the_first_with_labels(
+    tmp_path: Path, folders: list[str], taken: str, left_alone: str
+) -> None:
+    """Fails when an unlabelled test/ stops the command, valid/ is unknown, or test/ wins over val/ without a word."""
+    folder = tmp_path / "raw" / "imagefolder"
+    for i, place in enumerate(["train/a", "train/b", *folders]):
+        save_image(folder / place / "x.png", i)
+    manifest = read_manifest(prepare("imagefolder", tmp_path))
+    listed = json.loads((tmp_path / "imagefolder" / "test_files.json").read_text())
+    assert listed == [f"raw/imagefolder/{taken}/{label}/x.png" for label in "ab"]
+    expected = f"the test part is {folder / taken}; left alone: {folder}/{left_alone.format(train=folder / 'train')}"
+    assert manifest.notes == ((expected,) if left_alone else ())
+
+
+def test_a_class_without_test_images_is_told(tmp_path: Path) -> None:
+    """Fails when nobody learns that the accuracy is that of fewer classes."""
+    folder = tmp_path / "raw" / "imagefolder"
+    for place in ("train/a", "train/b", "val/a"):
+        save_image(folder / place / "x.png", 1)
+    manifest = read_manifest(prepare("imagefolder", tmp_path))
+    assert manifest.notes == (f"{folder}/val has no image of 1 class(es), the first is 'b'",)
+
+
+def test_skip_bad_leaves_every_class_an_image(tmp_path: Path) -> None:
+    """Fails when a class that has lost all of its training images is still one of the network's outputs."""
+    folder = tmp_path / "raw" / "imagefolder"
+    for place in ("train/a", "train/b", "val/a"):
+        save_image(folder / place / "x.png", 1)
+    (folder / "train/b/x.png").write_bytes(b"no image")
+    message = error_of(lambda: prepare("imagefolder", tmp_path, skip_bad=True))
+    assert "no training image of class 'b' can be used" in message and "train/b/x.png (not an image)" in message

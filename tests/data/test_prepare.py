@@ -175,7 +175,7 @@ def test_verify_names_the_damaged_file(
     assert verify("tiny", tmp_path) == []
     damage(folder / "test_images.npy")
     (problem,) = verify("tiny", tmp_path)
-    assert "test_images.npy" in problem and f"delete the folder {folder}" in problem and "\n" not in problem
+    assert "test_images.npy" in problem and f"prepare tiny --root {tmp_path} --again" in problem and "\n" not in problem
 
 
 def test_verify_reports_every_damaged_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

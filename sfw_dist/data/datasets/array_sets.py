@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sfw_dist.data.datasets.download import Remote, fetch
+from sfw_dist.data.datasets.download import Remote, fetch, matches
 from sfw_dist.data.datasets.idx import read_idx
 from sfw_dist.data.datasets.raw import RawArrays
 from sfw_dist.data.datasets.unpack import unpack
@@ -78,9 +78,14 @@ def mnist_reader(
         folders = [own] if elsewhere is None else [own, elsewhere]
         candidates = (folder / f"{stem}{suffix}" for folder in folders for suffix in (".gz", ""))
         found = next((path for path in candidates if path.exists()), None)
-        return found or fetch(Remote(f"{url}{stem}.gz", checksums[stem], alternative), own)
+        if found is None:
+            return fetch(Remote(f"{url}{stem}.gz", checksums[stem], alternative), own)
+        if not matches(found, checksums[stem]):
+            remedy = "replace it, or delete it to fetch the published one"
+            raise UserError(f"{found} is damaged or not of {name} (wanted {checksums[stem]}): {remedy}")
+        return found
 
-    def read_part(split: str, root: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    def read_part(split: str, root: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64], list[Path]]:
         images_path, labels_path = (
             locate(f"{split}-images-idx3-ubyte", root),
             locate(f"{split}-labels-idx1-ubyte", root),
@@ -93,9 +98,14 @@ def mnist_reader(
                 f"{images_path} holds {len(images)} images, {labels_path} {len(labels)} labels: replace both"
             )
         _check_labels(labels, 10, labels_path)
-        return images[..., np.newaxis], labels.astype(np.int64)
+        return images[..., np.newaxis], labels.astype(np.int64), [images_path, labels_path]
 
-    return lambda root: RawArrays(*read_part("train", root), *read_part("t10k", root))
+    def read(root: Path) -> RawArrays:
+        train_images, train_labels, train_files = read_part("train", root)
+        test_images, test_labels, test_files = read_part("t10k", root)
+        return RawArrays(train_images, train_labels, test_images, test_labels, files=(*train_files, *test_files))
+
+    return read
 
 
 def _check_labels(labels: NDArray[Any], classes: int, path: Path) -> None:
@@ -129,7 +139,8 @@ def cifar_reader(
         parts = [_read_records([folder / file for file in files], label_bytes) for files in (train, [test])]
         for files, (_, labels) in zip((train[-1], test), parts, strict=True):
             _check_labels(labels, len(classes), folder / files)
-        return RawArrays(*parts[0], *parts[1], classes)
+        files_read = tuple(folder / file for file in (*train, test, classes_file))
+        return RawArrays(*parts[0], *parts[1], classes, files_read)
 
     return read
 
@@ -162,7 +173,7 @@ def svhn_reader(name: str, train: Remote, test: Remote) -> Reader:
 
     def read(root: Path) -> RawArrays:
         paths = [fetch(remote, raw_folder(root, name)) for remote in (train, test)]
-        return RawArrays(*_read_svhn_part(paths[0]), *_read_svhn_part(paths[1]))
+        return RawArrays(*_read_svhn_part(paths[0]), *_read_svhn_part(paths[1]), files=tuple(paths))
 
     return read
 

@@ -26,7 +26,7 @@ class Remote:
 
     url: str
     checksum: str
-    """``md5:…`` or ``sha256:…`` of the file, or ``content-sha256:…`` of its content once unzipped; in hexadecimal."""
+    """``md5:…`` or ``sha256:…`` of the file, or ``content-md5:…`` … of its content once unzipped; in hexadecimal."""
     alternative: str = ""
     """Another way to get it, for the error message."""
 
@@ -55,13 +55,13 @@ def fetch(remote: Remote, folder: Path) -> Path:
     target = folder / remote.name
     part = target.with_name(f"{target.name}.part")
     if target.exists():
-        if not _matches(target, remote.checksum):
+        if not matches(target, remote.checksum):
             raise UserError(f"{target} is damaged (wanted {remote.checksum}): delete it to fetch {remote.url} again")
         return target
     try:
         make_folder(folder)
         _download(remote.url, part)
-        if not _matches(part, remote.checksum):
+        if not matches(part, remote.checksum):
             part.unlink()
             raise ValueError("what arrived has another checksum")
     except (OSError, ValueError, HTTPException) as error:
@@ -99,10 +99,20 @@ def _download(url: str, part: Path) -> None:
         raise ConnectionError(f"the connection ended after {done:,} of {total:,} bytes, try again to continue there")
 
 
-def _matches(path: Path, checksum: str) -> bool:
+def matches(path: Path, checksum: str) -> bool:
+    """Whether a file is the one that was published.
+
+    Args:
+        path: of the file. Of a ``content-`` checksum it may be the packed or the plain one.
+        checksum: as in :class:`Remote`.
+    """
     kind, _, wanted = checksum.rpartition(":")
     try:
-        with gzip.open(path) if kind.startswith("content-") else path.open("rb") as file:
+        with gzip.open(path) if kind.startswith("content-") and _is_gzip(path) else path.open("rb") as file:
             return hashlib.file_digest(file, kind.removeprefix("content-")).hexdigest() == wanted
     except (gzip.BadGzipFile, EOFError, zlib.error):
         return False
+
+
+def _is_gzip(path: Path) -> bool:
+    return path.name.removesuffix(".part").endswith(".gz")

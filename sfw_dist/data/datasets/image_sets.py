@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,8 @@ from sfw_dist.data.datasets.image_listing import Listing, list_classes
 from sfw_dist.data.datasets.raw import ImageFiles, RawArrays
 from sfw_dist.errors import UserError
 
+TEST_FOLDERS = ("test", "val", "valid", "validation")
+"""Where the test part of an ``imagefolder`` is looked for."""
 _Samples = list[tuple[Path, str]]
 """``(file, class)``"""
 
@@ -32,17 +34,20 @@ def tiny_imagenet_reader(name: str, remote: Remote, top: str) -> Reader:
     def read(root: Path) -> RawArrays:
         folder = unpacked(remote, raw_folder(root, name), top)
         classes = tuple(sorted(line[0] for line in _table(folder / "wnids.txt")))
+        boxes = {wnid: folder / "train" / wnid / f"{wnid}_boxes.txt" for wnid in classes}
         train = [
             (folder / "train" / wnid / "images" / line[0], wnid)
-            for wnid in classes
-            for line in _table(folder / "train" / wnid / f"{wnid}_boxes.txt")
+            for wnid, listed in boxes.items()
+            for line in _table(listed)
         ]
         annotations = folder / "val" / "val_annotations.txt"
-        lines = list(_table(annotations))
+        lines = _table(annotations)
         strange = next((line for line in lines if len(line) < 2 or line[1] not in classes), None)
         if strange:
             raise UserError(f"{annotations} is damaged (no class of wnids.txt in {strange}): {_again(annotations)}")
-        return _listed(train, [(folder / "val" / "images" / line[0], line[1]) for line in lines], classes, fit=False)
+        test = [(folder / "val" / "images" / line[0], line[1]) for line in lines]
+        files = (folder / "wnids.txt", annotations, *boxes.values())
+        return _listed(train, test, classes, fit=False)._replace(files=files)
 
     return read
 
@@ -50,21 +55,57 @@ def tiny_imagenet_reader(name: str, remote: Remote, top: str) -> Reader:
 def read_imagefolder(root: Path) -> RawArrays:
     """List ``root/raw/imagefolder/PART/CLASS/…``.
 
-    The parts are ``train`` and ``test`` (else ``val``); the classes are the folders of ``train``, sorted. What counts
-    as an image is said by :func:`~sfw_dist.data.datasets.image_listing.list_classes`.
+    The parts are ``train`` and the first of ``test``, ``val``, ``valid`` and ``validation`` whose folders are classes
+    of ``train``; the classes are the folders of ``train``, sorted. What counts as an image is said by
+    :func:`~sfw_dist.data.datasets.image_listing.list_classes`.
 
     Args:
         root: folder of all data sets.
     """
     folder = raw_folder(root, "imagefolder")
-    test_folder = folder / ("test" if (folder / "test").is_dir() else "val")
-    train, test = (_class_folders(part) for part in (folder / "train", test_folder))
+    train = _class_folders(folder / "train")
     classes = tuple(sorted({label for _, label in train.samples}))
-    unknown = sorted({label for _, label in test.samples} - set(classes))
-    if unknown:
-        raise UserError(f"{test_folder} has the class {unknown[0]!r}, which {folder / 'train'} has not: remove it")
+    test_folder, note = _test_folder(folder, classes)
+    test = _class_folders(test_folder)
     listed = _listed(train.samples, test.samples, classes, fit=True)
-    return listed._replace(left_out=(*train.left_out, *test.left_out))
+    without = sorted(set(classes) - {label for _, label in test.samples})
+    notes = [note] if note else []
+    if without:
+        notes.append(f"{test_folder} has no image of {len(without)} class(es), the first is {without[0]!r}")
+    return listed._replace(left_out=(*train.left_out, *test.left_out), notes=tuple(notes))
+
+
+def imagefolder_files(root: Path) -> list[Path]:
+    """List the images that :func:`read_imagefolder` would take."""
+    raw = read_imagefolder(root)
+    return [path for part in (raw.train_images, raw.test_images) if isinstance(part, ImageFiles) for path in part.paths]
+
+
+def _test_folder(folder: Path, classes: tuple[str, ...]) -> tuple[Path, str]:
+    """The folder of the test part, and a note on those that are left alone.
+
+    Raises:
+        UserError: there is none, or each has a class that ``train`` has not, or no classes.
+    """
+    there = [folder / name for name in TEST_FOLDERS if (folder / name).is_dir()]
+    problems = {path: _problem(path, classes) for path in there}
+    taken = next((path for path in there if not problems[path]), None)
+    if taken is None:
+        if there:
+            raise UserError(f"{there[0]} {problems[there[0]]}: put the images of each class into {there[0]}/CLASS")
+        names = ", ".join(sorted(path.name for path in folder.iterdir()))
+        raise UserError(f"{folder} holds {names} and no images to test on: put them into {folder}/val/CLASS")
+    others = [f"{path} ({problems[path] or 'not needed'})" for path in there if path != taken]
+    return taken, f"the test part is {taken}; left alone: {', '.join(others)}" if others else ""
+
+
+def _problem(part: Path, classes: tuple[str, ...]) -> str:
+    """Why a folder is no test part, or an empty text."""
+    folders = sorted(path.name for path in part.iterdir() if path.is_dir() and not path.name.startswith("."))
+    unknown = [name for name in folders if name not in classes]
+    if unknown:
+        return f"has the class {unknown[0]!r}, which {part.parent / 'train'} has not"
+    return "" if folders else "holds no folders of classes"
 
 
 def _class_folders(part: Path) -> Listing:
@@ -86,14 +127,23 @@ def _listed(train: _Samples, test: _Samples, classes: tuple[str, ...], fit: bool
     return RawArrays(*part(train), *part(test), classes)
 
 
-def _table(path: Path) -> Iterator[list[str]]:
-    """The fields, separated by tabs or spaces, of every line that is not blank."""
+def _table(path: Path) -> list[list[str]]:
+    """The fields, separated by tabs or spaces, of every line that is not blank.
+
+    Raises:
+        UserError: the file cannot be read, or two lines have the same first field.
+    """
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = "missing" if isinstance(error, FileNotFoundError) else str(error)
         raise UserError(f"{path} cannot be read ({reason}): {_again(path)}") from None
-    return (line.split() for line in lines if line.strip())
+    table = [line.split() for line in lines if line.strip()]
+    names = Counter(line[0] for line in table)
+    repeated = next((name for name, times in names.items() if times > 1), None)
+    if repeated:
+        raise UserError(f"{path} is damaged ({repeated} is in {names[repeated]} lines): {_again(path)}")
+    return table
 
 
 def _again(path: Path) -> str:

@@ -30,6 +30,8 @@ class RawArrays(NamedTuple):
     test_labels: NDArray[np.int64]
     classes: tuple[str, ...] | None = None
     """Names of the classes, when the raw data rather than the registry holds them."""
+    files: tuple[Path, ...] = ()
+    """The raw files that were read, besides those of ``ImageFiles``."""
     left_out: tuple[str, ...] = ()
     """``path (reason)`` of each file that is no sample."""
     notes: tuple[str, ...] = ()

@@ -6,13 +6,13 @@ entry in :data:`DATASETS`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from sfw_dist.data.datasets.array_sets import Reader, cifar_reader, mnist_reader, read_digits, svhn_reader
 from sfw_dist.data.datasets.download import Remote
-from sfw_dist.data.datasets.image_sets import read_imagefolder, tiny_imagenet_reader
+from sfw_dist.data.datasets.image_sets import imagefolder_files, read_imagefolder, tiny_imagenet_reader
 from sfw_dist.errors import UserError
 
 
@@ -33,6 +33,8 @@ class Dataset:
     """Whether a dependency contains it, so that it can be prepared without downloads."""
     counts: Mapping[str, int] = field(default_factory=dict)
     """What a complete copy holds, as far as known: samples of ``train`` and ``test``, and ``classes``."""
+    list_files: Callable[[Path], Sequence[Path]] | None = None
+    """Lists the images below the root folder, for a data set whose images are whatever lies there."""
     any_size: bool = False
     """Whether its images are scaled and cropped, so that :meth:`resized` may choose another size."""
 
@@ -65,11 +67,11 @@ def find_dataset(name: str) -> Dataset:
 
 
 MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
-MNIST_CHECKSUMS = {
-    "train-images-idx3-ubyte": "md5:f68b3c2dcbeaaa9fbdd348bbdeb94873",
-    "train-labels-idx1-ubyte": "md5:d53e105ee54ea40749a09fcbcd1e9432",
-    "t10k-images-idx3-ubyte": "md5:9fb629c4189551a2d022fa330f9573f3",
-    "t10k-labels-idx1-ubyte": "md5:ec29112dd5afa0611ce80d1b7f02629c",
+MNIST_CHECKSUMS = {  # of the uncompressed content, as below: people have it plain or packed anew
+    "train-images-idx3-ubyte": "content-md5:6bbc9ace898e44ae57da46a324031adb",
+    "train-labels-idx1-ubyte": "content-md5:a25bea736e30d166cdddb491f175f624",
+    "t10k-images-idx3-ubyte": "content-md5:2646ac647ad5339dbf082846283269ea",
+    "t10k-labels-idx1-ubyte": "content-md5:27ae3e4e09519cfbb04c329615203637",
 }
 FASHION_MNIST_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
 FASHION_MNIST_DEBIAN = Path("/usr/share/datasets/fashion-mnist")
@@ -186,6 +188,7 @@ DATASETS = {
             image_shape=(3, 64, 64),
             source="the user's own images; another size was scaled by the shorter side and cropped at the centre",
             read=read_imagefolder,
+            list_files=imagefolder_files,
             any_size=True,
         ),
     )
