@@ -156,7 +156,8 @@ def split_validation(labels: Ids, fraction: float, seed: int) -> tuple[Ids, Ids]
 
     Args:
         labels: of all training samples, ``(n,)``.
-        fraction: held out of every class, rounded to whole samples; in [0, 1).
+        fraction: held out of every class, rounded to whole samples; in [0, 1). Above 0, every class of at least two
+            samples has one to train on and one held out; of a single sample none is held out.
         seed: of the choice.
 
     Returns:
@@ -167,5 +168,8 @@ def split_validation(labels: Ids, fraction: float, seed: int) -> tuple[Ids, Ids]
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
         shuffled = members[np.argsort(bits[members], kind="stable")]
-        held_out[shuffled[: int(fraction * len(members) + 0.5)]] = True
+        count = int(fraction * len(members) + 0.5)
+        if fraction > 0:
+            count = min(max(count, 1), len(members) - 1)
+        held_out[shuffled[:count]] = True
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)

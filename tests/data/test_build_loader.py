@@ -14,7 +14,10 @@ import torch
 
 from sfw_dist.config import DataConfig
 from sfw_dist.data.datasets.array_sets import read_digits
+from sfw_dist.data.datasets.raw import RawArrays
+from sfw_dist.data.datasets.registry import DATASETS
 from sfw_dist.data.loading import Split, build_loader, dataset_info, open_loader
+from sfw_dist.data.prepare import prepare
 from sfw_dist.data.sampler import split_validation
 from sfw_dist.errors import UserError
 from tests.support.downloads import one_line
@@ -25,6 +28,7 @@ from tests.support.loaders import (
     same,
     truncate,
 )
+from tests.support.raw_data import register
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -148,3 +152,18 @@ def test_backends_that_cannot_be_are_refused(config: DataConfig, backend: Backen
     with pytest.raises(UserError, match=told) as error:
         open_loader(replace(config, backend=backend), "train", seed=0)
     one_line(error)
+
+
+def test_single_images_leave_no_validation_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails when the remedy is the fraction that was given."""
+
+    def read(root: Path) -> RawArrays:
+        images = np.arange(96, dtype=np.uint8).reshape(2, 4, 4, 3)
+        return RawArrays(images, np.arange(2), images, np.arange(2))
+
+    register(monkeypatch, read)
+    monkeypatch.setitem(DATASETS, "tiny", replace(DATASETS["tiny"], image_shape=(3, 4, 4)))
+    prepare("tiny", tmp_path)
+    config = DataConfig(name="tiny", root=str(tmp_path), backend="ram", batch_size=1)
+    with pytest.raises(UserError, match=r"validation_fraction 0.1 leaves.*no class has two training images, write 0"):
+        open_loader(config, "validation", seed=0)

@@ -91,3 +91,22 @@ def test_validation_split_is_stratified_and_disjoint() -> None:
     assert np.bincount(labels[validation]).tolist() == [2, 4, 8, 6]
     assert not np.array_equal(validation, split_validation(labels, 0.2, seed=2)[1])
     assert len(split_validation(labels, 0.0, seed=1)[1]) == 0
+
+
+@pytest.mark.parametrize(
+    ("sizes", "fraction", "held_out"),
+    [
+        ([4] * 30, 0.1, [1] * 30),
+        ([1, 2, 4, 5, 14, 15, 100], 0.1, [0, 1, 1, 1, 1, 2, 10]),
+        ([1, 2, 4, 100], 0.9, [0, 1, 3, 90]),
+        ([1, 2, 100], 0.999, [0, 1, 99]),
+        ([1, 2, 100], 0.0, [0, 0, 0]),
+    ],
+)
+def test_small_classes_have_validation_and_training_samples(
+    sizes: list[int], fraction: float, held_out: list[int]
+) -> None:
+    """Fails when 30 classes of 4 images leave no validation split, or a class keeps nothing to train on."""
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    _, validation = split_validation(labels, fraction, seed=1)
+    assert np.bincount(labels[validation], minlength=len(sizes)).tolist() == held_out

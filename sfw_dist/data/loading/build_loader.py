@@ -153,9 +153,9 @@ def _members(config: DataConfig, split: Split, labels: Ids, seed: int) -> Ids:
     if split == "train":
         return train
     if len(validation) == 0:
-        raise UserError(
-            f"data.validation_fraction {config.validation_fraction} leaves no validation split: write 0.1 for 10 %"
-        )
+        fraction = config.validation_fraction
+        remedy = "no class has two training images, write 0" if fraction else "write 0.1 for 10 %"
+        raise UserError(f"data.validation_fraction {fraction} leaves no validation split: {remedy}")
     return validation
 
 
