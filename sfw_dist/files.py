@@ -1,13 +1,23 @@
-"""Writing files so that a reader finds the whole file or none."""
+"""Files: written so that a reader finds the whole or none, locked between processes, and named by people."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from sfw_dist.errors import UserError
+
+NO_LOCKS = frozenset((errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS))
+"""What ``flock`` answers on file systems without locks."""
+REFUSED = frozenset((errno.EACCES, errno.EPERM, errno.EROFS))
+"""What the operating system answers where a user may not write."""
 
 
 def make_folder(path: Path) -> None:
@@ -58,3 +68,77 @@ def write_json(path: Path, value: Any) -> None:
         ValueError: ``value`` holds a number that is not finite, which JSON cannot express.
     """
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+class LockedError(Exception):
+    """Another process holds a lock."""
+
+
+@contextmanager
+def file_lock(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """Keep other processes, and threads, out of the block. The lock ends with its process, however that ends.
+
+    A file system without locks keeps nobody out: the block runs after a warning on stderr.
+
+    Args:
+        path: the lock's file; made if it is missing, and left there.
+        wait: for another process that holds the lock.
+
+    Raises:
+        LockedError: another process holds the lock, without ``wait``.
+        OSError: the file cannot be made.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            os.close(descriptor)
+            if error.errno in (errno.EAGAIN, errno.EACCES) and not wait:
+                raise LockedError(str(path)) from None
+            raise
+        print(
+            f"warning: {path.parent} is on a file system without locks ({error.strerror}), so no second process is "
+            "kept out: start one at a time",
+            file=sys.stderr,
+        )
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # explicitly: a forked process may hold a copy of the descriptor
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+        os.close(descriptor)
+
+
+def remedy_of(error: OSError, otherwise: str) -> str:
+    """What a user can do about an error of the operating system.
+
+    Args:
+        error: that a file could not be read or written.
+        otherwise: what helps against any error: another place to write to.
+
+    Example:
+        >>> remedy_of(OSError(28, "No space left on device"), "choose another root")
+        'free some space, or choose another root'
+    """
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"free some space, or {otherwise}"
+    if error.errno in REFUSED:
+        return f"give yourself the right to it, or {otherwise}"
+    return otherwise
+
+
+def user_path(text: str | Path) -> Path:
+    """A path as a person writes it: ``~`` is the home folder, also where no shell replaces it.
+
+    Raises:
+        UserError: there is no such home.
+
+    Example:
+        >>> user_path("data/~x")
+        PosixPath('data/~x')
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise UserError(f"{text}: there is no such home folder: write the whole path, or ./{text}") from None

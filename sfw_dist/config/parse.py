@@ -17,6 +17,7 @@ from sfw_dist.config.constraint import ConstraintConfig, check_given_fields
 from sfw_dist.config.renamed import translate_arguments, translate_tree
 from sfw_dist.config.schema import Config
 from sfw_dist.errors import UserError
+from sfw_dist.files import user_path
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -57,7 +58,7 @@ def _read_layers(path: Path, seen: tuple[Path, ...]) -> list[tuple[Path, dict[st
     base = tree.pop("base", None)
     if base is None:
         return [(path, tree)]
-    below = _read_layers(path.parent / str(base), (*seen, path.resolve()))
+    below = _read_layers(path.parent / user_path(str(base)), (*seen, path.resolve()))
     for _, inherited in below:
         inherited.pop("name", None)
     return [*below, (path, tree)]
@@ -174,7 +175,7 @@ def parse_run(
         config_file = _config_option(arguments)
         below = None
         if config_file is not None:
-            path = Path(config_file)
+            path = user_path(config_file)
             layers = _read_layers(path, seen=())
             for layer, tree in layers:
                 check_keys(tree, Config, str(layer))

@@ -13,8 +13,14 @@ from typing import Any, Literal
 from sfw_dist.config.check import require as _require
 from sfw_dist.config.constraint import ConstraintConfig
 from sfw_dist.config.training_methods import CramConfig, GMPConfig, InitConfig, KScheduleConfig, SampledConfig
+from sfw_dist.files import user_path
 from sfw_dist.optim.update import Rescale
 from sfw_dist.pruning import PAPER_SPARSITIES, PruningOptions
+
+
+def _at_home(path: str) -> str:
+    """The path with ``~`` replaced: no shell sees those of a file, nor of ``--data.root=~/data``."""
+    return str(user_path(path)) if path.startswith("~") else path
 
 
 @dataclass
@@ -56,6 +62,8 @@ class DataConfig:
     """Part of each training label, in [0, 1), that is spread over all classes."""
 
     def __post_init__(self) -> None:
+        self.root = _at_home(self.root)
+        self.stage_dir = _at_home(self.stage_dir) if self.stage_dir else self.stage_dir
         _require(self.batch_size > 0, "data.batch_size", self.batch_size, "at least 1", "write 128")
         _require(self.eval_batch_size > 0, "data.eval_batch_size", self.eval_batch_size, "at least 1", "write 256")
         _require(
@@ -274,6 +282,7 @@ class Config:
     prune: PruneConfig = field(default_factory=PruneConfig)
 
     def __post_init__(self) -> None:
+        self.runs_dir = _at_home(self.runs_dir)
         plain = Path(self.name).name == self.name and self.name not in {"", ".", ".."}
         valid = plain and self.name.isprintable() and len(self.name) <= 100
         _require(valid, "name", repr(self.name), "a plain folder name", "write letters, digits, '_', '-' and '.'")

@@ -16,6 +16,7 @@ with command_imports("sfw_dist.data", "train"):
     from sfw_dist.data.manifest import prepare_again, read_manifest
     from sfw_dist.data.prepare import named, prepare, verify
     from sfw_dist.data.source import source_changes
+    from sfw_dist.files import user_path
 
 EXAMPLES = """\
 examples:
@@ -81,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
 @reports_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
+    options.root = user_path(options.root)
     if options.command == "prepare":
         return _prepare(options)
     return _verify(options.name, options.root, options.json)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import struct
 import zipfile
 import zlib
 from collections.abc import Iterable
@@ -23,11 +22,8 @@ from sfw_dist.files import make_folder, replacing
 
 CHUNK = 2048
 """Files in a chunk: 25 MB of 64×64 images."""
-DECODE_ERRORS = (
-    OSError, EOFError, ValueError, TypeError, IndexError, OverflowError, SyntaxError, struct.error, zlib.error,
-    Image.DecompressionBombError,
-)  # fmt: skip
-"""What PIL's decoders raise on damaged files: SyntaxError is PNG's."""
+MOST_ELONGATED = 8
+"""Sides of a longer image are cut to this many times the shorter one, around the centre, before it is scaled."""
 
 
 class Decoded(NamedTuple):
@@ -96,11 +92,16 @@ def decode_image(path: Path, side: int, fit: bool) -> NDArray[np.uint8]:
 
     Raises:
         ValueError: another size, without ``fit``; or numbers whose range is not known.
-        Exception: one of ``DECODE_ERRORS``: the file is damaged.
+        Exception: the file is damaged. Pillow's decoders raise whatever they like: SyntaxError is PNG's.
     """
     with Image.open(path) as file:
         image = _eight_bits(file).convert("RGB")
     width, height = image.size
+    if fit and max(width, height) > MOST_ELONGATED * min(width, height):  # scaled, it might not fit into memory
+        most = MOST_ELONGATED * min(width, height)
+        left, top = max(0, (width - most) // 2), max(0, (height - most) // 2)
+        image = image.crop((left, top, left + min(width, most), top + min(height, most)))
+        width, height = image.size
     if fit and image.size != (side, side):
         scale = side / min(width, height)
         width, height = max(side, round(width * scale)), max(side, round(height * scale))
@@ -142,7 +143,7 @@ def _try_decode(path: Path, side: int, fit: bool) -> NDArray[np.uint8] | str:
         return "missing"
     except Image.UnidentifiedImageError:
         return "not an image"
-    except DECODE_ERRORS as error:
+    except Exception as error:  # a decoder of damaged bytes may raise anything
         return " ".join(str(error).split()) or type(error).__name__
 
 

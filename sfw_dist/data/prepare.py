@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from filelock import FileLock
 from numpy.typing import NDArray
 
 from sfw_dist.data.datasets.raw import ImageFiles, Images, RawArrays
@@ -34,7 +33,7 @@ from sfw_dist.data.manifest import (
 )
 from sfw_dist.data.source import write_source
 from sfw_dist.errors import UserError
-from sfw_dist.files import make_folder, replacing, write_json
+from sfw_dist.files import REFUSED, file_lock, make_folder, remedy_of, replacing, write_json
 
 BetonWriter = Callable[[BinaryIO, NDArray[np.uint8], NDArray[np.int64]], None]
 """Writes images and labels to a file in FFCV's format."""
@@ -84,14 +83,16 @@ def prepare(
         return folder
     try:
         make_folder(root)
-        with FileLock(root / f".{name}.lock"):
+        with file_lock(root / f".{name}.lock"):
             manifest = None if again else _intact_manifest(folder)  # whoever held the lock may have made the folder
             if manifest is None:
                 _make_folder(folder, dataset, skip_bad)
             elif not manifest.has_betons:
                 _add_betons(folder, manifest)
     except OSError as error:
-        raise UserError(f"cannot prepare {folder} ({error}): free some space or choose another root") from error
+        if error.errno in REFUSED and manifest:
+            return folder  # all that is missing are betons, and others own the folder
+        raise UserError(f"cannot prepare {folder} ({error}): {remedy_of(error, 'choose another root')}") from error
     return folder
 
 

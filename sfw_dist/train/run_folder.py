@@ -15,13 +15,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -29,7 +28,7 @@ from torch import Tensor
 from sfw_dist.config import Config, first_difference, load_config, save_config
 from sfw_dist.distributed.world import World, any_rank, barrier
 from sfw_dist.errors import UserError
-from sfw_dist.files import make_folder, replacing, write_json, write_text
+from sfw_dist.files import LockedError, file_lock, make_folder, replacing, write_json, write_text
 
 _PACKAGES = ("sfw-dist", "torch", "torchvision", "numpy", "ffcv", "deepspeed", "submitit")
 
@@ -137,20 +136,17 @@ def exclusive_lock(run: RunFolder, world: World) -> Iterator[None]:
         UserError: another process holds the lock; on every rank.
     """
     barrier(world)  # every rank has looked at the folder before rank 0 makes it
-    lock = FileLock(run.lock)
     taken = False
-    if world.main:
-        make_folder(run.path)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            taken = True
-    try:
+    with ExitStack() as held:
+        if world.main:
+            make_folder(run.path)
+            try:
+                held.enter_context(file_lock(run.lock, wait=False))
+            except LockedError:
+                taken = True
         if any_rank(taken, world):
             raise UserError(f"{run.path} is being trained by another process: wait for it, or choose another --name")
         yield
-    finally:
-        lock.release()
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

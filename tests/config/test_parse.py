@@ -242,3 +242,15 @@ def test_a_file_that_is_no_run_file_is_named(write: Write, content: bytes | None
     path.unlink() if content is None else path.write_bytes(content)
     message = error_of("--config", path)
     assert str(path) in message and problem in message
+
+
+def test_paths_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails when a run makes a folder named ~ in the present one."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "base.yaml").write_text("runs_dir: ~/runs\ndata:\n  root: ~/data\n  stage_dir: ~/stage\n")
+    (tmp_path / "x.yaml").write_text("base: ~/base.yaml\n")
+    config = parse("--config", "~/x.yaml")
+    assert (config.runs_dir, config.data.root) == (f"{tmp_path}/runs", f"{tmp_path}/data")
+    assert config.data.stage_dir == f"{tmp_path}/stage"
+    assert parse("--name", "x", "--data.root=~/other").data.root == f"{tmp_path}/other"
+    assert parse("--name", "x", "--data.root", "./~/other").data.root == "./~/other"

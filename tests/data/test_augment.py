@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
+
+import numba
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from numba.core.caching import CacheImpl
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sfw_dist.data.loading import augment_numba
 from sfw_dist.data.loading.augment import CUT_SIDE, HEIGHT, LEFT, TOP, WIDTH, Augmentation, SampleParams, transform
 from sfw_dist.data.loading.augment_numba import transform_rows
 
@@ -146,3 +151,15 @@ def test_the_kernel_is_the_reference_wherever_the_box_lies(
     np.testing.assert_array_equal(out[1:2], transformed(images, params).permute(0, 2, 3, 1))
     assert (out[[0, 2]] == 77).all()
     assert params[0, CUT_SIDE] == cut[2]
+
+
+def test_without_a_folder_for_machine_code_it_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails when even --help ends in a traceback of numba where package and home are read-only."""
+    monkeypatch.setattr(CacheImpl, "_locator_classes", [])
+    with pytest.raises(RuntimeError, match="no locator"):
+        numba.njit(cache=True)(lambda: 0)
+    spec = importlib.util.spec_from_file_location("in_a_container", augment_numba.__file__)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.transform_rows.py_func.__name__ == "transform_rows"

@@ -51,26 +51,26 @@ def test_skip_bad_goes_on_and_lists_them(tiny: Path, capsys: pytest.CaptureFixtu
 
 def test_interrupted_twice_it_finishes_what_is_left(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each interruption costs everything done so far, or half-done work ends up in the data set."""
-    decode_image, decoded = decoding.decode_image, []
+    try_decode, decoded = decoding._try_decode, []
 
-    def interrupted_after(limit: int) -> Callable[..., np.ndarray]:
-        def decode(path: Path, side: int, fit: bool) -> np.ndarray:
+    def interrupted_after(limit: int) -> Callable[..., np.ndarray | str]:
+        def decode(path: Path, side: int, fit: bool) -> np.ndarray | str:
             if len(decoded) >= limit:
                 raise RuntimeError("killed")
             decoded.append(path.name)
-            return decode_image(path, side, fit)
+            return try_decode(path, side, fit)
 
         return decode
 
     for limit in (7, 14):
-        monkeypatch.setattr(decoding, "decode_image", interrupted_after(limit))
+        monkeypatch.setattr(decoding, "_try_decode", interrupted_after(limit))
         with pytest.raises(RuntimeError, match="killed"):
             prepare("tiny_imagenet", tiny)
         assert not (tiny / "tiny_imagenet").exists()
         (tiny / ".tiny_imagenet.unfinished" / "train_images.npy").write_bytes(b"of a killed process")
     first = tiny / ".tiny_imagenet.unfinished" / "chunks" / "train" / "0000000.npz"
     first.write_bytes(first.read_bytes()[:-100])
-    monkeypatch.setattr(decoding, "decode_image", interrupted_after(1000))
+    monkeypatch.setattr(decoding, "_try_decode", interrupted_after(1000))
     folder = prepare("tiny_imagenet", tiny)
 
     assert decoded.count("n01_1.JPEG") == 2, "a damaged chunk is done again"
@@ -135,3 +135,38 @@ def test_wide_numbers_are_scaled_or_refused(
     else:
         decoded = decode_image(tmp_path / "x.tif", 8, fit=False)
         assert decoded[0, 1].tolist() == [expected] * 3 and abs(int(decoded[0, 2, 0]) - expected / 2) <= 0.5
+
+
+@pytest.mark.parametrize("damaged", ["png", "avif", "jp2", "webp", "tif", "bmp"])
+def test_whatever_a_decoder_raises_is_a_bad_file(tiny: Path, monkeypatch: pytest.MonkeyPatch, damaged: str) -> None:
+    """Fails when a damaged AVIF file, whose decoder raises RuntimeError, ends in a traceback despite --skip-bad."""
+    path = images_of(tiny) / "n02_0.JPEG"
+    Image.new("RGB", (64, 64)).save(path, format={"jp2": "JPEG2000", "tif": "TIFF"}.get(damaged, damaged))
+    content = path.read_bytes()
+    for length in range(0, len(content) // 2, max(1, len(content) // 20)):
+        path.write_bytes(content[:length])
+        assert isinstance(decoding._try_decode(path, 64, False), str)
+
+    def fail(*_: object) -> np.ndarray:
+        raise RuntimeError("Missing or empty\nimage item")
+
+    monkeypatch.setattr(decoding, "decode_image", fail)
+    assert decoding._try_decode(path, 64, False) == "Missing or empty image item"
+
+
+def test_an_elongated_image_is_cut_before_it_is_scaled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails when a line of 20,000 pixels is scaled to 1,280,000×64, which takes gigabytes; or when the centre moves."""
+    values = np.zeros((1, 20_000, 3), np.uint8)
+    values[:, 10_000 - 4 : 10_000 + 4] = 200
+    sizes = []
+    resize = Image.Image.resize
+
+    def measured(image: Image.Image, size: tuple[int, int], *args: object) -> Image.Image:
+        sizes.append(size)
+        return resize(image, size, *args)
+
+    monkeypatch.setattr(Image.Image, "resize", measured)
+    for name, array in (("wide", values), ("high", values.transpose(1, 0, 2))):
+        Image.fromarray(array).save(tmp_path / f"{name}.png")
+        assert (decode_image(tmp_path / f"{name}.png", 64, fit=True) == 200).all()
+    assert sizes == [(512, 64), (64, 512)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import threading
 import time
@@ -196,3 +197,19 @@ def test_a_damaged_manifest_is_one_problem(tmp_path: Path, monkeypatch: pytest.M
     path.write_text(manifest)
     (problem,) = verify("tiny", tmp_path)
     assert "manifest.json is damaged" in problem and "\n" not in problem
+
+
+def test_a_prepared_folder_of_others_is_used_without_betons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails when a data set on a read-only disk is refused because FFCV's files could not be added."""
+    monkeypatch.setattr(preparing, "_beton_writer", lambda: None)
+    register(monkeypatch)
+    folder = prepare("tiny", tmp_path)
+
+    def read_only(path: Path) -> NoReturn:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(preparing, "_beton_writer", lambda: forbidden)
+    monkeypatch.setattr(preparing, "file_lock", read_only)
+    assert prepare("tiny", tmp_path) == folder
+    with pytest.raises(UserError, match=r"Read-only file system\): give yourself the right to it, or choose another"):
+        prepare("tiny", tmp_path, again=True)

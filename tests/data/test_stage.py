@@ -43,6 +43,8 @@ def test_staging_reads_from_the_copy(
 
 def test_staging_where_nothing_can_be_written_is_told(config: DataConfig) -> None:
     """A traceback when the node's disk is full or not there."""
-    with pytest.raises(UserError, match=r"data.stage_dir /dev/null/disk: cannot copy.*free some space") as error:
+    with pytest.raises(
+        UserError, match=r"data.stage_dir /dev/null/disk: cannot copy.*: choose another folder, or leave it out"
+    ) as error:
         open_loader(replace(config, stage_dir="/dev/null/disk"), "train", seed=0)
     one_line(error)

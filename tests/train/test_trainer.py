@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from filelock import FileLock
 from safetensors.torch import load_file
 
 from sfw_dist.config import Config, load_config
 from sfw_dist.errors import UserError
+from sfw_dist.files import file_lock
 from sfw_dist.train import checkpoint
 from sfw_dist.train import trainer as training
 from sfw_dist.train.__main__ import main
@@ -245,7 +245,7 @@ class TestBadInput:
     def test_folder_in_use(self, config: Config, capsys: pytest.CaptureFixture[str]) -> None:
         """Two processes wrote into one folder, and both ended well."""
         config.run_dir.mkdir(parents=True)
-        with FileLock(config.run_dir / ".lock"):
+        with file_lock(config.run_dir / ".lock"):
             assert "another process" in self._fails(config, capsys)
 
     def test_folder_that_cannot_be_made(self, config: Config, capsys: pytest.CaptureFixture[str]) -> None:

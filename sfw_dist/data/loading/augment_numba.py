@@ -1,10 +1,13 @@
 """Augmentation on the CPU: :func:`sfw_dist.data.loading.augment.transform` compiled, with the same bits.
 
 The functions release the GIL and start no threads of their own, so any number of threads may call them at once. Numba
-keeps the machine code on disk, and the next process starts with it.
+keeps the machine code on disk, where it may write, and the next process starts with it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numba import njit
@@ -14,7 +17,15 @@ from sfw_dist.data.loading.augment import CUT_LEFT, CUT_SIDE, CUT_TOP, HEIGHT, L
 from sfw_dist.data.sampler import Ids
 
 
-@njit(nogil=True, cache=True)
+def _compiled(function: Callable[..., Any]) -> Any:
+    """Compile a function; the machine code is kept where numba finds a folder that it can write to."""
+    try:
+        return njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # package and home are read-only, as in containers: it is compiled in every process
+        return njit(nogil=True)(function)
+
+
+@_compiled
 def transform_rows(images: NDArray[np.uint8], rows: Ids, params: SampleParams, out: NDArray[np.uint8]) -> None:
     """Augment the samples ``images[rows]`` and write them to ``out``.
 
@@ -28,7 +39,7 @@ def transform_rows(images: NDArray[np.uint8], rows: Ids, params: SampleParams, o
         transform_sample(images[rows[i]], params[i], out[i])
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def transform_sample(source: NDArray[np.uint8], params: SampleParams, out: NDArray[np.uint8]) -> None:
     """Augment one sample ``(H, W, C)`` with a row of parameters ``(8,)`` and write it to ``out``, of the same shape."""
     if params[HEIGHT] == source.shape[0] and params[WIDTH] == source.shape[1]:
@@ -38,7 +49,7 @@ def transform_sample(source: NDArray[np.uint8], params: SampleParams, out: NDArr
     _cut(params[CUT_TOP], params[CUT_LEFT], params[CUT_SIDE], out)
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _shift(source: NDArray[np.uint8], top: int, left: int, mirror: bool, out: NDArray[np.uint8]) -> None:
     """Cut a box of full size: copy or mirror rows, and fill with zeros what is outside."""
     height, width, channels = out.shape
@@ -70,7 +81,7 @@ def _shift(source: NDArray[np.uint8], top: int, left: int, mirror: bool, out: ND
                 inside[i] = origin[i]
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _resize(source: NDArray[np.uint8], params: SampleParams, out: NDArray[np.uint8]) -> None:
     """Scale a box inside the image bilinearly to the full size."""
     height, width, channels = out.shape
@@ -85,7 +96,7 @@ def _resize(source: NDArray[np.uint8], params: SampleParams, out: NDArray[np.uin
                 out[y, x, c] = (above * (256 - y_part) + below * y_part + (1 << 15)) >> 16
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _taps(position: int, start: int, length: int, size: int) -> tuple[int, int, int]:
     at = ((2 * position + 1) * (length << 16)) // (2 * size) - (1 << 15)
     at = max(0, min(at, (length - 1) << 16))
@@ -93,7 +104,7 @@ def _taps(position: int, start: int, length: int, size: int) -> tuple[int, int, 
     return start + low, start + min(low + 1, length - 1), (at & 0xFFFF) >> 8
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _cut(top: int, left: int, side: int, out: NDArray[np.uint8]) -> None:
     height, width, _ = out.shape
     for y in range(max(0, top), min(height, top + side)):

@@ -15,10 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
 
 from sfw_dist.data.loading.augment import Augmentation, transform
-from sfw_dist.files import write_json
+from sfw_dist.files import file_lock, write_json
 
 TIME_LIMIT = 120.0
 """Seconds until a probe that does not end counts as failed; it takes about five."""
@@ -44,7 +43,7 @@ def ffcv_problem(folder: Path) -> str | None:
         return f"FFCV is not installed: {_REMEDY}"
     known, key = folder / f".ffcv_{platform.node() or 'here'}.json", _versions()
     try:
-        with FileLock(f"{known}.lock"):
+        with file_lock(known.with_name(f"{known.name}.lock")):
             answer = _read(known)
             if answer is None or answer["versions"] != key:
                 answer = {"versions": key, "problem": _probe()}

@@ -5,11 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from filelock import FileLock
-
 from sfw_dist.data.manifest import MANIFEST, FileRecord, Manifest, file_record, prepare_again
 from sfw_dist.errors import UserError
-from sfw_dist.files import make_folder, replacing
+from sfw_dist.files import file_lock, make_folder, remedy_of, replacing
 
 
 def staged(folder: Path, manifest: Manifest, stage_dir: Path, files: list[str]) -> Path:
@@ -33,7 +31,7 @@ def staged(folder: Path, manifest: Manifest, stage_dir: Path, files: list[str]) 
     target = stage_dir / f"{folder.name}-{file_record(folder / MANIFEST).sha256[:12]}"
     try:
         make_folder(target)
-        with FileLock(target / ".lock"):
+        with file_lock(target / ".lock"):
             for name in (*files, MANIFEST):
                 if not _is_staged(target / name, manifest.files.get(name)):
                     with (folder / name).open("rb") as original, replacing(target / name) as copy:
@@ -41,7 +39,8 @@ def staged(folder: Path, manifest: Manifest, stage_dir: Path, files: list[str]) 
                     _check(target / name, manifest.files.get(name), folder)
     except OSError as error:
         raise UserError(
-            f"data.stage_dir {stage_dir}: cannot copy {folder} there ({error}): free some space or leave it out"
+            f"data.stage_dir {stage_dir}: cannot copy {folder} there ({error}): "
+            f"{remedy_of(error, 'choose another folder, or leave it out')}"
         ) from error
     return target
 
