@@ -135,7 +135,11 @@ def _intact_manifest(folder: Path) -> Manifest | None:
 
 def _make_folder(folder: Path, dataset: Dataset, skip_bad: bool) -> None:
     if folder.exists() and not (folder / MANIFEST).exists():
-        raise UserError(f"{folder} exists but is no prepared data set (it has no {MANIFEST}): move it away")
+        raw = folder.parent / "raw" / folder.name
+        raise UserError(
+            f"{folder} exists but is no prepared data set (it has no {MANIFEST}): move it to {raw} if it holds the raw "
+            "files, else move it away"
+        )
     unfinished, damaged = (folder.with_name(f".{folder.name}.{what}") for what in ("unfinished", "damaged"))
     try:
         _remove_but_chunks(unfinished)  # left by a process that was killed

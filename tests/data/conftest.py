@@ -39,7 +39,11 @@ def damaged_root(digits: Path, tmp_path: Path) -> Path:
 def fashion_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A small Fashion-MNIST in the layout of the real one, training files gzipped, test files plain."""
     read = mnist_reader(
-        "fashion_mnist", registry.FASHION_MNIST_URL, registry.FASHION_MNIST_CHECKSUMS, alternative="apt-get install x"
+        "fashion_mnist",
+        registry.FASHION_MNIST_URL,
+        registry.FASHION_MNIST_CHECKSUMS,
+        alternative="apt-get install x",
+        torchvision="FashionMNIST",
     )
     counts = {"train": 30, "test": 10}
     monkeypatch.setitem(DATASETS, "fashion_mnist", replace(DATASETS["fashion_mnist"], read=read, counts=counts))

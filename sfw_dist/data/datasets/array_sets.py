@@ -1,7 +1,7 @@
 """Readers of the data sets that are published as a few binary files.
 
-A reader takes the root folder and returns raw arrays. It takes the files in ``root/raw/NAME``, packed or unpacked, and
-downloads those that are missing.
+A reader takes the root folder and returns raw arrays. It takes the files in ``root/raw/NAME``, packed or unpacked, or
+where other programs leave them, and downloads those that are missing.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sfw_dist.data.datasets.cifar_python import PythonVersion, read_python_version
 from sfw_dist.data.datasets.download import Remote, fetch, matches
 from sfw_dist.data.datasets.idx import read_idx
 from sfw_dist.data.datasets.raw import RawArrays
 from sfw_dist.data.datasets.unpack import unpack
 from sfw_dist.data.sampler import split_validation
 from sfw_dist.errors import UserError, needs_extra
+from sfw_dist.files import make_folder
 
 Reader = Callable[[Path], RawArrays]
 
@@ -32,18 +34,45 @@ def raw_folder(root: Path, name: str) -> Path:
 def unpacked(remote: Remote, parent: Path, top: str) -> Path:
     """Unpack an archive unless its folder exists; download it unless it exists.
 
+    Both are looked for in the two folders above ``parent`` too, the data root being the upper one.
+
     Args:
         remote: the archive.
         parent: folder of the archive, and of what it holds.
         top: the one folder that the archive holds.
 
     Returns:
-        ``parent/top``.
+        The folder of that name; the inner one if it holds one of its own name, as some programs unpack.
     """
-    folder = parent / top
-    if not folder.is_dir():
+    folder = find_unpacked(remote, parent, top)
+    if folder is None:
+        folder = parent / top
         unpack(fetch(remote, parent), folder)
+    return folder / top if (folder / top).is_dir() else folder
+
+
+def find_unpacked(remote: Remote, parent: Path, top: str) -> Path | None:
+    """The same where the folder or its archive exists; else ``None``."""
+    places = _places(parent)
+    folder = next((place / top for place in places if (place / top).is_dir()), None)
+    if folder is None:
+        place = next((place for place in places if (place / remote.name).is_file()), None)
+        if place is None:
+            return None
+        folder = parent / top
+        make_folder(parent)
+        unpack(fetch(remote, place), folder)
     return folder
+
+
+def _places(own: Path) -> tuple[Path, ...]:
+    """Where raw files are looked for: ``root/raw/NAME``, ``root/raw``, ``root``, where torchvision puts them."""
+    return own, own.parent, own.parent.parent
+
+
+def _fetched(remote: Remote, own: Path) -> Path:
+    """Download a file to ``own`` unless it is in one of its places."""
+    return fetch(remote, next((place for place in _places(own) if (place / remote.name).is_file()), own))
 
 
 def read_digits(root: Path) -> RawArrays:
@@ -61,9 +90,14 @@ def read_digits(root: Path) -> RawArrays:
 
 
 def mnist_reader(
-    name: str, url: str, checksums: Mapping[str, str], elsewhere: Path | None = None, alternative: str = ""
+    name: str,
+    url: str,
+    checksums: Mapping[str, str],
+    elsewhere: Path | None = None,
+    alternative: str = "",
+    torchvision: str = "MNIST",
 ) -> Reader:
-    """Make a reader of four IDX files, gzipped or plain, with MNIST's file names.
+    """Make a reader of four IDX files, gzipped or plain, with MNIST's file names, or those of its copy at Kaggle.
 
     Args:
         name: of the data set.
@@ -71,13 +105,17 @@ def mnist_reader(
         checksums: of the files, by key.
         elsewhere: a folder in which the files are looked for too.
         alternative: another way to get them, for the error message.
+        torchvision: the name of its class for the data set, and of the folder in which it leaves the files.
     """
 
     def locate(stem: str, root: Path) -> Path:
         own = raw_folder(root, name)
-        folders = [own] if elsewhere is None else [own, elsewhere]
-        candidates = (folder / f"{stem}{suffix}" for folder in folders for suffix in (".gz", ""))
-        found = next((path for path in candidates if path.exists()), None)
+        folders = [own, own / "raw", *(place / torchvision / "raw" for place in _places(own))]
+        if elsewhere is not None:
+            folders.append(elsewhere)
+        kaggle = stem.replace("-idx", ".idx")
+        names = (f"{stem}.gz", stem, f"{kaggle}.gz", kaggle, f"{stem}/{stem}")
+        found = next((path for folder in folders for file in names if (path := folder / file).is_file()), None)
         if found is None:
             return fetch(Remote(f"{url}{stem}.gz", checksums[stem], alternative), own)
         if not matches(found, checksums[stem]):
@@ -117,9 +155,16 @@ def _check_labels(labels: NDArray[Any], classes: int, path: Path) -> None:
 
 
 def cifar_reader(
-    name: str, remote: Remote, top: str, train: Sequence[str], test: str, classes_file: str, label_bytes: int
+    name: str,
+    remote: Remote,
+    top: str,
+    train: Sequence[str],
+    test: str,
+    classes_file: str,
+    label_bytes: int,
+    python: PythonVersion | None = None,
 ) -> Reader:
-    """Make a reader of the binary version; reading the Python version, which is pickles, could run any code.
+    """Make a reader of the binary version, or of the Python version where only that exists.
 
     A record holds ``label_bytes``, the last of which is the label, and 3 × 32 × 32 pixels, channels first.
 
@@ -131,10 +176,16 @@ def cifar_reader(
         test: the file of test records.
         classes_file: the file of class names.
         label_bytes: bytes before the pixels of a record.
+        python: the files of the Python version.
     """
 
     def read(root: Path) -> RawArrays:
-        folder = unpacked(remote, raw_folder(root, name), top)
+        own = raw_folder(root, name)
+        if python is not None and find_unpacked(remote, own, top) is None:
+            folder = find_unpacked(python.remote, own, python.top)
+            if folder is not None:
+                return read_python_version(folder, python)
+        folder = unpacked(remote, own, top)
         classes = tuple((_read(folder / classes_file)).decode().split())
         parts = [_read_records([folder / file for file in files], label_bytes) for files in (train, [test])]
         for files, (_, labels) in zip((train[-1], test), parts, strict=True):
@@ -172,7 +223,7 @@ def svhn_reader(name: str, train: Remote, test: Remote) -> Reader:
     """Make a reader of cropped digits in MATLAB files: ``X`` ``(32, 32, 3, n)``, and ``y`` ``(n, 1)``; 10 is zero."""
 
     def read(root: Path) -> RawArrays:
-        paths = [fetch(remote, raw_folder(root, name)) for remote in (train, test)]
+        paths = [_fetched(remote, raw_folder(root, name)) for remote in (train, test)]
         return RawArrays(*_read_svhn_part(paths[0]), *_read_svhn_part(paths[1]), files=tuple(paths))
 
     return read

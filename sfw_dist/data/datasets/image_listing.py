@@ -23,6 +23,13 @@ class Listing(NamedTuple):
     """``path (reason)`` of each file that is no sample; a hidden folder stands for the files in it."""
 
 
+class Images(NamedTuple):
+    """What the folder of one class holds."""
+
+    images: list[Path]
+    left_out: list[str]
+
+
 def list_classes(part: Path) -> Listing:
     """List ``part/CLASS/…`` by the rules of torchvision's ImageFolder, but without hidden files and folders.
 
@@ -44,7 +51,7 @@ def list_classes(part: Path) -> Listing:
         elif not _is_folder(path):
             left_out.append(f"{path} (in no folder of a class)")
         else:
-            files, others = _list_images(path, (os.path.realpath(part),))
+            files, others = list_images(path, (os.path.realpath(part),))
             if not files:
                 others_told = f"; left out: {others[0]}" if others else ""
                 raise UserError(
@@ -55,12 +62,15 @@ def list_classes(part: Path) -> Listing:
     return Listing(samples, left_out)
 
 
-def _list_images(folder: Path, above: tuple[str, ...]) -> tuple[list[Path], list[str]]:
-    """The images of a folder, and ``path (reason)`` of what is left out.
+def list_images(folder: Path, above: tuple[str, ...] = ()) -> Images:
+    """List the images of one class.
 
     Args:
         folder: to list.
-        above: the real paths of the folders that it is in.
+        above: the real paths of the folders that it is in, which no link may lead to.
+
+    Raises:
+        UserError: a folder cannot be read, is a link to nowhere or contains itself.
     """
     real = os.path.realpath(folder)
     if real in above:
@@ -72,7 +82,7 @@ def _list_images(folder: Path, above: tuple[str, ...]) -> tuple[list[Path], list
         if entry.name.startswith("."):
             left_out.append(_hidden(path))
         elif _is_folder(path):
-            below, others = _list_images(path, (*above, real))
+            below, others = list_images(path, (*above, real))
             images += below
             left_out += others
         elif path.suffix.lower() not in IMAGE_SUFFIXES:
@@ -81,7 +91,7 @@ def _list_images(folder: Path, above: tuple[str, ...]) -> tuple[list[Path], list
             left_out.append(f"{path} (not a file)")
         else:
             images.append(path)
-    return images, left_out
+    return Images(images, left_out)
 
 
 def _is_folder(path: Path) -> bool:

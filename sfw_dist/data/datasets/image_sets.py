@@ -9,7 +9,7 @@ import numpy as np
 
 from sfw_dist.data.datasets.array_sets import Reader, raw_folder, unpacked
 from sfw_dist.data.datasets.download import Remote
-from sfw_dist.data.datasets.image_listing import Listing, list_classes
+from sfw_dist.data.datasets.image_listing import Listing, list_classes, list_images
 from sfw_dist.data.datasets.raw import ImageFiles, RawArrays
 from sfw_dist.errors import UserError
 
@@ -23,7 +23,8 @@ def tiny_imagenet_reader(name: str, remote: Remote, top: str) -> Reader:
     """Make a reader of Tiny-ImageNet's layout. Its validation images are the test part: its test images have no labels.
 
     ``wnids.txt`` names the classes, which are sorted; ``train/WNID/WNID_boxes.txt`` and ``val/val_annotations.txt``
-    list the files, so that a missing one is known by name.
+    list the files, so that a missing one is known by name. Validation images that a script has sorted into folders,
+    ``val/WNID`` or ``val/WNID/images``, are found there; then their list may be missing.
 
     Args:
         name: of the data set.
@@ -41,15 +42,42 @@ def tiny_imagenet_reader(name: str, remote: Remote, top: str) -> Reader:
             for line in _table(listed)
         ]
         annotations = folder / "val" / "val_annotations.txt"
-        lines = _table(annotations)
-        strange = next((line for line in lines if len(line) < 2 or line[1] not in classes), None)
-        if strange:
-            raise UserError(f"{annotations} is damaged (no class of wnids.txt in {strange}): {_again(annotations)}")
-        test = [(folder / "val" / "images" / line[0], line[1]) for line in lines]
-        files = (folder / "wnids.txt", annotations, *boxes.values())
-        return _listed(train, test, classes, fit=False)._replace(files=files)
+        sorted_folders = [wnid for wnid in classes if (folder / "val" / wnid).is_dir()]
+        if sorted_folders and not annotations.exists():
+            test = [
+                (file, wnid) for wnid in sorted_folders for file in sorted(list_images(folder / "val" / wnid).images)
+            ]
+        else:
+            test = _annotated(annotations, classes, bool(sorted_folders))
+        lists = (folder / "wnids.txt", *boxes.values(), *filter(Path.exists, [annotations]))
+        return _listed(train, test, classes, fit=False)._replace(files=lists)
 
     return read
+
+
+def _annotated(annotations: Path, classes: tuple[str, ...], is_sorted: bool) -> _Samples:
+    """The validation images that a list names.
+
+    Args:
+        annotations: the list.
+        classes: that it may name.
+        is_sorted: whether a script has moved images into the folders of their classes.
+
+    Raises:
+        UserError: the list is damaged.
+    """
+    lines, val = _table(annotations), annotations.parent
+    strange = next((line for line in lines if len(line) < 2 or line[1] not in classes), None)
+    if strange:
+        raise UserError(f"{annotations} is damaged (no class of wnids.txt in {strange}): {_again(annotations)}")
+    samples: _Samples = []
+    for name, wnid, *_ in lines:
+        path = val / "images" / name
+        if is_sorted:
+            moved = (path, val / wnid / "images" / name, val / wnid / name)
+            path = next((place for place in moved if place.exists()), path)
+        samples.append((path, wnid))
+    return samples
 
 
 def read_imagefolder(root: Path) -> RawArrays:
@@ -110,11 +138,28 @@ def _problem(part: Path, classes: tuple[str, ...]) -> str:
 
 def _class_folders(part: Path) -> Listing:
     if not part.is_dir():
-        raise UserError(f"{part} is not there: put images into {part.parent}/train/CLASS and {part.parent}/val/CLASS")
+        raise UserError(f"{part} is not there: {_where_images_are(part)}")
     listing = list_classes(part)
     if not listing.samples:
         raise UserError(f"{part} holds no folders of images: put them into {part}/CLASS")
     return listing
+
+
+def _where_images_are(part: Path) -> str:
+    """What to move where, or what to put there, when a part of an ``imagefolder`` is not there."""
+    folder = part.parent
+    raw, root = folder.parent, folder.parent.parent
+    inside = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    for path in inside:
+        if path.name.lower().startswith(part.name):
+            return f"rename {path} to {part}"
+        if (path / part.name).is_dir():
+            return f"move what is in {path} to {folder}"
+    for place in (root / folder.name, raw, root):
+        if (place / part.name).is_dir():
+            return f"move {part.name} and the folder of test images from {place} to {folder}"
+    there = f" (there are {', '.join(path.name for path in inside)})" if inside else ""
+    return f"put images into {folder}/train/CLASS and {folder}/val/CLASS{there}"
 
 
 def _listed(train: _Samples, test: _Samples, classes: tuple[str, ...], fit: bool) -> RawArrays:

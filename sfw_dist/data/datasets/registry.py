@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from sfw_dist.data.datasets.array_sets import Reader, cifar_reader, mnist_reader, read_digits, svhn_reader
+from sfw_dist.data.datasets.cifar_python import PythonVersion
 from sfw_dist.data.datasets.download import Remote
 from sfw_dist.data.datasets.image_sets import imagefolder_files, read_imagefolder, tiny_imagenet_reader
 from sfw_dist.errors import UserError
@@ -84,6 +85,24 @@ FASHION_MNIST_CHECKSUMS = {  # of the uncompressed content, which every archive 
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/"
 CIFAR10 = Remote(f"{CIFAR_URL}cifar-10-binary.tar.gz", "md5:c32a1d4ab5d03f1284b67883e8d87530")
 CIFAR100 = Remote(f"{CIFAR_URL}cifar-100-binary.tar.gz", "md5:03b5dce01913d631647c71ecec9e9cb8")
+CIFAR10_PYTHON = PythonVersion(
+    Remote(f"{CIFAR_URL}cifar-10-python.tar.gz", "md5:c58f30108f718f92721af3b95e74349a"),
+    top="cifar-10-batches-py",
+    train=tuple(f"data_batch_{i}" for i in range(1, 6)),
+    test="test_batch",
+    meta="batches.meta",
+    labels="labels",
+    names="label_names",
+)
+CIFAR100_PYTHON = PythonVersion(
+    Remote(f"{CIFAR_URL}cifar-100-python.tar.gz", "md5:eb9058c3a382ffc7106e4002c42a8d85"),
+    top="cifar-100-python",
+    train=("train",),
+    test="test",
+    meta="meta",
+    labels="fine_labels",
+    names="fine_label_names",
+)
 SVHN_URL = "http://ufldl.stanford.edu/housenumbers/"
 SVHN_TRAIN = Remote(f"{SVHN_URL}train_32x32.mat", "md5:e26dedcc434d2e4c54c9b2d4a06d8373")
 SVHN_TEST = Remote(f"{SVHN_URL}test_32x32.mat", "md5:eb5a983be6a315427106f1b164d9cef3")
@@ -131,6 +150,7 @@ DATASETS = {
                 FASHION_MNIST_CHECKSUMS,
                 elsewhere=FASHION_MNIST_DEBIAN,
                 alternative="apt-get install dataset-fashion-mnist",
+                torchvision="FashionMNIST",
             ),
             counts={"train": 60_000, "test": 10_000},
         ),
@@ -147,6 +167,7 @@ DATASETS = {
                 test="test_batch.bin",
                 classes_file="batches.meta.txt",
                 label_bytes=1,
+                python=CIFAR10_PYTHON,
             ),
             counts={"train": 50_000, "test": 10_000, "classes": 10},
         ),
@@ -163,6 +184,7 @@ DATASETS = {
                 test="test.bin",
                 classes_file="fine_label_names.txt",
                 label_bytes=2,
+                python=CIFAR100_PYTHON,
             ),
             counts={"train": 50_000, "test": 10_000, "classes": 100},
         ),
