@@ -6,12 +6,14 @@ import functools
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 _DISTRIBUTIONS = {"PIL": "Pillow", "sklearn": "scikit-learn", "yaml": "PyYAML"}
 """What pip calls a package, where that is not the name it is imported by."""
 _OURS = ("sfw_dist", "launch")
+MOST_NAMED = 10
+"""Items of a list that a message names; further ones are counted."""
 _importing: list[str] = []
 """The command whose modules are being imported, if any."""
 
@@ -61,6 +63,17 @@ def needs_extra(what: str, extra: str) -> Iterator[None]:
         missing = isinstance(error, ModuleNotFoundError) and package
         reason = f"needs {_DISTRIBUTIONS.get(package, package)}" if missing else f"cannot be imported ({error})"
         raise MissingExtraError(f"{what} {reason}: pip install 'sfw-dist[{extra}]'") from None
+
+
+def named(items: Sequence[str]) -> str:
+    """The first items of a list, and how many more there are.
+
+    Example:
+        >>> named([str(i) for i in range(12)])
+        '0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more'
+    """
+    more = f" and {len(items) - MOST_NAMED} more" if len(items) > MOST_NAMED else ""
+    return ", ".join(items[:MOST_NAMED]) + more
 
 
 def import_path(path: str, key: str, remedy: str) -> object:

@@ -1,182 +1,202 @@
-"""Decodes image files to one ``.npy``, in chunks that survive an interruption."""
+"""Reads the samples of one part, by several threads or processes: image files, or the items of a Dataset."""
 
 from __future__ import annotations
 
-import hashlib
 import os
-import zipfile
-import zlib
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
 
-from sfw_dist.data.datasets.progress_bar import progress_bar
-from sfw_dist.data.datasets.raw import ImageFiles
-from sfw_dist.files import make_folder, replacing
+from sfw_dist.data.datasets.raw import ImageFiles, ImageFormat, Items
+from sfw_dist.data.pixels import is_grey, pixels_of_array, pixels_of_image, with_channels
+from sfw_dist.data.sampler import identity
 
-CHUNK = 2048
-"""Files in a chunk: 25 MB of 64×64 images."""
-MOST_ELONGATED = 8
-"""Sides of a longer image are cut to this many times the shorter one, around the centre, before it is scaled."""
-
-
-class Decoded(NamedTuple):
-    """The chunks of one part on disk."""
-
-    chunks: tuple[Path, ...]
-    shape: tuple[int, int, int, int]
-    """Of the whole array, without the bad files."""
-    good: tuple[Path, ...]
-    """The files whose images the chunks hold."""
-    bad: dict[int, str]
-    """``path (reason)`` of each file that could not be decoded, by its index."""
-
-    def write(self, file: BinaryIO) -> None:
-        """Write one ``.npy``, chunk by chunk: the whole is never in memory."""
-        header = {"descr": "|u1", "fortran_order": False, "shape": self.shape}
-        np.lib.format.write_array_header_1_0(file, header)
-        for path in self.chunks:
-            with np.load(path, allow_pickle=False) as chunk:
-                file.write(chunk["images"].tobytes())
+IMAGE_KEYS = ("image", "img", "pixel_values", "x")
+"""What an item that is a dictionary calls its image, the first that is there; `LABEL_KEYS` likewise."""
+LABEL_KEYS = ("label", "labels", "fine_label", "target", "y")
 
 
-def decode(files: ImageFiles, side: int, folder: Path, description: str) -> Decoded:
-    """Decode image files into chunks on disk.
+class Sample(NamedTuple):
+    """One sample that was read."""
 
-    A chunk that an earlier call has left is kept, unless it is damaged or one of its files has changed since.
+    pixels: NDArray[np.uint8] | str
+    """``(height, width, channels)``; a text says why there are none."""
+    label: Any = None
+    """Of an item: an integer or a text."""
+    identity: int = 0
+    """Of an item: what its pixels are known by."""
+
+
+Chunk = list[Sample]
+
+
+def read_chunks(images: ImageFiles | Items, form: ImageFormat, chunks: Sequence[range]) -> Iterator[Chunk]:
+    """Read samples, chunk by chunk, in order.
 
     Args:
-        files: to decode, as RGB.
-        side: of the square images, in pixels.
-        folder: of the chunks; made if it is missing.
-        description: of the progress bar.
+        images: of one part.
+        form: of the images.
+        chunks: which samples make up each chunk.
+
+    Yields:
+        The samples of each chunk.
     """
-    make_folder(folder)
-    chunks: list[Path] = []
-    bad: dict[int, str] = {}
-    with ThreadPool(len(os.sched_getaffinity(0))) as pool, progress_bar(description, len(files.paths)) as advance:
-        for start in range(0, len(files.paths), CHUNK):
-            paths = files.paths[start : start + CHUNK]
-            chunk = folder / f"{start:07d}.npz"
-            reasons = _finished(chunk, fingerprint := _fingerprint(paths, side, files.fit))
-            if reasons is None:
-                decoded = pool.map(partial(_try_decode, side=side, fit=files.fit), paths, chunksize=64)
-                reasons = _write_chunk(chunk, decoded, fingerprint, side)
-            for index, reason in enumerate(reasons):
-                if reason:
-                    bad[start + index] = f"{paths[index]} ({reason})"
-            chunks.append(chunk)
-            advance(len(paths))
-    good = tuple(path for index, path in enumerate(files.paths) if index not in bad)
-    return Decoded(tuple(chunks), (len(good), side, side, 3), good, bad)
+    workers = len(os.sched_getaffinity(0))
+    if isinstance(images, ImageFiles):
+        with ThreadPool(workers) as pool:
+            for chunk in chunks:
+                paths = [images.paths[i] for i in chunk]
+                decoded = pool.map(partial(_try_decode, form=form), paths, chunksize=64)
+                yield [Sample(pixels) for pixels in decoded]
+        return
+    # A chunk is an item of the loader. Forked, because items of a script's own classes cannot be pickled.
+    several = workers if len(chunks) > 1 else 0
+    loader = DataLoader(
+        _ItemChunks(images, form, chunks),
+        batch_size=None,
+        num_workers=several,
+        multiprocessing_context="fork" if several else None,
+    )
+    yield from loader
 
 
-def decode_image(path: Path, side: int, fit: bool) -> NDArray[np.uint8]:
-    """Decode one image; the value of a grayscale one is repeated in all channels.
+class _ItemChunks(torch.utils.data.Dataset[Chunk]):
+    def __init__(self, items: Items, form: ImageFormat, chunks: Sequence[range]) -> None:
+        self._items, self._form, self._chunks = items, form, chunks
+
+    def __len__(self) -> int:
+        return len(self._chunks)
+
+    def __getitem__(self, number: int) -> Chunk:
+        return [read_item(self._items, i, self._form) for i in self._chunks[number]]
+
+
+def read_item(items: Items, index: int, form: ImageFormat | None) -> Sample:
+    """Read one item of a Dataset.
+
+    Args:
+        items: of one part.
+        index: of the item.
+        form: of the image; ``None`` leaves it as it is.
+
+    Returns:
+        The sample, or the reason why it cannot be used.
+    """
+    try:
+        image, label = _image_and_label(items.dataset[index])
+        pixels = _pixels(image, form or format_of(image))
+        return Sample(pixels, _plain_label(label), identity(pixels.tobytes()))
+    except Exception as error:  # it is the user's code
+        return Sample(_reason(error))
+
+
+def _image_and_label(item: Any) -> tuple[Any, Any]:
+    """Raises ``ValueError`` for an item that does not say what is the image and what the label."""
+    if isinstance(item, Mapping):
+        keys = [next((key for key in names if key in item), None) for names in (IMAGE_KEYS, LABEL_KEYS)]
+        if None in keys:
+            wanted = f"{', '.join(IMAGE_KEYS)} and {', '.join(LABEL_KEYS)}"
+            raise ValueError(f"a dictionary with {', '.join(map(str, item))}: name them as one of {wanted}")
+        return item[keys[0]], item[keys[1]]
+    if isinstance(item, tuple | list) and len(item) == 2:
+        return item[0], item[1]
+    raise ValueError(f"a {type(item).__name__}: return a pair (image, label), or a dictionary with 'image' and 'label'")
+
+
+def _plain_label(label: Any) -> int | str:
+    """Raises ``ValueError`` unless it is one integer or text."""
+    if isinstance(label, Tensor | np.ndarray | np.generic):
+        if label.ndim:
+            raise ValueError(f"its label has the shape {tuple(label.shape)}: give one class for each image")
+        label = label.item()
+    if isinstance(label, str) or (isinstance(label, int) and not isinstance(label, bool)):
+        return label
+    raise ValueError(f"its label is {label!r}: give an integer or a text")
+
+
+def format_of(image: Any) -> ImageFormat:
+    """The format that an image has by itself."""
+    if isinstance(image, Image.Image):
+        width, height = image.size
+        return ImageFormat(1 if is_grey(image) else 3, height, width)
+    height, width, channels = with_channels(_array(image)).shape
+    return ImageFormat(channels, height, width)
+
+
+def _pixels(image: Any, form: ImageFormat) -> NDArray[np.uint8]:
+    if isinstance(image, Image.Image):
+        return pixels_of_image(image, form)
+    return pixels_of_array(_array(image), form)
+
+
+def _array(image: Any) -> NDArray[Any]:
+    """An image's values, with the channels last: torch has them first."""
+    if isinstance(image, Tensor):
+        image = image.detach().cpu()
+        return (image.permute(1, 2, 0) if image.ndim == 3 else image).numpy()
+    array = np.asarray(image)
+    if array.dtype == object:
+        raise ValueError(f"a {type(image).__name__} for an image: give a Pillow image, an array or a tensor")
+    return array
+
+
+# --- Image files ------------------------------------------------------------------------------------------------------
+
+
+def decode_image(path: Path, form: ImageFormat) -> NDArray[np.uint8]:
+    """Decode one image file, or ``.npy`` with an array ``(height, width)`` or ``(height, width, channels)``.
 
     Of 16 bits the upper 8 are kept, as of PNG's 16-bit colours; real numbers in [0, 1] become 0 to 255.
 
     Args:
         path: of the image file.
-        side: of the square image, in pixels.
-        fit: scale an image of another size until its shorter side is ``side``, then crop the centre.
+        form: of the image.
 
     Returns:
-        uint8 RGB ``(side, side, 3)``.
+        uint8 ``(height, width, channels)``.
 
     Raises:
-        ValueError: another size, without ``fit``; or numbers whose range is not known.
+        ValueError: another size or colours, or numbers whose range is not known.
         Exception: the file is damaged. Pillow's decoders raise whatever they like: SyntaxError is PNG's.
     """
+    if path.suffix == ".npy":
+        return pixels_of_array(np.load(path, allow_pickle=False), form)
     with Image.open(path) as file:
-        image = _eight_bits(file).convert("RGB")
-    width, height = image.size
-    if fit and max(width, height) > MOST_ELONGATED * min(width, height):  # scaled, it might not fit into memory
-        most = MOST_ELONGATED * min(width, height)
-        left, top = max(0, (width - most) // 2), max(0, (height - most) // 2)
-        image = image.crop((left, top, left + min(width, most), top + min(height, most)))
-        width, height = image.size
-    if fit and image.size != (side, side):
-        scale = side / min(width, height)
-        width, height = max(side, round(width * scale)), max(side, round(height * scale))
-        left, top = (width - side) // 2, (height - side) // 2
-        scaled = image.resize((width, height), Image.Resampling.BILINEAR)
-        image = scaled.crop((left, top, left + side, top + side))
-    if image.size != (side, side):
-        raise ValueError(f"{width}×{height} pixels, wanted {side}×{side}")
-    return np.asarray(image)
+        return pixels_of_image(file, form)
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """The image with values of 8 bits: Pillow's own conversion clips, and makes 16-bit images white, real ones black.
-
-    Raises:
-        ValueError: 32-bit integers above 255, or real numbers outside of [0, 1].
-    """
-    wide = image.mode.startswith("I;16")
-    if not (wide or image.mode in ("I", "F")):
-        return image
-    values = np.asarray(image)
-    low, high = float(values.min()), float(values.max())
-    # Pillow opens 16-bit PGM, and before version 10.3 also PNG, as 32 bits.
-    if wide or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        values = values.astype(np.uint16) >> 8
-    elif image.mode == "F" and 0 <= low <= high <= 1:  # false if a value is NaN
-        values = np.rint(values * 255)
-    elif image.mode == "F" or not 0 <= low <= high <= 255:
-        kind, wanted = ("real", "0 to 1") if image.mode == "F" else ("32-bit", "0 to 255")
-        raise ValueError(f"{kind} numbers of {low:g} to {high:g}, wanted {wanted}: save it with 8 or 16 bits")
-    return Image.fromarray(values.astype(np.uint8))
+def file_format(path: Path) -> ImageFormat | None:
+    """The format that the image of a file has by itself; ``None`` if it cannot be read."""
+    try:
+        if path.suffix == ".npy":
+            return format_of(np.load(path, mmap_mode="r", allow_pickle=False))
+        with Image.open(path) as file:
+            return format_of(file)
+    except Exception:  # as decode_image
+        return None
 
 
-def _try_decode(path: Path, side: int, fit: bool) -> NDArray[np.uint8] | str:
+def _try_decode(path: Path, form: ImageFormat) -> NDArray[np.uint8] | str:
     """The image, or the reason why it cannot be decoded, in one line."""
     try:
-        return decode_image(path, side, fit)
+        return decode_image(path, form)
     except FileNotFoundError:
         return "missing"
     except Image.UnidentifiedImageError:
         return "not an image"
     except Exception as error:  # a decoder of damaged bytes may raise anything
-        return " ".join(str(error).split()) or type(error).__name__
+        return _reason(error)
 
 
-def _fingerprint(paths: Iterable[Path], side: int, fit: bool) -> str:
-    """A hash that changes when a file of the chunk is replaced, or another one is meant."""
-    states = [(str(path), *_state(path)) for path in paths]
-    return hashlib.sha256(repr((side, fit, states)).encode()).hexdigest()
-
-
-def _state(path: Path) -> tuple[int, int]:
-    try:
-        status = path.stat()
-    except OSError:
-        return -1, -1
-    return status.st_size, status.st_mtime_ns
-
-
-def _write_chunk(path: Path, decoded: list[NDArray[np.uint8] | str], fingerprint: str, side: int) -> list[str]:
-    images = [image for image in decoded if not isinstance(image, str)]
-    reasons = [image if isinstance(image, str) else "" for image in decoded]
-    stacked = np.stack(images) if images else np.empty((0, side, side, 3), np.uint8)
-    with replacing(path) as file:
-        np.savez(file, images=stacked, reasons=np.array(reasons), fingerprint=np.array(fingerprint))
-    return reasons
-
-
-def _finished(path: Path, fingerprint: str) -> list[str] | None:
-    """The reasons stored in a chunk that is complete (zip files hold checksums) and of these files; else ``None``."""
-    try:
-        # Opened here, because np.load does not close a file that it cannot read.
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as chunk:
-            reasons: list[str] = chunk["reasons"].tolist()
-            whole = len(chunk["images"]) == reasons.count("")
-            return reasons if whole and str(chunk["fingerprint"]) == fingerprint else None
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):
-        return None
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if text and isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {text}".rstrip(": ")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from sfw_dist.data.datasets.raw import ImageFormat
 from sfw_dist.data.datasets.registry import DATASETS
 from sfw_dist.errors import UserError
 from sfw_dist.files import write_text
@@ -22,6 +25,22 @@ MANIFEST = "manifest.json"
 Part = Literal["train", "test"]
 PARTS: tuple[Part, ...] = ("train", "test")
 """The parts on disk; the validation split is taken from train when a loader opens."""
+
+
+def set_folder(root: Path | str, name: str) -> Path:
+    """The folder of a prepared data set.
+
+    Args:
+        root: folder of all data sets.
+        name: of the data set; an import path ``package.module:function`` has the folder ``package.module.function``.
+
+    Raises:
+        UserError: the name is no plain folder name.
+    """
+    plain = name.replace(":", ".")
+    if plain in ("", "raw") or plain.startswith(".") or Path(plain).name != plain or not plain.isprintable():
+        raise UserError(f"data set {name!r} is no plain folder name: write letters, digits, '_', '-' and '.'")
+    return Path(root) / plain
 
 
 def images_file(part: Part) -> str:
@@ -37,6 +56,11 @@ def labels_file(part: Part) -> str:
 def beton_file(part: Part) -> str:
     """Name of the file of the same samples in FFCV's format; absent when FFCV was."""
     return f"{part}.beton"
+
+
+def ids_file(part: Part) -> str:
+    """Name of the file of what training samples are known by, uint64 ``(n,)``; absent for sets that never change."""
+    return f"{part}_ids.npy"
 
 
 def files_file(part: Part) -> str:
@@ -73,6 +97,23 @@ class Manifest:
     """Source files that were not taken for samples, and why."""
     notes: tuple[str, ...] = ()
     """What else people should know of the preparation: one sentence each."""
+    arguments: tuple[str, ...] = ()
+    """What the command ``prepare`` makes it from, besides the root; empty if another program has written it."""
+    form: dict[str, bool] = field(default_factory=dict)
+    """Whether images were brought to ``image_shape``: ``fit``, ``to_grey``."""
+
+    @property
+    def image_format(self) -> ImageFormat:
+        """How an image file becomes a sample."""
+        fit = self.name == "imagefolder"  # of folders that earlier versions prepared
+        return ImageFormat(*self.image_shape, **({"fit": fit} | self.form))
+
+    @property
+    def content(self) -> str:
+        """A hash of what a network learns from and is measured with; the format of the files has no part in it."""
+        arrays = sorted((name, record.sha256) for name, record in self.files.items() if name.endswith(".npy"))
+        facts = (self.classes, self.image_shape, self.mean, self.std, arrays)
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     @property
     def has_betons(self) -> bool:
@@ -103,7 +144,7 @@ def read_manifest(folder: Path) -> Manifest:
             raise ValueError(f"wanted format {FORMAT}")
         for key in ("classes", "image_shape", "mean", "std"):
             fields[key] = tuple(fields[key])
-        for key in ("skipped", "left_out", "notes"):  # absent in manifests of earlier versions
+        for key in ("skipped", "left_out", "notes", "arguments"):  # absent in manifests of earlier versions
             fields[key] = tuple(fields.get(key, ()))
         fields["std"] = tuple(std if std > LEAST_STD else 1.0 for std in fields["std"])
         fields["files"] = {name: FileRecord(**record) for name, record in fields["files"].items()}
@@ -164,26 +205,62 @@ def check_content(path: Path, record: FileRecord) -> None:
 
 def prepare_command(folder: Path) -> str:
     """The remedy for a data set that is missing, for the end of an error message."""
-    return f"run python -m sfw_dist.data prepare {folder.name} --root {folder.parent}"
+    return _remedy(folder, ())
 
 
 def prepare_again(folder: Path) -> str:
     """The remedy for a data set that is damaged, with the options of its preparation, for the end of a message."""
-    side, skipped = prepared_side(folder), _fields(folder).get("skipped")
-    size = f" --size {side}" if side and folder.name in DATASETS and DATASETS[folder.name].any_size else ""
-    return f"{prepare_command(folder)}{size}{' --skip-bad' if skipped else ''} --again"
+    fields, options = _fields(folder), []
+    size = fitted_size(folder)
+    if size and "arguments" not in fields and folder.name in DATASETS and DATASETS[folder.name].any_size:
+        options = ["--size", size_text(size)]
+    return _remedy(folder, [*options, *(["--skip-bad"] if fields.get("skipped") else []), "--again"])
 
 
-def prepared_side(folder: Path) -> int | None:
-    """The side of the images of a folder that may be damaged, or ``None`` if neither manifest nor images tell it."""
-    shape = _fields(folder).get("image_shape")
-    if isinstance(shape, list) and len(shape) == 3 and isinstance(shape[1], int):
-        return shape[1]
+def _remedy(folder: Path, options: Sequence[str]) -> str:
+    stored = _fields(folder).get("arguments")
+    if not stored and folder.name in DATASETS:
+        stored = [folder.name]
+    if stored:
+        source, *given = stored
+        command = ["python", "-m", "sfw_dist.data", "prepare", source, "--root", str(folder.parent), *given, *options]
+        return f"run {shlex.join(command)}"
+    if folder.is_dir():
+        return "write it again as it was written"
+    return (
+        f"prepare it with python -m sfw_dist.data prepare SOURCE --name {folder.name} --root {folder.parent}, or take "
+        f"one of {', '.join(sorted(DATASETS))}"
+    )
+
+
+def size_text(size: tuple[int, int]) -> str:
+    """Height and width as ``--size`` takes them.
+
+    Example:
+        >>> size_text((64, 64)), size_text((48, 64))
+        ('64', '48x64')
+    """
+    height, width = size
+    return str(height) if height == width else f"{height}x{width}"
+
+
+def fitted_size(folder: Path) -> tuple[int, int] | None:
+    """Height and width to which the images of a folder, which may be damaged, were scaled.
+
+    Returns:
+        ``None`` if they were not scaled, or neither manifest nor images tell.
+    """
+    fields = _fields(folder)
+    form, shape = fields.get("form"), fields.get("image_shape")
+    if isinstance(form, dict) and not form.get("fit"):
+        return None
+    if isinstance(shape, list) and len(shape) == 3 and all(isinstance(side, int) for side in shape):
+        return shape[1], shape[2]
     try:
         with (folder / images_file("train")).open("rb") as file:
             np.lib.format.read_magic(file)
-            (_, side, *_), _, _ = np.lib.format.read_array_header_1_0(file)
-            return int(side)
+            (_, height, width, *_), _, _ = np.lib.format.read_array_header_1_0(file)
+            return int(height), int(width)
     except (OSError, ValueError):
         return None
 

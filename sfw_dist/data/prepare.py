@@ -3,49 +3,45 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from sfw_dist.data.datasets.raw import ImageFiles, Images, RawArrays
-from sfw_dist.data.datasets.registry import Dataset, find_dataset
-from sfw_dist.data.decode import Decoded, decode
+from sfw_dist.data.datasets.csv_set import Table
+from sfw_dist.data.datasets.own_sets import folder_set, function_set, table_set, values_set
+from sfw_dist.data.datasets.raw import RawData, RawPart
+from sfw_dist.data.datasets.registry import DATASETS, Dataset
+from sfw_dist.data.image_writer import JOURNAL
 from sfw_dist.data.manifest import (
     MANIFEST,
-    PARTS,
-    FileRecord,
     Manifest,
-    Part,
-    beton_file,
     check_content,
     check_sizes,
-    file_record,
-    files_file,
-    images_file,
-    labels_file,
-    prepared_side,
+    fitted_size,
+    prepare_again,
     read_manifest,
+    set_folder,
+    size_text,
 )
-from sfw_dist.data.source import write_source
-from sfw_dist.errors import UserError
-from sfw_dist.files import REFUSED, file_lock, make_folder, remedy_of, replacing, write_json
-
-BetonWriter = Callable[[BinaryIO, NDArray[np.uint8], NDArray[np.int64]], None]
-"""Writes images and labels to a file in FFCV's format."""
-
-CHUNKS = "chunks"
-"""Folder of the images decoded so far; after an interruption the next call continues with it."""
-MOST_NAMED = 10
-"""Files that a message names; further ones are counted."""
+from sfw_dist.data.source import source_changes, write_source
+from sfw_dist.data.write_parts import BetonWriter, Options, channel_statistics, mapped_images, write_betons, write_parts
+from sfw_dist.errors import UserError, named
+from sfw_dist.files import REFUSED, file_lock, make_folder, remedy_of
 
 
 def prepare(
-    name: str, root: Path | str, *, size: int | None = None, skip_bad: bool = False, again: bool = False
+    source: str | Path,
+    root: Path | str,
+    *,
+    name: str | None = None,
+    table: Table | None = None,
+    options: Options | None = None,
+    again: bool = False,
+    check_source: bool = False,
 ) -> Path:
     """Make the folder ``root/name`` unless it exists.
 
@@ -55,11 +51,14 @@ def prepare(
     done again.
 
     Args:
-        name: of the data set.
+        source: a known data set; a folder of images; or ``package.module:function``, see
+            :func:`~sfw_dist.data.datasets.own_sets.read_values`.
         root: folder of all data sets.
-        size: side of the images in pixels, for a data set that leaves it open.
-        skip_bad: leave out image files that are missing or damaged, and list them in the manifest.
-        again: replace a folder that is there, by images of the same size unless ``size`` tells another.
+        name: of the data set; by default that of the known set, of the folder, or of the function.
+        table: the images in the folder, and their classes; ``None``: each class is a folder.
+        options: how, as far as the source leaves it open.
+        again: replace a folder that is there, by images of the same size unless ``options`` tell another.
+        check_source: raise if the raw files have changed since the folder was made.
 
     Returns:
         The folder.
@@ -67,33 +66,94 @@ def prepare(
     Raises:
         UserError: unknown name, or the data cannot be read, downloaded or written.
     """
-    dataset, root = find_dataset(name), Path(root)
-    folder = root / name
-    if size is None and dataset.any_size:
-        size = prepared_side(folder)  # a damaged folder is made again with the size that it had
-    if size is not None:
-        dataset = dataset.resized(size)
-    manifest = None if again else _intact_manifest(folder)
-    if manifest and size is not None and manifest.image_shape != dataset.image_shape:
-        raise UserError(
-            f"{folder} holds images of {manifest.image_shape[1:]}, not of size {size}: "
-            "choose another root, or replace it with --again"
-        )
-    if manifest and (manifest.has_betons or _beton_writer() is None):
-        return folder
-    try:
-        make_folder(root)
-        with file_lock(root / f".{name}.lock"):
-            manifest = None if again else _intact_manifest(folder)  # whoever held the lock may have made the folder
-            if manifest is None:
-                _make_folder(folder, dataset, skip_bad)
-            elif not manifest.has_betons:
-                _add_betons(folder, manifest)
-    except OSError as error:
-        if error.errno in REFUSED and manifest:
-            return folder  # all that is missing are betons, and others own the folder
-        raise UserError(f"cannot prepare {folder} ({error}): {remedy_of(error, 'choose another root')}") from error
-    return folder
+    options = options or Options()
+    dataset = find_source(source, name, table, split_later=options.test_fraction > 0)
+    if check_source and not again and (changes := source_changes(folder := set_folder(root, dataset.name), dataset)):
+        raise UserError(f"the raw files of {folder} have changed ({named(changes)}): {prepare_again(folder)}")
+    return _prepare(dataset, Path(root), options, again)
+
+
+def write(
+    root: Path | str,
+    name: str,
+    train: Any,
+    test: Any = None,
+    *,
+    classes: Sequence[str] | None = None,
+    options: Options | None = None,
+    again: bool = False,
+) -> Path:
+    """Write a data set from Python, as `prepare` does; then ``data.name`` of a run is its name.
+
+    Args:
+        root: folder of all data sets.
+        name: of the data set.
+        train: a Dataset with a length, whose items are ``(image, label)`` or dictionaries; or a pair
+            ``(images, labels)``. An image is a Pillow image, an array ``(height, width[, channels])`` or a tensor
+            ``([channels,] height, width)``, of 8 or 16 bits or of real numbers in [0, 1]. A label is an integer or a
+            text.
+        test: likewise; ``None``: ``options.test_fraction`` of the training samples.
+        classes: their names; by default what the Dataset says, or the labels.
+        options: size, channels and so on.
+        again: replace a folder that is there.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: the folder exists, or a sample cannot be used.
+
+    Example:
+        >>> import tempfile
+        >>> import numpy as np
+        >>> images, labels = np.zeros((8, 4, 4), np.uint8), ["cat", "dog"] * 4
+        >>> root = tempfile.mkdtemp()
+        >>> write(root, "pets", train=(images, labels), test=(images[:2], labels[:2])).name
+        'pets'
+    """
+    folder = set_folder(root, name)
+    if folder.exists() and not again:
+        raise UserError(f"{folder} exists: choose another name, or replace it with again=True")
+    _check_own_name(name)
+    parts = {"train": train, "test": test, "classes": classes}
+    return _prepare(values_set(name, parts), Path(root), options or Options(), again)
+
+
+def find_source(
+    source: str | Path, name: str | None = None, table: Table | None = None, *, split_later: bool
+) -> Dataset:
+    """What a person calls a data set: a known one, a folder of images, or a function.
+
+    Args:
+        source: as in `prepare`; likewise ``name`` and ``table``.
+        split_later: whether a test part is split off.
+
+    Raises:
+        UserError: there is none; the message lists what there is.
+    """
+    text = str(source)
+    if text in DATASETS and table is None:
+        if name not in (None, text):
+            raise UserError(f"{text} is prepared by that name, got the name {name!r}: leave --name out")
+        return DATASETS[text]
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        name = name or folder.absolute().name
+        _check_own_name(name)
+        return table_set(name, folder, table) if table else folder_set(name, folder, split_later=split_later)
+    if table is not None:
+        raise UserError(f"{text} is no folder: write the folder that the images of {table.path} are in")
+    if ":" in text:
+        name = name or set_folder("", text).name
+        _check_own_name(name)
+        return function_set(name, text)
+    known = ", ".join(sorted(DATASETS))
+    raise UserError(f"unknown data set {text!r}: write one of {known}, a folder of images, or package.module:function")
+
+
+def _check_own_name(name: str) -> None:
+    if name in DATASETS:
+        raise UserError(f"{name} is the name of a known data set: choose another one with --name")
 
 
 def verify(name: str, root: Path | str) -> list[str]:
@@ -107,9 +167,11 @@ def verify(name: str, root: Path | str) -> list[str]:
         One line for each problem.
 
     Raises:
-        UserError: unknown name.
+        UserError: no such data set.
     """
-    folder = Path(root) / find_dataset(name).name
+    folder = set_folder(root, name)
+    if not folder.exists() and name not in DATASETS:
+        raise UserError(f"no data set {name!r} in {root}: prepare it first")
     problems: list[str] = []
     try:
         manifest = read_manifest(folder)
@@ -123,6 +185,81 @@ def verify(name: str, root: Path | str) -> list[str]:
     return problems
 
 
+def _prepare(dataset: Dataset, root: Path, options: Options, again: bool) -> Path:
+    folder = set_folder(root, dataset.name)
+    _check_options(dataset, options)
+    manifest = None if again else _intact_manifest(folder)
+    if manifest:
+        _check_same(folder, manifest, dataset, options)
+    elif options.size is None and dataset.any_size:
+        options = replace(options, size=fitted_size(folder))  # a folder is made again with the size that it had
+    if manifest and (manifest.has_betons or _beton_writer() is None):
+        return folder
+    try:
+        make_folder(root)
+        with file_lock(root / f".{dataset.name}.lock"):
+            manifest = None if again else _intact_manifest(folder)  # whoever held the lock may have made the folder
+            if manifest is None:
+                _make_folder(folder, dataset, options)
+            elif not manifest.has_betons:
+                _add_betons(folder, manifest)
+    except OSError as error:
+        if error.errno in REFUSED and manifest:
+            return folder  # all that is missing are betons, and others own the folder
+        raise UserError(f"cannot prepare {folder} ({error}): {remedy_of(error, 'choose another root')}") from error
+    return folder
+
+
+def _check_options(dataset: Dataset, options: Options) -> None:
+    for side in options.size or ():
+        if side < 1:
+            raise UserError(f"size must be at least 1, got {side}: write 64")
+    if dataset.image_shape is not None and not dataset.any_size:
+        _, height, width = dataset.image_shape
+        for option, value in (("size", options.size), ("channels", options.channels)):
+            if value is not None:
+                raise UserError(
+                    f"the images of {dataset.name} are {height}×{width}, {option} {value} is refused: leave it out"
+                )
+    if options.channels not in (None, 1, 3):
+        raise UserError(f"channels must be 1 (grey) or 3 (colours), got {options.channels}: write 1 or 3")
+    if not 0 <= options.test_fraction < 1:
+        raise UserError(f"--test-fraction must be in [0, 1), got {options.test_fraction:g}: write 0.2 for 20 %")
+    for std in options.std or ():
+        if not 0 < std < float("inf"):
+            raise UserError(f"--std must be positive, got {std:g}: write 1 for a constant channel")
+
+
+def _check_same(folder: Path, manifest: Manifest, dataset: Dataset, options: Options) -> None:
+    """Raise :class:`UserError` if the folder was made from something else, or with other options than are given."""
+    remedy = "choose another --name or --root, or replace it with --again"
+    base = dataset.made_from
+    before = manifest.arguments or ((manifest.name,) if manifest.name in DATASETS else ())
+    if before[: len(base)] != base:
+        made_from = shlex.join(before) or "values of Python"
+        raise UserError(f"{folder} was prepared from {made_from}, not from {shlex.join(base)}: {remedy}")
+    if options.size is not None and manifest.image_shape[1:] != options.size:
+        held, wanted = size_text(manifest.image_shape[1:]), size_text(options.size)
+        raise UserError(f"{folder} holds images of size {held}, not of size {wanted}: {remedy}")
+    stored = dict(zip(before[len(base) :: 2], before[len(base) + 1 :: 2], strict=True))
+    for option, value in _arguments(options).items():
+        if option != "--size" and stored.get(option) != value:
+            was = f"{option} {stored[option]}" if option in stored else f"no {option}"
+            raise UserError(f"{folder} was prepared with {was}, not with {option} {value}: {remedy}")
+
+
+def _arguments(options: Options) -> dict[str, str]:
+    """The options of the command ``prepare`` that say the same."""
+    numbers = {
+        "--size": None if options.size is None else size_text(options.size),
+        "--channels": options.channels,
+        "--test-fraction": options.test_fraction or None,
+        "--mean": None if options.mean is None else ",".join(map(repr, options.mean)),
+        "--std": None if options.std is None else ",".join(map(repr, options.std)),
+    }
+    return {option: str(value) for option, value in numbers.items() if value is not None}
+
+
 def _intact_manifest(folder: Path) -> Manifest | None:
     """The manifest, or ``None`` when a file has not its recorded size."""
     try:
@@ -133,86 +270,74 @@ def _intact_manifest(folder: Path) -> Manifest | None:
     return manifest
 
 
-def _make_folder(folder: Path, dataset: Dataset, skip_bad: bool) -> None:
+def _make_folder(folder: Path, dataset: Dataset, options: Options) -> None:
     if folder.exists() and not (folder / MANIFEST).exists():
         raw = folder.parent / "raw" / folder.name
+        name = "choose another --name, or move it away" if dataset.arguments != () else "else move it away"
         raise UserError(
             f"{folder} exists but is no prepared data set (it has no {MANIFEST}): move it to {raw} if it holds the raw "
-            "files, else move it away"
+            f"files, {name}"
         )
     unfinished, damaged = (folder.with_name(f".{folder.name}.{what}") for what in ("unfinished", "damaged"))
     try:
-        _remove_but_chunks(unfinished)  # left by a process that was killed
+        _keep_decoded(unfinished)  # left by a process that was killed
         make_folder(unfinished)
-        _fill_folder(unfinished, dataset, skip_bad)
-        shutil.rmtree(unfinished / CHUNKS, ignore_errors=True)
+        _fill_folder(unfinished, dataset, options)
         shutil.rmtree(damaged, ignore_errors=True)
         if folder.exists():
             os.replace(folder, damaged)
         os.replace(unfinished, folder)
     finally:
-        _remove_but_chunks(unfinished)
+        _keep_decoded(unfinished)
         shutil.rmtree(damaged, ignore_errors=True)
 
 
-def _remove_but_chunks(unfinished: Path) -> None:
-    """Remove all but the decoded images, which a later call continues with."""
-    if not (unfinished / CHUNKS).is_dir():
+def _keep_decoded(unfinished: Path) -> None:
+    """Remove all but images that a later call continues with."""
+    journals = {path.name for path in unfinished.glob(f"*{JOURNAL}")} if unfinished.is_dir() else set()
+    if not journals:
         shutil.rmtree(unfinished, ignore_errors=True)
         return
     for path in unfinished.iterdir():
-        if path.name != CHUNKS:
+        if not {path.name, path.name + JOURNAL} & journals:
             path.unlink()
 
 
-def _fill_folder(folder: Path, dataset: Dataset, skip_bad: bool) -> None:
+def _fill_folder(folder: Path, dataset: Dataset, options: Options) -> None:
     raw = dataset.read(folder.parent)
-    classes = raw.classes or dataset.classes
-    assert classes is not None
-    _check_counts(dataset, raw, classes)
-    parts: dict[Part, tuple[NDArray[np.uint8] | Decoded, NDArray[np.int64]]] = {
-        "train": _decoded("train", raw.train_images, raw.train_labels, dataset, folder),
-        "test": _decoded("test", raw.test_images, raw.test_labels, dataset, folder),
-    }
-    skipped = tuple(bad for images, _ in parts.values() if isinstance(images, Decoded) for bad in images.bad.values())
-    if skipped and not skip_bad:
-        raise UserError(_bad_files(skipped))
-    files: dict[str, FileRecord] = {}
-    for part, (images, labels) in parts.items():
-        if len(labels) == 0:
-            raise UserError(f"{dataset.name} has no usable image for {part}: get its raw files again")
-        if isinstance(images, Decoded) and part == "train":
-            _check_classes(labels, classes, skipped)
-        assert labels.dtype == np.int64 and 0 <= labels.min() <= labels.max() < len(classes)
-        files |= _write_part(folder, part, images, labels)
-        if isinstance(images, Decoded):
-            files |= _write_files(folder, part, images.good)
-    files |= write_source(folder, raw)
-    mean, std = channel_statistics(_mapped_images(folder, "train"))
-    constant = tuple(
+    _check_counts(dataset, raw)
+    parts = write_parts(folder, dataset, raw, options)
+    mean, std = channel_statistics(mapped_images(folder, "train"))
+    constant = [
         f"channel {channel} is {255 * mean[channel]:.0f} in every training image: its standard deviation counts as 1"
         for channel in range(len(std))
         if std[channel] == 1  # values in [0, 1] deviate by at most 0.5
-    )
+    ]
+    for option, values in (("--mean", options.mean), ("--std", options.std)):
+        if values is not None and len(values) != len(mean):
+            raise UserError(f"{option} has {len(values)} numbers, the images have {len(mean)} channels: give one each")
     manifest = Manifest(
         name=dataset.name,
         source=dataset.source,
-        classes=classes,
-        image_shape=dataset.image_shape,
-        counts={part: len(labels) for part, (_, labels) in parts.items()},
-        mean=mean,
-        std=std,
-        files=files,
-        skipped=skipped,
+        classes=parts.classes,
+        image_shape=parts.form.shape,
+        counts={part: len(labels) for part, labels in parts.labels.items()},
+        mean=options.mean or mean,
+        std=options.std or std,
+        files=parts.files | write_source(folder, raw),
+        skipped=parts.skipped,
         left_out=raw.left_out,
-        notes=(*raw.notes, *constant),
+        notes=(*parts.notes, *constant),
+        arguments=dataset.made_from and (*dataset.made_from, *chain.from_iterable(_arguments(options).items())),
+        form={"fit": parts.form.fit, "to_grey": parts.form.to_grey},
     )
     manifest.save(folder)
     _add_betons(folder, manifest)
 
 
-def _check_counts(dataset: Dataset, raw: RawArrays, classes: tuple[str, ...]) -> None:
-    found = {"train": len(raw.train_labels), "test": len(raw.test_labels), "classes": len(classes)}
+def _check_counts(dataset: Dataset, raw: RawData) -> None:
+    classes = raw.classes or dataset.classes
+    found = {"train": _length(raw.train), "test": _length(raw.test), "classes": len(classes or ())}
     for what, wanted in dataset.counts.items():
         if found[what] != wanted:
             raise UserError(
@@ -221,82 +346,15 @@ def _check_counts(dataset: Dataset, raw: RawArrays, classes: tuple[str, ...]) ->
             )
 
 
-def _check_classes(labels: NDArray[np.int64], classes: tuple[str, ...], skipped: tuple[str, ...]) -> None:
-    """Check that ``--skip-bad`` has left every class an image to train on."""
-    empty = np.flatnonzero(np.bincount(labels, minlength=len(classes)) == 0)
-    if len(empty):
-        raise UserError(
-            f"no training image of class {classes[empty[0]]!r} can be used ({named(skipped)}): replace one, or remove "
-            "the class"
-        )
-
-
-def _decoded(
-    part: Part, images: Images, labels: NDArray[np.int64], dataset: Dataset, folder: Path
-) -> tuple[NDArray[np.uint8] | Decoded, NDArray[np.int64]]:
-    """The images to write, and their labels, without those of bad files."""
-    channels, height, width = dataset.image_shape
-    if not isinstance(images, ImageFiles):
-        assert images.dtype == np.uint8 and images.shape == (len(labels), height, width, channels)
-        return images, labels
-    assert channels == 3 and height == width
-    decoded = decode(images, height, folder / CHUNKS / part, f"decoding {part}")
-    return decoded, np.delete(labels, list(decoded.bad))
-
-
-def _bad_files(bad: tuple[str, ...]) -> str:
-    return f"{len(bad)} image file(s) cannot be used: {named(bad)}; replace them, or leave them out with --skip-bad"
-
-
-def named(items: Sequence[str]) -> str:
-    """The first items of a list, and how many more there are.
-
-    Example:
-        >>> named([str(i) for i in range(12)])
-        '0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more'
-    """
-    more = f" and {len(items) - MOST_NAMED} more" if len(items) > MOST_NAMED else ""
-    return ", ".join(items[:MOST_NAMED]) + more
-
-
-def _write_part(
-    folder: Path, part: Part, images: NDArray[np.uint8] | Decoded, labels: NDArray[np.int64]
-) -> dict[str, FileRecord]:
-    with replacing(folder / images_file(part)) as file:
-        if isinstance(images, Decoded):
-            images.write(file)
-        else:
-            np.save(file, images)
-    with replacing(folder / labels_file(part)) as file:
-        np.save(file, labels)
-    return {name: file_record(folder / name) for name in (images_file(part), labels_file(part))}
-
-
-def _write_files(folder: Path, part: Part, paths: Iterable[Path]) -> dict[str, FileRecord]:
-    """Write the list of a part's image files, relative to the data root."""
-    name = files_file(part)
-    write_json(folder / name, [str(path.relative_to(folder.parent)) for path in paths])
-    return {name: file_record(folder / name)}
-
-
-def _mapped_images(folder: Path, part: Part) -> NDArray[np.uint8]:
-    images: NDArray[np.uint8] = np.load(folder / images_file(part), mmap_mode="r", allow_pickle=False)
-    return images
+def _length(part: RawPart | None) -> int:
+    return 0 if part is None or part.labels is None else len(part.labels)
 
 
 def _add_betons(folder: Path, manifest: Manifest) -> None:
-    """Write the betons from the arrays, if FFCV can be imported, and then the manifest that lists them."""
+    """Write the betons, if FFCV can be imported, and then the manifest that lists them."""
     write_beton = _beton_writer()
-    if write_beton is None:
-        return
-    files = dict(manifest.files)
-    for part in PARTS:
-        images = _mapped_images(folder, part)
-        labels = np.load(folder / labels_file(part), allow_pickle=False)
-        with replacing(folder / beton_file(part)) as file:
-            write_beton(file, images, labels)
-        files[beton_file(part)] = file_record(folder / beton_file(part))
-    replace(manifest, files=files).save(folder)
+    if write_beton is not None:
+        replace(manifest, files=manifest.files | write_betons(folder, write_beton)).save(folder)
 
 
 def _beton_writer() -> BetonWriter | None:
@@ -306,30 +364,3 @@ def _beton_writer() -> BetonWriter | None:
     except (ImportError, OSError):
         return None
     return write_beton
-
-
-def channel_statistics(images: NDArray[np.uint8]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel.
-
-    Args:
-        images: uint8 ``(n, height, width, channels)``.
-
-    Returns:
-        ``(mean, std)`` in units of [0, 1]; the deviation of a constant channel, by which images are divided, is 1.
-
-    Example:
-        >>> mean, std = channel_statistics(np.array([0, 255], np.uint8).reshape(2, 1, 1, 1))
-        >>> mean, std
-        ((0.5,), (0.5,))
-    """
-    channels = images.shape[-1]
-    counts = np.zeros((channels, 256), np.int64)
-    for chunk in np.array_split(images, -(-len(images) // 4096)):  # bincount widens its input to 8 bytes a value
-        for channel in range(channels):
-            counts[channel] += np.bincount(chunk[..., channel].ravel(), minlength=256)
-    frequencies = counts / counts.sum(axis=1, keepdims=True)
-    values = np.arange(256) / 255
-    mean = frequencies @ values
-    # Of the deviations themselves: E[x²] − E[x]² of a constant channel rounds to something, which may be below zero.
-    std = np.sqrt((frequencies * (values - mean[:, np.newaxis]) ** 2).sum(axis=1))
-    return tuple(mean.tolist()), tuple(np.where(std > 0, std, 1.0).tolist())

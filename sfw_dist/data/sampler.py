@@ -7,6 +7,7 @@ an augmentation depends neither on the world size, the backend or the number of 
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,9 +18,21 @@ from sfw_dist.errors import UserError
 
 Ids = NDArray[np.int64]
 """Sample ids: rows of the prepared training or test arrays."""
+Identities = NDArray[np.uint64]
+"""What samples are known by, wherever their rows are: hashes of file names or of pixels."""
 
 
-def counter_hash(*words: int | Ids) -> NDArray[np.uint64]:
+def identity(content: bytes) -> int:
+    """64 bits that stand for a file's name or an image's pixels.
+
+    Example:
+        >>> identity(b"cat/1.png") == identity(b"cat/1.png") != identity(b"cat/2.png")
+        True
+    """
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+def counter_hash(*words: int | Ids | Identities) -> NDArray[np.uint64]:
     """Hash non-negative integers to 64 random-looking bits.
 
     One round of splitmix64 for each word (Steele, Lea and Flood, "Fast splittable pseudorandom number generators",
@@ -151,7 +164,7 @@ class EvaluationSampler:
         return self.members[self.rank :: self.world_size]
 
 
-def split_validation(labels: Ids, fraction: float, seed: int) -> tuple[Ids, Ids]:
+def split_validation(labels: Ids, fraction: float, seed: int, identities: Identities | None = None) -> tuple[Ids, Ids]:
     """Hold out a stratified part of the training samples.
 
     Args:
@@ -159,11 +172,14 @@ def split_validation(labels: Ids, fraction: float, seed: int) -> tuple[Ids, Ids]
         fraction: held out of every class, rounded to whole samples; in [0, 1). Above 0, every class of at least two
             samples has one to train on and one held out; of a single sample none is held out.
         seed: of the choice.
+        identities: by which samples are chosen, ``(n,)``: samples that are added, removed or reordered move at most
+            one other of their class for each. ``None``: by their rows, for a published set, which never changes.
 
     Returns:
         Ascending ids ``(train, validation)``.
     """
-    bits = counter_hash(seed, np.arange(len(labels)))
+    ids: Ids = np.arange(len(labels))
+    bits = counter_hash(seed, ids if identities is None else identities)
     held_out = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)

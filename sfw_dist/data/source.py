@@ -6,7 +6,8 @@ import json
 import zlib
 from pathlib import Path
 
-from sfw_dist.data.datasets.raw import ImageFiles, RawArrays
+from sfw_dist.data.datasets.image_sets import image_files
+from sfw_dist.data.datasets.raw import RawData
 from sfw_dist.data.datasets.registry import Dataset
 from sfw_dist.data.manifest import FileRecord, file_record, prepare_again
 from sfw_dist.errors import UserError
@@ -17,7 +18,7 @@ SOURCE = "source_files.json"
 _State = list[int] | None
 
 
-def write_source(folder: Path, raw: RawArrays) -> dict[str, FileRecord]:
+def write_source(folder: Path, raw: RawData) -> dict[str, FileRecord]:
     """Record the raw files of a data set that is being prepared.
 
     Args:
@@ -27,10 +28,7 @@ def write_source(folder: Path, raw: RawArrays) -> dict[str, FileRecord]:
     Returns:
         The record of the file by its name; nothing where no raw files are.
     """
-    paths = [*raw.files]
-    for images in (raw.train_images, raw.test_images):
-        if isinstance(images, ImageFiles):
-            paths += images.paths
+    paths = [*raw.files, *image_files(raw)]
     if not paths:
         return {}
     write_json(folder / SOURCE, {_key(path, folder.parent): _state(path) for path in paths})

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sfw_dist.config import Config
-from sfw_dist.data.datasets.registry import find_dataset
+from sfw_dist.config import Config, DataConfig
+from sfw_dist.data.datasets.registry import DATASETS
 from sfw_dist.data.loading import Loader, MixUpCutMix, Normalize, Split, dataset_info, open_loader, rank_sampler
 from sfw_dist.data.prepare import prepare
 from sfw_dist.distributed.world import World
@@ -32,13 +32,20 @@ def check_input(config: Config, rank: int, world_size: int, *, resume: bool) -> 
     """
     run = RunFolder(config.run_dir)
     run.check_free_for(config, resume)
-    if find_dataset(config.data.name).embedded:
-        prepare(config.data.name, config.data.root)
+    _prepare_if_possible(config.data)
     for split in splits(config):
         rank_sampler(config.data, split, seed=config.seed, rank=rank, world_size=world_size)
     check_world(config, world_size)
     check_half_batches(config, world_size)
     return run
+
+
+def _prepare_if_possible(data: DataConfig) -> None:
+    """Prepare what needs neither downloads nor options: what a dependency contains, and what a function makes."""
+    if ":" in data.name:
+        prepare(data.name, data.root, check_source=True)
+    elif data.name in DATASETS and DATASETS[data.name].embedded:
+        prepare(data.name, data.root)
 
 
 def splits(config: Config) -> list[Split]:

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import sfw_dist.data.decode as decoding
 from sfw_dist.config import DataConfig
+from sfw_dist.data import image_writer
 from sfw_dist.data.datasets import registry
 from sfw_dist.data.datasets.array_sets import mnist_reader
 from sfw_dist.data.datasets.registry import DATASETS
@@ -70,7 +70,7 @@ def fashion_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Tiny-ImageNet's layout with 3 classes of 4 training and 2 validation images, some of them grayscale."""
     monkeypatch.setattr(urllib.request, "urlopen", forbidden)
-    monkeypatch.setattr(decoding, "CHUNK", 5)
+    monkeypatch.setattr(image_writer, "CHUNK_SAMPLES", 5)
     counts = {"train": 12, "test": 6, "classes": 3}
     monkeypatch.setitem(DATASETS, "tiny_imagenet", replace(DATASETS["tiny_imagenet"], counts=counts))
     folder = tmp_path / "raw" / "tiny_imagenet" / "tiny-imagenet-200"

@@ -27,9 +27,9 @@ from tests.support.downloads import Response, Server, error_of, one_line, remote
 def test_digits_split_never_changes(tmp_path: Path) -> None:
     """Another split (a new scikit-learn, another hash) makes accuracies of two runs incomparable, silently."""
     raw = read_digits(tmp_path)
-    assert raw.train_images.shape == (1346, 8, 8, 1) and raw.test_images.shape == (451, 8, 8, 1)
-    assert raw.train_images.max() == 240 and raw.train_images.dtype == np.uint8
-    digest = hashlib.sha256(raw.test_images.tobytes() + raw.test_labels.tobytes()).hexdigest()
+    assert raw.train.images.shape == (1346, 8, 8, 1) and raw.test.images.shape == (451, 8, 8, 1)
+    assert raw.train.images.max() == 240 and raw.train.images.dtype == np.uint8
+    digest = hashlib.sha256(raw.test.images.tobytes() + raw.test.labels.tobytes()).hexdigest()
     assert digest == "efb597ff4e14aeb45c4188d4d381fe369d67d27c4450e8ef240dd9d77e16646f"
 
 
@@ -38,9 +38,9 @@ def test_digits_split_is_stratified_and_complete(tmp_path: Path) -> None:
     from sklearn.datasets import load_digits
 
     raw = read_digits(tmp_path)
-    share = np.bincount(raw.test_labels) / np.bincount(np.concatenate([raw.train_labels, raw.test_labels]))
+    share = np.bincount(raw.test.labels) / np.bincount(np.concatenate([raw.train.labels, raw.test.labels]))
     np.testing.assert_allclose(share, 0.25, atol=0.01)
-    everything = np.concatenate([raw.train_images, raw.test_images])[..., 0]
+    everything = np.concatenate([raw.train.images, raw.test.images])[..., 0]
     rows = np.unique(load_digits().images.reshape(-1, 64), axis=0)
     np.testing.assert_array_equal(np.unique(everything.reshape(-1, 64) // 15, axis=0), rows)
 
@@ -49,9 +49,9 @@ def test_fashion_mnist_is_read_from_idx_files(fashion_root: Path) -> None:
     """Pixels are permuted, labels lost, or only one of gzip and plain is read."""
     raw = DATASETS["fashion_mnist"].read(fashion_root)
     pixels = np.random.default_rng(0).integers(0, 256, (30, 28, 28))
-    np.testing.assert_array_equal(raw.train_images[..., 0], pixels)
-    np.testing.assert_array_equal(raw.test_labels, np.arange(10))
-    assert raw.train_labels.dtype == np.int64
+    np.testing.assert_array_equal(raw.train.images[..., 0], pixels)
+    np.testing.assert_array_equal(raw.test.labels, np.arange(10))
+    assert raw.train.labels.dtype == np.int64
 
 
 def test_without_network_the_error_tells_address_checksum_and_package(
@@ -115,7 +115,7 @@ def test_debian_package_is_the_published_data(tmp_path: Path) -> None:
         archive = registry.FASHION_MNIST_DEBIAN / f"{stem}.gz"
         assert f"content-sha256:{hashlib.sha256(gzip.decompress(archive.read_bytes())).hexdigest()}" == checksum
     raw = DATASETS["fashion_mnist"].read(tmp_path)
-    assert raw.train_images.shape == (60_000, 28, 28, 1) and raw.test_images.shape == (10_000, 28, 28, 1)
+    assert raw.train.images.shape == (60_000, 28, 28, 1) and raw.test.images.shape == (10_000, 28, 28, 1)
 
 
 def test_mnist_is_downloaded_and_its_counts_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,9 +164,9 @@ def test_cifar_is_read_from_its_archive(tmp_path: Path, name: str, label_bytes: 
     )
     raw = read(tmp_path)
     assert raw.classes == ("cat", "dog", "frog")
-    assert raw.train_images.shape == (6, 32, 32, 3) and raw.test_images.shape == (2, 32, 32, 3)
-    np.testing.assert_array_equal(raw.train_labels, np.arange(6) % 3)
-    assert raw.train_images[5, 3, 7, 2] == records[5, label_bytes + 2 * 1024 + 3 * 32 + 7]
+    assert raw.train.images.shape == (6, 32, 32, 3) and raw.test.images.shape == (2, 32, 32, 3)
+    np.testing.assert_array_equal(raw.train.labels, np.arange(6) % 3)
+    assert raw.train.images[5, 3, 7, 2] == records[5, label_bytes + 2 * 1024 + 3 * 32 + 7]
 
     (folder / "top" / "b.bin").write_bytes(contents["b.bin"][:-1])
     assert "b.bin" in error_of(lambda: read(tmp_path))
@@ -185,8 +185,8 @@ def test_svhn_is_read_from_matlab_files(tmp_path: Path) -> None:
     content = (folder / "m.mat").read_bytes()
     read = svhn_reader("svhn", remote_of(content, "m.mat"), remote_of(content, "m.mat"))
     raw = read(tmp_path)
-    np.testing.assert_array_equal(raw.test_labels, [1, 2, 3, 4, 5, 6, 7, 8, 9, 0])
-    np.testing.assert_array_equal(raw.train_images[4], images[..., 4])
+    np.testing.assert_array_equal(raw.test.labels, [1, 2, 3, 4, 5, 6, 7, 8, 9, 0])
+    np.testing.assert_array_equal(raw.train.images[4], images[..., 4])
 
     savemat(folder / "m.mat", {"X": images, "y": np.arange(10, dtype=np.uint8)[:, np.newaxis]})
     content = (folder / "m.mat").read_bytes()

@@ -22,6 +22,7 @@ from sfw_dist.data.loading.augment import Augmentation
 from sfw_dist.data.loading.gpu import GPUBackend
 from sfw_dist.data.prepare import prepare
 from sfw_dist.data.sampler import TrainingSampler
+from sfw_dist.data.write_parts import Options
 from sfw_dist.errors import UserError
 from tests.support.loaders import (
     AUGMENTATIONS,
@@ -45,8 +46,8 @@ def test_batches_are_the_stored_samples(config: DataConfig, backend: BackendName
         assert images.is_contiguous(memory_format=torch.channels_last)
         assert labels.dtype == torch.int64 and labels.dim() == 1
     raw = read_digits(Path())
-    np.testing.assert_array_equal(torch.cat([images for images, _ in batches])[:, 0], raw.test_images[..., 0])
-    np.testing.assert_array_equal(torch.cat([labels for _, labels in batches]), raw.test_labels)
+    np.testing.assert_array_equal(torch.cat([images for images, _ in batches])[:, 0], raw.test.images[..., 0])
+    np.testing.assert_array_equal(torch.cat([labels for _, labels in batches]), raw.test.labels)
     assert same(list(loader), batches)  # evaluated again without set_epoch
     loader.close()
 
@@ -79,7 +80,7 @@ def test_folder_and_gpu_yield_the_bits_of_the_array(tmp_path: Path, augmentation
         path = tmp_path / "raw" / "imagefolder" / ("train" if number < 20 else "val") / f"class{number % 2}"
         path.mkdir(parents=True, exist_ok=True)
         Image.fromarray(draw.integers(0, 256, (14, 11, 3), dtype=np.uint8)).save(path / f"{number}.png")
-    prepare("imagefolder", tmp_path, size=8)
+    prepare("imagefolder", tmp_path, options=Options(size=(8, 8)))
     config = DataConfig(name="imagefolder", root=str(tmp_path), batch_size=6, validation_fraction=0, **augmentation)
     batches = [
         epoch_of(open_loader(replace(config, backend=backend), "train", seed=2), 3) for backend in ("folder", "ram")

@@ -14,7 +14,7 @@ import torch
 
 from sfw_dist.config import DataConfig
 from sfw_dist.data.datasets.array_sets import read_digits
-from sfw_dist.data.datasets.raw import RawArrays
+from sfw_dist.data.datasets.raw import RawData, RawPart
 from sfw_dist.data.datasets.registry import DATASETS
 from sfw_dist.data.loading import Split, build_loader, dataset_info, open_loader
 from sfw_dist.data.prepare import prepare
@@ -45,7 +45,7 @@ def test_every_test_sample_exactly_once(config: DataConfig, world_size: int) -> 
     """Accuracy over 451 samples becomes accuracy over 452 or 450."""
     loaders = [open_loader(config, "test", seed=0, rank=rank, world_size=world_size) for rank in range(world_size)]
     pixels = np.concatenate([images.numpy() for loader in loaders for images, _ in loader]).reshape(-1, 64)
-    expected = read_digits(Path()).test_images.reshape(-1, 64)
+    expected = read_digits(Path()).test.images.reshape(-1, 64)
     assert len(pixels) == sum(loader.samples for loader in loaders) == 451
     np.testing.assert_array_equal(pixels[np.lexsort(pixels.T)], expected[np.lexsort(expected.T)])
 
@@ -54,15 +54,15 @@ def test_validation_is_held_out_and_not_augmented(config: DataConfig) -> None:
     """Validation on training samples, or on cropped ones, or on others at another world size."""
     config = replace(config, batch_size=1)
     raw = read_digits(Path())
-    train, validation = split_validation(raw.train_labels, config.validation_fraction, seed=5)
+    train, validation = split_validation(raw.train.labels, config.validation_fraction, seed=5)
     loader = open_loader(config, "validation", seed=5)
     assert loader.samples == len(validation) == 136
     np.testing.assert_array_equal(
-        torch.cat([images for images, _ in loader])[:, 0], raw.train_images[validation][..., 0]
+        torch.cat([images for images, _ in loader])[:, 0], raw.train.images[validation][..., 0]
     )
     assert open_loader(config, "train", seed=5).samples == len(train) == 1210
     share = open_loader(config, "validation", seed=5, rank=1, world_size=2)
-    np.testing.assert_array_equal(torch.cat([labels for _, labels in share]), raw.train_labels[validation[1::2]])
+    np.testing.assert_array_equal(torch.cat([labels for _, labels in share]), raw.train.labels[validation[1::2]])
 
 
 def test_dataset_info_counts_the_splits(config: DataConfig) -> None:
@@ -70,7 +70,7 @@ def test_dataset_info_counts_the_splits(config: DataConfig) -> None:
     info = dataset_info(config)
     assert info.counts == {"train": 1210, "validation": 136, "test": 451}
     assert info.classes == tuple("0123456789") and info.image_shape == (1, 8, 8)
-    pixels = read_digits(Path()).train_images / 255
+    pixels = read_digits(Path()).train.images / 255
     np.testing.assert_allclose([*info.mean, *info.std], [pixels.mean(), pixels.std()])
 
 
@@ -157,9 +157,10 @@ def test_backends_that_cannot_be_are_refused(config: DataConfig, backend: Backen
 def test_single_images_leave_no_validation_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails when the remedy is the fraction that was given."""
 
-    def read(root: Path) -> RawArrays:
+    def read(root: Path) -> RawData:
         images = np.arange(96, dtype=np.uint8).reshape(2, 4, 4, 3)
-        return RawArrays(images, np.arange(2), images, np.arange(2))
+        part = RawPart(images, np.arange(2))
+        return RawData(part, part)
 
     register(monkeypatch, read)
     monkeypatch.setitem(DATASETS, "tiny", replace(DATASETS["tiny"], image_shape=(3, 4, 4)))

@@ -11,18 +11,21 @@ from PIL import Image
 
 import sfw_dist.data.decode as decoding
 from sfw_dist.data.__main__ import main
+from sfw_dist.data.datasets.raw import ImageFormat
 from sfw_dist.data.decode import decode_image
 from sfw_dist.data.manifest import read_manifest
 from sfw_dist.data.prepare import prepare, verify
 from tests.support.downloads import error_of
-from tests.support.raw_data import damage, images_of, save_image
+from tests.support.raw_data import damage, flip_byte, images_of, save_image
+
+RGB_64 = ImageFormat(3, 64, 64)
 
 
 def test_every_bad_file_is_named(tiny: Path) -> None:
     """Only the first of several bad files is named, or a truncated JPEG is trained on half grey."""
     names = damage(tiny)
     message = error_of(lambda: prepare("tiny_imagenet", tiny))
-    assert message.startswith("4 image file(s)") and all(name in message for name in names)
+    assert message.startswith("4 image(s)") and all(name in message for name in names)
     for reason in ("not an image", "truncated", "missing", "65×64 pixels"):
         assert reason in message
     assert not (tiny / "tiny_imagenet").exists()
@@ -54,11 +57,11 @@ def test_interrupted_twice_it_finishes_what_is_left(tiny: Path, monkeypatch: pyt
     try_decode, decoded = decoding._try_decode, []
 
     def interrupted_after(limit: int) -> Callable[..., np.ndarray | str]:
-        def decode(path: Path, side: int, fit: bool) -> np.ndarray | str:
+        def decode(path: Path, form: ImageFormat) -> np.ndarray | str:
             if len(decoded) >= limit:
                 raise RuntimeError("killed")
             decoded.append(path.name)
-            return try_decode(path, side, fit)
+            return try_decode(path, form)
 
         return decode
 
@@ -67,9 +70,8 @@ def test_interrupted_twice_it_finishes_what_is_left(tiny: Path, monkeypatch: pyt
         with pytest.raises(RuntimeError, match="killed"):
             prepare("tiny_imagenet", tiny)
         assert not (tiny / "tiny_imagenet").exists()
-        (tiny / ".tiny_imagenet.unfinished" / "train_images.npy").write_bytes(b"of a killed process")
-    first = tiny / ".tiny_imagenet.unfinished" / "chunks" / "train" / "0000000.npz"
-    first.write_bytes(first.read_bytes()[:-100])
+        (tiny / ".tiny_imagenet.unfinished" / "stray.npy").write_bytes(b"of a killed process")
+    flip_byte(tiny / ".tiny_imagenet.unfinished" / "train_images.npy", at=500)  # in the first chunk
     monkeypatch.setattr(decoding, "_try_decode", interrupted_after(1000))
     folder = prepare("tiny_imagenet", tiny)
 
@@ -91,9 +93,9 @@ def test_a_repaired_file_is_decoded_again(tiny: Path, monkeypatch: pytest.Monkey
     save_image(images_of(tiny).parents[2] / "val" / "images" / "val_0.JPEG", 98)
     decode_image, decoded = decoding.decode_image, []
 
-    def counted(path: Path, side: int, fit: bool) -> np.ndarray:
+    def counted(path: Path, form: ImageFormat) -> np.ndarray:
         decoded.append(path.name)
-        return decode_image(path, side, fit)
+        return decode_image(path, form)
 
     monkeypatch.setattr(decoding, "decode_image", counted)
     assert read_manifest(prepare("tiny_imagenet", tiny)).counts == {"train": 12, "test": 6}
@@ -105,7 +107,7 @@ def test_16_bits_become_their_upper_8(tmp_path: Path, suffix: str) -> None:
     """Fails when a grey image of 16 bits is clipped at 255: nearly all of it is white."""
     values = (np.arange(64 * 64).reshape(64, 64) * 16).astype(np.uint16)
     Image.fromarray(values).save(tmp_path / f"x.{suffix}")
-    decoded = decode_image(tmp_path / f"x.{suffix}", 64, fit=False)
+    decoded = decode_image(tmp_path / f"x.{suffix}", RGB_64)
     np.testing.assert_array_equal(decoded, np.repeat((values >> 8).astype(np.uint8)[..., None], 3, axis=2))
 
 
@@ -131,9 +133,9 @@ def test_wide_numbers_are_scaled_or_refused(
     Image.fromarray(values).save(tmp_path / "x.tif")
     if isinstance(expected, str):
         with pytest.raises(ValueError, match=expected):
-            decode_image(tmp_path / "x.tif", 8, fit=False)
+            decode_image(tmp_path / "x.tif", ImageFormat(3, 8, 8))
     else:
-        decoded = decode_image(tmp_path / "x.tif", 8, fit=False)
+        decoded = decode_image(tmp_path / "x.tif", ImageFormat(3, 8, 8))
         assert decoded[0, 1].tolist() == [expected] * 3 and abs(int(decoded[0, 2, 0]) - expected / 2) <= 0.5
 
 
@@ -145,13 +147,13 @@ def test_whatever_a_decoder_raises_is_a_bad_file(tiny: Path, monkeypatch: pytest
     content = path.read_bytes()
     for length in range(0, len(content) // 2, max(1, len(content) // 20)):
         path.write_bytes(content[:length])
-        assert isinstance(decoding._try_decode(path, 64, False), str)
+        assert isinstance(decoding._try_decode(path, RGB_64), str)
 
     def fail(*_: object) -> np.ndarray:
         raise RuntimeError("Missing or empty\nimage item")
 
     monkeypatch.setattr(decoding, "decode_image", fail)
-    assert decoding._try_decode(path, 64, False) == "Missing or empty image item"
+    assert decoding._try_decode(path, RGB_64) == "RuntimeError: Missing or empty image item"
 
 
 def test_an_elongated_image_is_cut_before_it_is_scaled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,5 +170,5 @@ def test_an_elongated_image_is_cut_before_it_is_scaled(tmp_path: Path, monkeypat
     monkeypatch.setattr(Image.Image, "resize", measured)
     for name, array in (("wide", values), ("high", values.transpose(1, 0, 2))):
         Image.fromarray(array).save(tmp_path / f"{name}.png")
-        assert (decode_image(tmp_path / f"{name}.png", 64, fit=True) == 200).all()
+        assert (decode_image(tmp_path / f"{name}.png", RGB_64._replace(fit=True)) == 200).all()
     assert sizes == [(512, 64), (64, 512)]

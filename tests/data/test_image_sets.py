@@ -18,6 +18,7 @@ from sfw_dist.data.datasets.download import Remote
 from sfw_dist.data.datasets.registry import TINY_IMAGENET
 from sfw_dist.data.manifest import read_manifest
 from sfw_dist.data.prepare import prepare, verify
+from sfw_dist.data.write_parts import Options
 from sfw_dist.evaluate.sweep import sweep_run
 from sfw_dist.train.run_folder import RunFolder
 from sfw_dist.train.trainer import train
@@ -49,7 +50,7 @@ def test_tiny_imagenet_is_prepared(tiny: Path) -> None:
 def test_tiny_imagenet_goes_from_its_folder_to_a_pruned_network(tiny: Path) -> None:
     """A part of the way from image files to a pruning curve does not fit the next."""
     damage(tiny)
-    prepare("tiny_imagenet", tiny, skip_bad=True)
+    prepare("tiny_imagenet", tiny, options=Options(skip_bad=True))
     base = load_config(Path(__file__).parents[2] / "configs" / "tiny_imagenet" / "sfw.yaml")
     config = replace(
         base,
@@ -116,7 +117,7 @@ def test_imagefolder_is_scaled_and_cropped(tmp_path: Path) -> None:
     wide = np.zeros((20, 40, 3), np.uint8)
     wide[:, 10:30] = 200  # what the centre crop keeps
     Image.fromarray(wide).save(folder / "train" / "b" / "w.png")
-    prepared = prepare("imagefolder", tmp_path, size=16)
+    prepared = prepare("imagefolder", tmp_path, options=Options(size=(16, 16)))
     manifest = read_manifest(prepared)
     assert manifest.image_shape == (3, 16, 16) and manifest.classes == ("a", "b")
     np.testing.assert_array_equal(np.load(prepared / "train_labels.npy"), [0, 1, 1])
@@ -125,7 +126,8 @@ def test_imagefolder_is_scaled_and_cropped(tmp_path: Path) -> None:
     np.testing.assert_array_equal(
         np.load(prepared / "test_images.npy")[0], np.asarray(Image.open(folder / "val/b/z.png"))
     )
-    assert "choose another root" in error_of(lambda: prepare("imagefolder", tmp_path, size=32))
+    larger = Options(size=(32, 32))
+    assert "choose another --name or --root" in error_of(lambda: prepare("imagefolder", tmp_path, options=larger))
     prepare("imagefolder", tmp_path)
 
 
@@ -181,5 +183,5 @@ def test_skip_bad_leaves_every_class_an_image(tmp_path: Path) -> None:
     for place in ("train/a", "train/b", "val/a"):
         save_image(folder / place / "x.png", 1)
     (folder / "train/b/x.png").write_bytes(b"no image")
-    message = error_of(lambda: prepare("imagefolder", tmp_path, skip_bad=True))
+    message = error_of(lambda: prepare("imagefolder", tmp_path, options=Options(skip_bad=True)))
     assert "no training image of class 'b' can be used" in message and "train/b/x.png (not an image)" in message

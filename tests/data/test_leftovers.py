@@ -90,10 +90,10 @@ def test_cifar_is_read_from_its_python_version(
     if packed:
         (folder / "c.tar.gz").write_bytes(archive.getvalue())
     raw = cifar(tmp_path, archive.getvalue())
-    assert raw.classes == ("cat", "dog") and raw.train_labels.tolist() == [0, 1, 0, 0, 1, 0]
-    assert raw.train_images.shape == (6, 32, 32, 3) and raw.test_images.shape == (2, 32, 32, 3)
+    assert raw.classes == ("cat", "dog") and raw.train.labels.tolist() == [0, 1, 0, 0, 1, 0]
+    assert raw.train.images.shape == (6, 32, 32, 3) and raw.test.images.shape == (2, 32, 32, 3)
     first = np.random.default_rng(0).integers(0, 256, (3, 3072), dtype=np.uint8)
-    assert raw.train_images[1, 3, 7, 2] == first[1, 2 * 1024 + 3 * 32 + 7]
+    assert raw.train.images[1, 3, 7, 2] == first[1, 2 * 1024 + 3 * 32 + 7]
 
 
 class _Attack:
@@ -151,8 +151,8 @@ def test_mnist_files_of_other_programs_are_taken(fashion_root: Path, layout: str
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(gzip.compress(content) if target.suffix == ".gz" else content)
     raw = DATASETS["fashion_mnist"].read(fashion_root)
-    np.testing.assert_array_equal(raw.train_images, expected.train_images)
-    np.testing.assert_array_equal(raw.test_labels, expected.test_labels)
+    np.testing.assert_array_equal(raw.train.images, expected.train.images)
+    np.testing.assert_array_equal(raw.test.labels, expected.test.labels)
 
 
 def test_svhn_is_found_where_torchvision_puts_it(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_svhn_is_found_where_torchvision_puts_it(tmp_path: Path) -> None:
     images = np.zeros((32, 32, 3, 10), np.uint8)
     savemat(tmp_path / "m.mat", {"X": images, "y": np.arange(1, 11, dtype=np.uint8)[:, np.newaxis]})
     remote = remote_of((tmp_path / "m.mat").read_bytes(), "m.mat")
-    assert len(svhn_reader("svhn", remote, remote)(tmp_path).train_labels) == 10
+    assert len(svhn_reader("svhn", remote, remote)(tmp_path).train.labels) == 10
 
 
 @pytest.mark.parametrize("inner", ["", "images"])

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 import sfw_dist.data.prepare as preparing
-from sfw_dist.data.datasets.raw import RawArrays
+from sfw_dist.data.datasets.raw import RawData
 from sfw_dist.data.manifest import read_manifest
-from sfw_dist.data.prepare import channel_statistics, prepare, verify
+from sfw_dist.data.prepare import prepare, verify
+from sfw_dist.data.write_parts import channel_statistics
 from sfw_dist.errors import UserError
 from tests.support.downloads import forbidden, one_line
 from tests.support.raw_data import (
@@ -34,8 +35,8 @@ def test_prepared_folder_holds_the_arrays(tmp_path: Path, monkeypatch: pytest.Mo
     raw, manifest = tiny_arrays(tmp_path), read_manifest(folder)
     assert folder == tmp_path / "tiny"
     for part, images, labels in (
-        ("train", raw.train_images, raw.train_labels),
-        ("test", raw.test_images, raw.test_labels),
+        ("train", raw.train.images, raw.train.labels),
+        ("test", raw.test.images, raw.test.labels),
     ):
         np.testing.assert_array_equal(np.load(folder / f"{part}_images.npy", mmap_mode="r"), images)
         np.testing.assert_array_equal(np.load(folder / f"{part}_labels.npy", mmap_mode="r"), labels)
@@ -57,9 +58,9 @@ def test_channel_statistics_are_per_channel_in_unit_range() -> None:
 def test_a_constant_channel_has_the_deviation_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, level: int) -> None:
     """Fails when a constant channel becomes NaN, or is blown up by the rounding error of its variance."""
 
-    def read(root: Path) -> RawArrays:
+    def read(root: Path) -> RawData:
         raw = tiny_arrays(root)
-        for images in (raw.train_images, raw.test_images):
+        for images in (raw.train.images, raw.test.images):
             images[..., 1] = level
         return raw
 
@@ -87,7 +88,7 @@ def test_processes_at_once_prepare_once(tmp_path: Path, monkeypatch: pytest.Monk
     """Ranks that start together write into each other's files."""
     reads, start = [], threading.Barrier(4)
 
-    def slow_read(root: Path) -> RawArrays:
+    def slow_read(root: Path) -> RawData:
         reads.append(root)
         time.sleep(0.2)  # time for the others to interfere, if there were no lock
         return tiny_arrays(root)

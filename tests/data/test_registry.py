@@ -9,8 +9,9 @@ from typing import NoReturn
 
 import pytest
 
-from sfw_dist.data.datasets.registry import DATASETS, find_dataset
+from sfw_dist.data.datasets.registry import DATASETS
 from sfw_dist.data.prepare import prepare
+from sfw_dist.data.write_parts import Options
 from sfw_dist.errors import UserError
 from tests.support.downloads import error_of, one_line
 
@@ -26,7 +27,7 @@ def test_unknown_data_set_lists_the_known_ones(tmp_path: Path) -> None:
 def test_registry_entries_are_consistent() -> None:
     """An entry is filed under another name, or misses what the manifest needs."""
     for name, dataset in DATASETS.items():
-        assert find_dataset(name) is dataset and dataset.name == name
+        assert dataset.name == name
         assert dataset.source
         assert dataset.classes is None or len(set(dataset.classes)) == len(dataset.classes) > 1
 
@@ -47,5 +48,5 @@ def test_without_network_the_error_tells_what_is_wanted_where(
 
 def test_size_is_refused_where_images_have_their_own(tmp_path: Path) -> None:
     """--size is ignored silently."""
-    assert "8×8" in error_of(lambda: prepare("digits", tmp_path, size=16))
-    assert "at least 1" in error_of(lambda: prepare("imagefolder", tmp_path, size=0))
+    assert "8×8" in error_of(lambda: prepare("digits", tmp_path, options=Options(size=(16, 16))))
+    assert "at least 1" in error_of(lambda: prepare("imagefolder", tmp_path, options=Options(size=(0, 1))))

@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sfw_dist.data.datasets.raw import RawArrays
+from sfw_dist.data.datasets.raw import RawData, RawPart
 from sfw_dist.data.datasets.registry import DATASETS, Dataset
 
 
-def tiny_arrays(root: Path) -> RawArrays:
+def tiny_arrays(root: Path) -> RawData:
     """Colour images, not square, so that a swapped axis or channel shows."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (20, 4, 5, 3), dtype=np.uint8)
     labels = np.arange(20) % 2
-    return RawArrays(images[:14], labels[:14], images[14:], labels[14:])
+    return RawData(RawPart(images[:14], labels[:14]), RawPart(images[14:], labels[14:]))
 
 
-def register(monkeypatch: pytest.MonkeyPatch, read: Callable[[Path], RawArrays] = tiny_arrays) -> None:
+def register(monkeypatch: pytest.MonkeyPatch, read: Callable[[Path], RawData] = tiny_arrays) -> None:
     monkeypatch.setitem(DATASETS, "tiny", Dataset("tiny", ("even", "odd"), (3, 4, 5), "made up", read))
 
 
@@ -59,6 +59,10 @@ def damage(root: Path) -> tuple[str, ...]:
 
 
 def flip_middle_byte(path: Path) -> None:
+    flip_byte(path, path.stat().st_size // 2)
+
+
+def flip_byte(path: Path, at: int) -> None:
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
+    content[at] ^= 1
     path.write_bytes(content)

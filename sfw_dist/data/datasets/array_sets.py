@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from sfw_dist.data.datasets.cifar_python import PythonVersion, read_python_version
 from sfw_dist.data.datasets.download import Remote, fetch, matches
 from sfw_dist.data.datasets.idx import read_idx
-from sfw_dist.data.datasets.raw import RawArrays
+from sfw_dist.data.datasets.raw import RawData, RawPart
 from sfw_dist.data.datasets.unpack import unpack
 from sfw_dist.data.sampler import split_validation
 from sfw_dist.errors import UserError, needs_extra
 from sfw_dist.files import make_folder
 
-Reader = Callable[[Path], RawArrays]
+Reader = Callable[[Path], RawData]
 
 
 def raw_folder(root: Path, name: str) -> Path:
@@ -75,7 +75,7 @@ def _fetched(remote: Remote, own: Path) -> Path:
     return fetch(remote, next((place for place in _places(own) if (place / remote.name).is_file()), own))
 
 
-def read_digits(root: Path) -> RawArrays:
+def read_digits(root: Path) -> RawData:
     """Read scikit-learn's 1,797 digits, 0..16 scaled to 0..240; a fixed stratified split, 75 % for training."""
     with needs_extra("data set 'digits'", "train"):
         from sklearn.datasets import load_digits
@@ -83,7 +83,7 @@ def read_digits(root: Path) -> RawArrays:
     images = (digits.images * 15).astype(np.uint8)[..., np.newaxis]
     labels = digits.target.astype(np.int64)
     train, test = split_validation(labels, fraction=0.25, seed=0)
-    return RawArrays(images[train], labels[train], images[test], labels[test])
+    return RawData(RawPart(images[train], labels[train]), RawPart(images[test], labels[test]))
 
 
 # --- MNIST and Fashion-MNIST ------------------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ def mnist_reader(
             raise UserError(f"{found} is damaged or not of {name} (wanted {checksums[stem]}): {remedy}")
         return found
 
-    def read_part(split: str, root: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64], list[Path]]:
+    def read_part(split: str, root: Path) -> tuple[RawPart, list[Path]]:
         images_path, labels_path = (
             locate(f"{split}-images-idx3-ubyte", root),
             locate(f"{split}-labels-idx1-ubyte", root),
@@ -136,12 +136,12 @@ def mnist_reader(
                 f"{images_path} holds {len(images)} images, {labels_path} {len(labels)} labels: replace both"
             )
         _check_labels(labels, 10, labels_path)
-        return images[..., np.newaxis], labels.astype(np.int64), [images_path, labels_path]
+        return RawPart(images[..., np.newaxis], labels.astype(np.int64)), [images_path, labels_path]
 
-    def read(root: Path) -> RawArrays:
-        train_images, train_labels, train_files = read_part("train", root)
-        test_images, test_labels, test_files = read_part("t10k", root)
-        return RawArrays(train_images, train_labels, test_images, test_labels, files=(*train_files, *test_files))
+    def read(root: Path) -> RawData:
+        train, train_files = read_part("train", root)
+        test, test_files = read_part("t10k", root)
+        return RawData(train, test, files=(*train_files, *test_files))
 
     return read
 
@@ -179,7 +179,7 @@ def cifar_reader(
         python: the files of the Python version.
     """
 
-    def read(root: Path) -> RawArrays:
+    def read(root: Path) -> RawData:
         own = raw_folder(root, name)
         if python is not None and find_unpacked(remote, own, top) is None:
             folder = find_unpacked(python.remote, own, python.top)
@@ -191,7 +191,7 @@ def cifar_reader(
         for files, (_, labels) in zip((train[-1], test), parts, strict=True):
             _check_labels(labels, len(classes), folder / files)
         files_read = tuple(folder / file for file in (*train, test, classes_file))
-        return RawArrays(*parts[0], *parts[1], classes, files_read)
+        return RawData(RawPart(*parts[0]), RawPart(*parts[1]), classes, files_read)
 
     return read
 
@@ -222,14 +222,14 @@ def _read(path: Path) -> bytes:
 def svhn_reader(name: str, train: Remote, test: Remote) -> Reader:
     """Make a reader of cropped digits in MATLAB files: ``X`` ``(32, 32, 3, n)``, and ``y`` ``(n, 1)``; 10 is zero."""
 
-    def read(root: Path) -> RawArrays:
+    def read(root: Path) -> RawData:
         paths = [_fetched(remote, raw_folder(root, name)) for remote in (train, test)]
-        return RawArrays(*_read_svhn_part(paths[0]), *_read_svhn_part(paths[1]), files=tuple(paths))
+        return RawData(_read_svhn_part(paths[0]), _read_svhn_part(paths[1]), files=tuple(paths))
 
     return read
 
 
-def _read_svhn_part(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+def _read_svhn_part(path: Path) -> RawPart:
     with needs_extra("data set 'svhn'", "train"):
         from scipy.io import loadmat
         from scipy.io.matlab import MatReadError
@@ -243,4 +243,4 @@ def _read_svhn_part(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
             raise ValueError("labels are not 1 to 10")
     except (OSError, ValueError, TypeError, KeyError, NotImplementedError, zlib.error, MatReadError) as error:
         raise UserError(f"{path} is damaged ({error}): delete it to fetch it again") from None
-    return np.ascontiguousarray(images.transpose(3, 0, 1, 2)), labels % 10
+    return RawPart(np.ascontiguousarray(images.transpose(3, 0, 1, 2)), labels % 10)

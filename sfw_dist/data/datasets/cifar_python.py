@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sfw_dist.data.datasets.download import Remote
-from sfw_dist.data.datasets.raw import RawArrays
+from sfw_dist.data.datasets.raw import RawData, RawPart
 from sfw_dist.errors import UserError
 
 _RECONSTRUCT = np.zeros(0).__reduce__()[0]  # whatever it is called in this version of numpy
@@ -40,7 +40,7 @@ class PythonVersion(NamedTuple):
     """The key of the class names in ``meta``."""
 
 
-def read_python_version(folder: Path, version: PythonVersion) -> RawArrays:
+def read_python_version(folder: Path, version: PythonVersion) -> RawData:
     """Read the pickles in ``folder``.
 
     Raises:
@@ -53,12 +53,12 @@ def read_python_version(folder: Path, version: PythonVersion) -> RawArrays:
         [_read_images(folder / file, version.labels, len(names)) for file in files]
         for files in (version.train, (version.test,))
     ]
-    (train_images, train_labels), (test_images, test_labels) = (
-        (np.concatenate([images for images, _ in part]), np.concatenate([labels for _, labels in part]))
+    train, test = (
+        RawPart(np.concatenate([images for images, _ in part]), np.concatenate([labels for _, labels in part]))
         for part in parts
     )
     files = tuple(folder / file for file in (*version.train, version.test, version.meta))
-    return RawArrays(train_images, train_labels, test_images, test_labels, tuple(names), files)
+    return RawData(train, test, tuple(names), files)
 
 
 def _read_images(path: Path, key: str, classes: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:

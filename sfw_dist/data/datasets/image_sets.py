@@ -10,12 +10,12 @@ import numpy as np
 from sfw_dist.data.datasets.array_sets import Reader, raw_folder, unpacked
 from sfw_dist.data.datasets.download import Remote
 from sfw_dist.data.datasets.image_listing import Listing, list_classes, list_images
-from sfw_dist.data.datasets.raw import ImageFiles, RawArrays
+from sfw_dist.data.datasets.raw import ImageFiles, RawData, RawPart
 from sfw_dist.errors import UserError
 
 TEST_FOLDERS = ("test", "val", "valid", "validation")
 """Where the test part of an ``imagefolder`` is looked for."""
-_Samples = list[tuple[Path, str]]
+Samples = list[tuple[Path, str]]
 """``(file, class)``"""
 
 
@@ -32,7 +32,7 @@ def tiny_imagenet_reader(name: str, remote: Remote, top: str) -> Reader:
         top: the folder in the archive.
     """
 
-    def read(root: Path) -> RawArrays:
+    def read(root: Path) -> RawData:
         folder = unpacked(remote, raw_folder(root, name), top)
         classes = tuple(sorted(line[0] for line in _table(folder / "wnids.txt")))
         boxes = {wnid: folder / "train" / wnid / f"{wnid}_boxes.txt" for wnid in classes}
@@ -50,12 +50,12 @@ def tiny_imagenet_reader(name: str, remote: Remote, top: str) -> Reader:
         else:
             test = _annotated(annotations, classes, bool(sorted_folders))
         lists = (folder / "wnids.txt", *boxes.values(), *filter(Path.exists, [annotations]))
-        return _listed(train, test, classes, fit=False)._replace(files=lists)
+        return listed(folder, train, test, classes)._replace(files=lists)
 
     return read
 
 
-def _annotated(annotations: Path, classes: tuple[str, ...], is_sorted: bool) -> _Samples:
+def _annotated(annotations: Path, classes: tuple[str, ...], is_sorted: bool) -> Samples:
     """The validation images that a list names.
 
     Args:
@@ -70,7 +70,7 @@ def _annotated(annotations: Path, classes: tuple[str, ...], is_sorted: bool) -> 
     strange = next((line for line in lines if len(line) < 2 or line[1] not in classes), None)
     if strange:
         raise UserError(f"{annotations} is damaged (no class of wnids.txt in {strange}): {_again(annotations)}")
-    samples: _Samples = []
+    samples: Samples = []
     for name, wnid, *_ in lines:
         path = val / "images" / name
         if is_sorted:
@@ -80,33 +80,58 @@ def _annotated(annotations: Path, classes: tuple[str, ...], is_sorted: bool) -> 
     return samples
 
 
-def read_imagefolder(root: Path) -> RawArrays:
-    """List ``root/raw/imagefolder/PART/CLASS/…``.
+def read_imagefolder(root: Path) -> RawData:
+    """List ``root/raw/imagefolder`` as `read_class_folders` does.
+
+    Args:
+        root: folder of all data sets.
+    """
+    return read_class_folders(raw_folder(root, "imagefolder"))
+
+
+def read_class_folders(folder: Path, *, split_later: bool = False) -> RawData:
+    """List ``folder/PART/CLASS/…``.
 
     The parts are ``train`` and the first of ``test``, ``val``, ``valid`` and ``validation`` whose folders are classes
     of ``train``; the classes are the folders of ``train``, sorted. What counts as an image is said by
     :func:`~sfw_dist.data.datasets.image_listing.list_classes`.
 
     Args:
-        root: folder of all data sets.
+        folder: of the images.
+        split_later: whether the test part is split off later. Then ``train``, or ``folder/CLASS/…`` where there is no
+            ``train``, holds all images.
     """
-    folder = raw_folder(root, "imagefolder")
-    train = _class_folders(folder / "train")
-    classes = tuple(sorted({label for _, label in train.samples}))
-    test_folder, note = _test_folder(folder, classes)
-    test = _class_folders(test_folder)
-    listed = _listed(train.samples, test.samples, classes, fit=True)
-    without = sorted(set(classes) - {label for _, label in test.samples})
-    notes = [note] if note else []
-    if without:
-        notes.append(f"{test_folder} has no image of {len(without)} class(es), the first is {without[0]!r}")
-    return listed._replace(left_out=(*train.left_out, *test.left_out), notes=tuple(notes))
+    if split_later:
+        taken = train_folder(folder)
+        train, test, notes = _class_folders(taken), None, []
+        others = [name for name in TEST_FOLDERS if taken != folder and (folder / name).is_dir()]
+        if others:
+            raise UserError(f"{folder / others[0]} has images to test on: leave --test-fraction out, or move it away")
+    else:
+        train = _class_folders(folder / "train")
+        test_folder, note = _test_folder(folder, _classes(train))
+        test = _class_folders(test_folder)
+        notes = [note] if note else []
+        without = sorted(set(_classes(train)) - {label for _, label in test.samples})
+        if without:
+            notes.append(f"{test_folder} has no image of {len(without)} class(es), the first is {without[0]!r}")
+    left_out = (*train.left_out, *(test.left_out if test else ()))
+    raw = listed(folder, train.samples, test.samples if test else None, _classes(train))
+    return raw._replace(left_out=left_out, notes=tuple(notes))
 
 
-def imagefolder_files(root: Path) -> list[Path]:
-    """List the images that :func:`read_imagefolder` would take."""
-    raw = read_imagefolder(root)
-    return [path for part in (raw.train_images, raw.test_images) if isinstance(part, ImageFiles) for path in part.paths]
+def train_folder(folder: Path) -> Path:
+    """Where the classes are in a folder without a test part: ``folder/train`` if there is one, or the folder itself."""
+    return folder / "train" if (folder / "train").is_dir() else folder
+
+
+def image_files(raw: RawData) -> list[Path]:
+    """The image files of all parts."""
+    return [path for part in raw.parts if isinstance(part.images, ImageFiles) for path in part.images.paths]
+
+
+def _classes(listing: Listing) -> tuple[str, ...]:
+    return tuple(sorted({label for _, label in listing.samples}))
 
 
 def _test_folder(folder: Path, classes: tuple[str, ...]) -> tuple[Path, str]:
@@ -122,7 +147,10 @@ def _test_folder(folder: Path, classes: tuple[str, ...]) -> tuple[Path, str]:
         if there:
             raise UserError(f"{there[0]} {problems[there[0]]}: put the images of each class into {there[0]}/CLASS")
         names = ", ".join(sorted(path.name for path in folder.iterdir()))
-        raise UserError(f"{folder} holds {names} and no images to test on: put them into {folder}/val/CLASS")
+        raise UserError(
+            f"{folder} holds {names} and no images to test on: put them into {folder}/val/CLASS, or split some "
+            "off with --test-fraction 0.2"
+        )
     others = [f"{path} ({problems[path] or 'not needed'})" for path in there if path != taken]
     return taken, f"the test part is {taken}; left alone: {', '.join(others)}" if others else ""
 
@@ -162,14 +190,22 @@ def _where_images_are(part: Path) -> str:
     return f"put images into {folder}/train/CLASS and {folder}/val/CLASS{there}"
 
 
-def _listed(train: _Samples, test: _Samples, classes: tuple[str, ...], fit: bool) -> RawArrays:
+def listed(base: Path, train: Samples, test: Samples | None, classes: tuple[str, ...]) -> RawData:
+    """The raw data of listed image files.
+
+    Args:
+        base: the folder of the raw data.
+        train: ``(file, class)`` of each sample; likewise ``test``.
+        test: ``None`` if nobody has decided yet what to test on.
+        classes: in the order of their numbers.
+    """
     number = {label: i for i, label in enumerate(classes)}
 
-    def part(samples: _Samples) -> tuple[ImageFiles, np.ndarray]:
+    def part(samples: Samples) -> RawPart:
         labels = np.array([number[label] for _, label in samples], np.int64)
-        return ImageFiles(tuple(file for file, _ in samples), fit), labels
+        return RawPart(ImageFiles(tuple(file for file, _ in samples), base), labels)
 
-    return RawArrays(*part(train), *part(test), classes)
+    return RawData(part(train), None if test is None else part(test), classes)
 
 
 def _table(path: Path) -> list[list[str]]:

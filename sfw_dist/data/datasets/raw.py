@@ -1,33 +1,76 @@
-"""What the reader of a data set returns: arrays, or image files that are decoded later."""
+"""What the reader of a data set returns: arrays, image files that are decoded later, or the items of a Dataset."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+
+class ImageFormat(NamedTuple):
+    """What every image of a data set is brought to."""
+
+    channels: int
+    height: int
+    width: int
+    fit: bool = False
+    """Scale and crop an image of another size; otherwise it counts as a bad file."""
+    to_grey: bool = False
+    """Take the brightness of a coloured image where one channel is wanted; otherwise it counts as a bad file."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(channels, height, width)``"""
+        return self.channels, self.height, self.width
 
 
 class ImageFiles(NamedTuple):
     """Images that do not fit in memory: one file for each sample, in the order of the labels."""
 
     paths: tuple[Path, ...]
-    fit: bool = False
-    """Scale and crop an image of another size; otherwise it counts as a bad file."""
+    base: Path
+    """The folder of the raw data set: a sample is known by its path from there, wherever that folder lies."""
 
 
-Images = NDArray[np.uint8] | ImageFiles
+class MapDataset(Protocol):
+    """A ``torch.utils.data.Dataset`` with a length."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+class Items(NamedTuple):
+    """Samples that a Dataset makes, each an image with its label."""
+
+    dataset: MapDataset
+    description: str
+    """What messages call the part, such as ``train``."""
+
+
+Images = NDArray[np.uint8] | ImageFiles | Items
 """An array has the shape ``(n, height, width, channels)``."""
+Labels = NDArray[Any] | Sequence[Any]
+"""Integers or texts ``(n,)``."""
 
 
-class RawArrays(NamedTuple):
-    """Images and labels of both parts; labels are int64 ``(n,)``."""
+class RawPart(NamedTuple):
+    """The samples of one part."""
 
-    train_images: Images
-    train_labels: NDArray[np.int64]
-    test_images: Images
-    test_labels: NDArray[np.int64]
+    images: Images
+    labels: Labels | None
+    """``None`` for `Items`, which have their labels with them."""
+
+
+class RawData(NamedTuple):
+    """Both parts of a data set."""
+
+    train: RawPart
+    test: RawPart | None
+    """``None`` where nobody has decided what to test on."""
     classes: tuple[str, ...] | None = None
     """Names of the classes, when the raw data rather than the registry holds them."""
     files: tuple[Path, ...] = ()
@@ -36,3 +79,8 @@ class RawArrays(NamedTuple):
     """``path (reason)`` of each file that is no sample."""
     notes: tuple[str, ...] = ()
     """What else people should know of how the raw data was read: one sentence each."""
+
+    @property
+    def parts(self) -> tuple[RawPart, ...]:
+        """The parts that there are."""
+        return (self.train,) if self.test is None else (self.train, self.test)

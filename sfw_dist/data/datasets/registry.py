@@ -1,20 +1,19 @@
 """The data sets: the facts about each, and the reader of its raw data.
 
-To add one, write a reader (a function from the root folder to :class:`~sfw_dist.data.datasets.raw.RawArrays`) and an
+To add one, write a reader (a function from the root folder to :class:`~sfw_dist.data.datasets.raw.RawData`) and an
 entry in :data:`DATASETS`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sfw_dist.data.datasets.array_sets import Reader, cifar_reader, mnist_reader, read_digits, svhn_reader
 from sfw_dist.data.datasets.cifar_python import PythonVersion
 from sfw_dist.data.datasets.download import Remote
-from sfw_dist.data.datasets.image_sets import imagefolder_files, read_imagefolder, tiny_imagenet_reader
-from sfw_dist.errors import UserError
+from sfw_dist.data.datasets.image_sets import image_files, read_imagefolder, tiny_imagenet_reader
 
 
 @dataclass(frozen=True)
@@ -24,8 +23,8 @@ class Dataset:
     name: str
     classes: tuple[str, ...] | None
     """``None`` when the raw data names them."""
-    image_shape: tuple[int, int, int]
-    """``(channels, height, width)``"""
+    image_shape: tuple[int, int, int] | None
+    """``(channels, height, width)``; ``None``: that of the first training image."""
     source: str
     """Where it comes from, for people."""
     read: Reader
@@ -37,34 +36,14 @@ class Dataset:
     list_files: Callable[[Path], Sequence[Path]] | None = None
     """Lists the images below the root folder, for a data set whose images are whatever lies there."""
     any_size: bool = False
-    """Whether its images are scaled and cropped, so that :meth:`resized` may choose another size."""
+    """Whether its images are scaled and cropped to ``image_shape``, and another size may be chosen."""
+    arguments: tuple[str, ...] | None = ()
+    """What the command ``prepare`` is given to make it, if that is not the name; ``None``: no command makes it."""
 
-    def resized(self, side: int) -> Dataset:
-        """The data set with square images of another size.
-
-        Args:
-            side: of the images, in pixels.
-
-        Raises:
-            UserError: the images have a size of their own, or ``side`` is below 1.
-        """
-        if not self.any_size:
-            _, height, width = self.image_shape
-            raise UserError(f"the images of {self.name} are {height}×{width}, size {side} is refused: leave size out")
-        if side < 1:
-            raise UserError(f"size must be at least 1, got {side}: write 64")
-        return replace(self, image_shape=(self.image_shape[0], side, side))
-
-
-def find_dataset(name: str) -> Dataset:
-    """Look a data set up.
-
-    Raises:
-        UserError: there is none of that name; the message lists the known ones.
-    """
-    if name not in DATASETS:
-        raise UserError(f"unknown data set {name!r}: write one of {', '.join(sorted(DATASETS))}")
-    return DATASETS[name]
+    @property
+    def made_from(self) -> tuple[str, ...]:
+        """What the command ``prepare`` is given to make it, besides the root and options; empty if none makes it."""
+        return () if self.arguments is None else self.arguments or (self.name,)
 
 
 MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
@@ -210,7 +189,7 @@ DATASETS = {
             image_shape=(3, 64, 64),
             source="the user's own images; another size was scaled by the shorter side and cropped at the centre",
             read=read_imagefolder,
-            list_files=imagefolder_files,
+            list_files=lambda root: image_files(read_imagefolder(root)),
             any_size=True,
         ),
     )

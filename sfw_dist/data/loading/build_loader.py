@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sfw_dist.data.datasets.registry import find_dataset
 from sfw_dist.data.loading.augment import Augmentation, SampleParams
 from sfw_dist.data.loading.backend import Backend
 from sfw_dist.data.loading.ffcv_probe import ffcv_installed, ffcv_problem
@@ -27,12 +26,14 @@ from sfw_dist.data.manifest import (
     Part,
     beton_file,
     check_sizes,
+    ids_file,
     images_file,
     labels_file,
     prepare_again,
     prepare_command,
     read_files,
     read_manifest,
+    set_folder,
 )
 from sfw_dist.data.sampler import EvaluationSampler, Ids, Sampler, TrainingSampler, split_validation
 from sfw_dist.errors import UserError
@@ -68,7 +69,7 @@ def dataset_info(config: DataConfig) -> DatasetInfo:
         UserError: the data set is not prepared, or is damaged.
     """
     folder, manifest = _open_folder(config)
-    train, validation = split_validation(_labels(folder, manifest, "train"), config.validation_fraction, seed=0)
+    train, validation = _split_training(config, folder, manifest, seed=0)
     counts: dict[Split, int] = {
         "train": len(train),
         "validation": len(validation),
@@ -123,7 +124,7 @@ def rank_sampler(config: DataConfig, split: Split, *, seed: int, rank: int, worl
     """The samples that ``rank`` reads; takes and raises what :func:`open_loader` does, but opens no backend."""
     assert 0 <= rank < world_size
     folder, manifest = _open_folder(config)
-    members = _members(config, split, _labels(folder, manifest, _part(split)), seed)
+    members = _members(config, split, folder, manifest, seed)
     if split == "train":
         return TrainingSampler(members, config.batch_size, seed, rank, world_size)
     return EvaluationSampler(members, config.eval_batch_size, rank, world_size)
@@ -140,16 +141,16 @@ def _part(split: Split) -> Part:
 
 
 def _open_folder(config: DataConfig) -> tuple[Path, Manifest]:
-    folder = Path(config.root) / find_dataset(config.name).name
+    folder = set_folder(config.root, config.name)
     manifest = read_manifest(folder)
     check_sizes(folder, manifest)
     return folder, manifest
 
 
-def _members(config: DataConfig, split: Split, labels: Ids, seed: int) -> Ids:
+def _members(config: DataConfig, split: Split, folder: Path, manifest: Manifest, seed: int) -> Ids:
     if split == "test":
-        return np.arange(len(labels))
-    train, validation = split_validation(labels, config.validation_fraction, seed)
+        return np.arange(manifest.counts["test"])
+    train, validation = _split_training(config, folder, manifest, seed)
     if split == "train":
         return train
     if len(validation) == 0:
@@ -157,6 +158,13 @@ def _members(config: DataConfig, split: Split, labels: Ids, seed: int) -> Ids:
         remedy = "no class has two training images, write 0" if fraction else "write 0.1 for 10 %"
         raise UserError(f"data.validation_fraction {fraction} leaves no validation split: {remedy}")
     return validation
+
+
+def _split_training(config: DataConfig, folder: Path, manifest: Manifest, seed: int) -> tuple[Ids, Ids]:
+    labels, identities = _labels(folder, manifest, "train"), None
+    if ids_file("train") in manifest.files:
+        identities = _load_array(folder / ids_file("train"), np.uint64, (len(labels),))
+    return split_validation(labels, config.validation_fraction, seed, identities)
 
 
 def _choose(config: DataConfig, folder: Path, manifest: Manifest, device: torch.device) -> tuple[str, str]:
@@ -199,8 +207,7 @@ def _open_backend(
             return MemmapBackend(_images(folder, manifest, part), labels)
         case "folder":
             files = [folder.parent / file for file in read_files(folder, part)]
-            fit = find_dataset(manifest.name).any_size
-            return FolderBackend(files, labels, manifest.image_shape[1], fit=fit)
+            return FolderBackend(files, labels, manifest.image_format)
         case _:
             return GPUBackend(_images(folder, manifest, part), labels, device)
 

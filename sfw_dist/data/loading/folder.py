@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from sfw_dist.data.datasets.raw import ImageFormat
 from sfw_dist.data.decode import decode_image
 from sfw_dist.data.loading.augment import SampleParams, transform
 from sfw_dist.data.loading.backend import Batch
@@ -19,17 +20,16 @@ class FolderBackend:
     Args:
         files: one for each sample.
         labels: int64 ``(n,)``.
-        side: of the square images, in pixels.
-        fit: scale and crop images of another size; without it they are errors.
+        form: of the images.
     """
 
     threaded = True
 
-    def __init__(self, files: list[Path], labels: Ids, side: int, *, fit: bool) -> None:
-        self._files, self._labels, self._side, self._fit = files, labels, side, fit
+    def __init__(self, files: list[Path], labels: Ids, form: ImageFormat) -> None:
+        self._files, self._labels, self._form = files, labels, form
 
     def fetch(self, ids: Ids, params: SampleParams) -> Batch:
-        decoded = np.stack([decode_image(self._files[i], self._side, self._fit) for i in ids])
+        decoded = np.stack([decode_image(self._files[i], self._form) for i in ids])
         images = transform(torch.from_numpy(decoded), np.arange(len(ids)), params)
         return images, torch.from_numpy(self._labels[ids])
 

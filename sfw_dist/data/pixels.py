@@ -1,0 +1,156 @@
+"""From what a person has for an image to 8-bit pixels ``(height, width, channels)`` of one size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from sfw_dist.data.datasets.raw import ImageFormat
+
+MOST_ELONGATED = 8
+"""Sides of a longer image are cut to this many times what is wanted, around the centre, before it is scaled."""
+GREY_MODES = frozenset(("1", "L", "LA", "La", "I", "F"))
+"""Pillow's modes of images with one brightness, besides those of 16 bits."""
+_USUAL_CHANNELS = 4
+
+
+def is_grey(image: Image.Image) -> bool:
+    """Whether an image has one brightness and no colours."""
+    return image.mode in GREY_MODES or image.mode.startswith("I;16")
+
+
+def eight_bits(values: NDArray[Any], *, kind: str = "") -> NDArray[np.uint8]:
+    """Values of 8 bits, by their type: numpy's own conversion would take them modulo 256.
+
+    Args:
+        values: uint8 and booleans; uint16, of which the upper 8 bits are kept; other integers from 0 to 255; or real
+            numbers in [0, 1], which become 0 to 255.
+        kind: what messages call the numbers.
+
+    Raises:
+        ValueError: integers outside of 0 to 255, or real numbers outside of [0, 1]: their range is not known.
+
+    Example:
+        >>> eight_bits(np.array([0.0, 0.5, 1.0])).tolist()
+        [0, 128, 255]
+    """
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype == np.bool_:
+        return values.astype(np.uint8) * np.uint8(255)
+    if values.dtype == np.uint16:
+        return (values >> 8).astype(np.uint8)
+    real = np.issubdtype(values.dtype, np.floating)
+    if not real and not np.issubdtype(values.dtype, np.integer):
+        raise ValueError(f"values of type {values.dtype}: give integers or real numbers")
+    low, high, most = float(values.min()), float(values.max()), 1 if real else 255
+    if not 0 <= low <= high <= most:  # true if a value is NaN
+        kind = kind or ("real" if real else "integer")
+        raise ValueError(
+            f"{kind} numbers of {low:g} to {high:g}, wanted 0 to {most}: scale them, and leave normalisation out"
+        )
+    return np.rint(values * np.float64(255)).astype(np.uint8) if real else values.astype(np.uint8)
+
+
+def pixels_of_image(image: Image.Image, form: ImageFormat) -> NDArray[np.uint8]:
+    """The pixels of a Pillow image in the wanted format; a grey value is repeated in all colours.
+
+    Args:
+        image: any mode; transparency is dropped.
+        form: the wanted channels (1, 3, or 4 with transparency) and size.
+
+    Raises:
+        ValueError: another size or colours, without what the format says to do with them; or numbers whose range is
+            not known.
+    """
+    if is_grey(image) and image.mode not in ("LA", "La"):
+        image = _grey(image)
+    elif form.channels == 1 and not form.to_grey and not is_grey(image):
+        raise ValueError("in colour, wanted grey: give --channels 3, or 1 to take the brightness")
+    modes = {1: "L", 3: "RGB", 4: "RGBA"}
+    if form.channels not in modes:
+        raise ValueError(f"{image.mode} pixels, wanted {form.channels} channels: save it as .npy")
+    pixels = np.asarray(image.convert(modes[form.channels]))
+    return fitted(pixels.reshape(*pixels.shape[:2], form.channels), form)
+
+
+def _grey(image: Image.Image) -> Image.Image:
+    """A grey image of 8 bits: Pillow's own conversion clips, and makes 16 bits white, real numbers black."""
+    wide = image.mode.startswith("I;16")
+    if not (wide or image.mode in ("I", "F")):
+        return image
+    values = np.asarray(image)
+    # Pillow opens 16-bit PGM, and before version 10.3 also PNG, as 32 bits.
+    if wide or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        values = values.astype(np.uint16)
+    return Image.fromarray(eight_bits(values, kind="real" if image.mode == "F" else "32-bit"))
+
+
+def pixels_of_array(values: NDArray[Any], form: ImageFormat) -> NDArray[np.uint8]:
+    """The pixels of an array ``(height, width)`` or ``(height, width, channels)`` in the wanted format.
+
+    Raises:
+        ValueError: other channels; another size, without ``form.fit``; or values whose range is not known.
+    """
+    pixels = eight_bits(with_channels(values))
+    if pixels.shape[2] != form.channels:
+        if pixels.shape[2] != 1 or form.channels != 3:
+            raise ValueError(f"{pixels.shape[2]} channels, wanted {form.channels}")
+        pixels = np.repeat(pixels, 3, axis=2)
+    return fitted(pixels, form)
+
+
+def with_channels(values: NDArray[Any]) -> NDArray[Any]:
+    """An image's array as ``(height, width, channels)``.
+
+    Raises:
+        ValueError: it has not two or three axes, or its channels seem to come first.
+    """
+    if values.ndim == 2:
+        return values[..., np.newaxis]
+    if values.ndim != 3 or 0 in values.shape:
+        raise ValueError(f"an array of shape {values.shape}, wanted (height, width) or (height, width, channels)")
+    if values.shape[0] <= _USUAL_CHANNELS < min(values.shape[1:]):
+        raise ValueError(f"an array of shape {values.shape} seems to have its channels first: put them last")
+    return values
+
+
+def fitted(pixels: NDArray[np.uint8], form: ImageFormat) -> NDArray[np.uint8]:
+    """Bring pixels to the wanted size: scaled bilinearly until both sides are covered, then cropped to the centre.
+
+    Args:
+        pixels: ``(H, W, C)``.
+        form: the wanted size.
+
+    Raises:
+        ValueError: another size, without ``form.fit``.
+    """
+    height, width = pixels.shape[:2]
+    if (height, width) == (form.height, form.width):
+        return pixels
+    if not form.fit:
+        raise ValueError(f"{width}×{height} pixels, wanted {form.width}×{form.height}")
+    scale = max(form.height / height, form.width / width)
+    # Of a longer image the middle: scaled, it might not fit into memory.
+    most_wide, most_high = (max(1, round(MOST_ELONGATED * side / scale)) for side in (form.width, form.height))
+    left, top = max(0, (width - most_wide) // 2), max(0, (height - most_high) // 2)
+    pixels = pixels[top : top + most_high, left : left + most_wide]
+    height, width = pixels.shape[:2]
+    height, width = max(form.height, round(height * scale)), max(form.width, round(width * scale))
+    left, top = (width - form.width) // 2, (height - form.height) // 2
+    return _resized(pixels, height, width)[top : top + form.height, left : left + form.width]
+
+
+def _resized(pixels: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    """Scale each channel; Pillow scales colours at once only where there are three or four."""
+
+    def scaled(plane: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        image = Image.fromarray(np.ascontiguousarray(plane))
+        return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+
+    if pixels.shape[2] == 3:
+        return scaled(pixels)
+    return np.stack([scaled(pixels[..., channel]) for channel in range(pixels.shape[2])], axis=-1)
