@@ -68,9 +68,7 @@ def prepare(
     """
     options = options or Options()
     dataset = find_source(source, name, table, split_later=options.test_fraction > 0)
-    if check_source and not again and (changes := source_changes(folder := set_folder(root, dataset.name), dataset)):
-        raise UserError(f"the raw files of {folder} have changed ({named(changes)}): {prepare_again(folder)}")
-    return _prepare(dataset, Path(root), options, again)
+    return _prepare(dataset, Path(root), options, again=again, check_source=check_source)
 
 
 def write(
@@ -116,7 +114,7 @@ def write(
         raise UserError(f"{folder} exists: choose another name, or replace it with again=True")
     _check_own_name(name)
     parts = {"train": train, "test": test, "classes": classes}
-    return _prepare(values_set(name, parts), Path(root), options or Options(), again)
+    return _prepare(values_set(name, parts), Path(root), options or Options(), again=again)
 
 
 def find_source(
@@ -185,12 +183,14 @@ def verify(name: str, root: Path | str) -> list[str]:
     return problems
 
 
-def _prepare(dataset: Dataset, root: Path, options: Options, again: bool) -> Path:
+def _prepare(dataset: Dataset, root: Path, options: Options, *, again: bool, check_source: bool = False) -> Path:
     folder = set_folder(root, dataset.name)
     _check_options(dataset, options)
     manifest = None if again else _intact_manifest(folder)
     if manifest:
         _check_same(folder, manifest, dataset, options)
+        if check_source and (changes := source_changes(folder, dataset)):
+            raise UserError(f"the raw files of {folder} have changed ({named(changes)}): {prepare_again(folder)}")
     elif options.size is None and dataset.any_size:
         options = replace(options, size=fitted_size(folder))  # a folder is made again with the size that it had
     if manifest and (manifest.has_betons or _beton_writer() is None):

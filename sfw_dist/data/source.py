@@ -93,4 +93,4 @@ def _state(path: Path, time: int | None = None) -> _State:
 
 
 def _key(path: Path, root: Path) -> str:
-    return str(path.relative_to(root) if path.is_relative_to(root) else path)
+    return str(path.relative_to(root) if path.is_relative_to(root) else path.absolute())
