@@ -63,6 +63,7 @@ def read_chunks(images: ImageFiles | Items, form: ImageFormat, chunks: Sequence[
     loader = DataLoader(
         _ItemChunks(images, form, chunks),
         batch_size=None,
+        collate_fn=lambda chunk: chunk,  # not to tensors
         num_workers=several,
         multiprocessing_context="fork" if several else None,
     )

@@ -14,6 +14,7 @@ import numpy as np
 
 from sfw_dist.data.datasets.raw import ImageFormat
 from sfw_dist.data.datasets.registry import DATASETS
+from sfw_dist.data.record import DataRecord
 from sfw_dist.errors import UserError
 from sfw_dist.files import write_text
 
@@ -114,6 +115,13 @@ class Manifest:
         arrays = sorted((name, record.sha256) for name, record in self.files.items() if name.endswith(".npy"))
         facts = (self.classes, self.image_shape, self.mean, self.std, arrays)
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    @property
+    def record(self) -> DataRecord:
+        """What a run remembers of it."""
+        return DataRecord(
+            self.name, self.content, self.classes, self.image_shape, self.mean, self.std, dict(self.counts)
+        )
 
     @property
     def has_betons(self) -> bool:

@@ -14,7 +14,7 @@ MOST_ELONGATED = 8
 """Sides of a longer image are cut to this many times what is wanted, around the centre, before it is scaled."""
 GREY_MODES = frozenset(("1", "L", "LA", "La", "I", "F"))
 """Pillow's modes of images with one brightness, besides those of 16 bits."""
-_USUAL_CHANNELS = 4
+_MOST_USUAL_CHANNELS = 4
 
 
 def is_grey(image: Image.Image) -> bool:
@@ -113,7 +113,7 @@ def with_channels(values: NDArray[Any]) -> NDArray[Any]:
         return values[..., np.newaxis]
     if values.ndim != 3 or 0 in values.shape:
         raise ValueError(f"an array of shape {values.shape}, wanted (height, width) or (height, width, channels)")
-    if values.shape[0] <= _USUAL_CHANNELS < min(values.shape[1:]):
+    if values.shape[0] in (1, 3) and values.shape[2] > _MOST_USUAL_CHANNELS:
         raise ValueError(f"an array of shape {values.shape} seems to have its channels first: put them last")
     return values
 

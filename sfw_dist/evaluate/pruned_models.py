@@ -58,6 +58,8 @@ class PrunedModels:
         self._world = world
         self._loaders: dict[str, Loader] = {}
         info = dataset_info(config.data)
+        run.check_data(info.record)
+        self._data = info.record
         self._image_shape = info.image_shape
         self.model = _trained_model(run, config, len(info.classes), info.image_shape[0]).to(world.device).eval()
         self._normalize = Normalize(info.mean, info.std).to(world.device)
@@ -142,7 +144,9 @@ class PrunedModels:
 
     def export(self, pruning: Pruning, statistics: Statistics, path: Path) -> None:
         """Write the pruned network's parameters and buffers by name, with these statistics."""
-        write_tensors(path, {**self.model.state_dict(), **pruning.pruned_parameters(self.model), **statistics})
+        write_tensors(
+            path, {**self.model.state_dict(), **pruning.pruned_parameters(self.model), **statistics}, self._data
+        )
 
     def _loader(self, split: Split) -> Loader:
         if split not in self._loaders:

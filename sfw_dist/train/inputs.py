@@ -9,6 +9,7 @@ from sfw_dist.config import Config, DataConfig
 from sfw_dist.data.datasets.registry import DATASETS
 from sfw_dist.data.loading import Loader, MixUpCutMix, Normalize, Split, dataset_info, open_loader, rank_sampler
 from sfw_dist.data.prepare import prepare
+from sfw_dist.data.record import DataRecord
 from sfw_dist.distributed.world import World
 from sfw_dist.train.init_stage import check_half_batches
 from sfw_dist.train.run_folder import RunFolder
@@ -33,6 +34,7 @@ def check_input(config: Config, rank: int, world_size: int, *, resume: bool) -> 
     run = RunFolder(config.run_dir)
     run.check_free_for(config, resume)
     _prepare_if_possible(config.data)
+    run.check_data(dataset_info(config.data).record)
     for split in splits(config):
         rank_sampler(config.data, split, seed=config.seed, rank=rank, world_size=world_size)
     check_world(config, world_size)
@@ -77,6 +79,11 @@ class BatchPreparation:
             label_smoothing=config.data.label_smoothing,
             seed=config.seed,
         )
+
+    @property
+    def data(self) -> DataRecord:
+        """What the run remembers of its data."""
+        return self._info.record
 
     @property
     def classes(self) -> int:

@@ -1,6 +1,6 @@
 """A run's folder: its files, how they are written (never half), and the lock on it.
 
-runs/<name>/config.yaml  environment.json  metrics.jsonl  heartbeat.json  tensorboard/
+runs/<name>/config.yaml  data.json  environment.json  metrics.jsonl  heartbeat.json  tensorboard/
             checkpoints/  model.safetensors  prune/  report/
 """
 
@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from sfw_dist.config import Config, first_difference, load_config, save_config
+from sfw_dist.data.record import DataRecord
 from sfw_dist.distributed.world import World, any_rank, barrier
 from sfw_dist.errors import UserError
 from sfw_dist.files import LockedError, file_lock, make_folder, replacing, write_json, write_text
@@ -39,6 +40,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = path / "config.yaml"
+        self.data = path / "data.json"
         self.checkpoints = path / "checkpoints"
         self.prune = path / "prune"
         self.weights = path / "model.safetensors"
@@ -80,12 +82,45 @@ class RunFolder:
         if not resume:
             raise UserError(f"{self.path} exists: resume it with --resume auto, or choose another --name")
 
-    def create(self, config: Config) -> None:
-        """Make the folder and write config.yaml and environment.json; a resumed run keeps those of its start."""
+    def check_data(self, data: DataRecord) -> None:
+        """Check that the run was trained on these data; nothing is known of a run of earlier versions.
+
+        Raises:
+            UserError: other data, with what differs.
+        """
+        before = self.data_record()
+        if before and (difference := data.difference(before)):
+            raise UserError(
+                f"{self.path} was trained on other data ({difference}): give the folder of data set "
+                f"{before.name!r} as it was, by --data.root (evaluate: --data-root), or train under another --name"
+            )
+
+    def data_record(self) -> DataRecord | None:
+        """The data that the run is trained on, from data.json, or from model.safetensors if that was copied alone.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        try:
+            if self.data.is_file():
+                return DataRecord.from_json(self.data.read_bytes())
+            if self.weights.is_file():
+                with safe_open(self.weights, framework="pt") as file:
+                    return DataRecord.from_metadata(file.metadata())
+        except SafetensorError:
+            return None  # load_weights tells it
+        except ValueError as error:
+            raise UserError(f"{self.data} is damaged ({error}): remove it, and the data are not compared") from None
+        return None
+
+    def create(self, config: Config, data: DataRecord) -> None:
+        """Make the folder, and write config.yaml, data.json and environment.json; a resumed run keeps them."""
         make_folder(self.path)
         if not self.config.is_file():
             write_text(self.config, save_config(config))  # first: by this file the folder is known as a run's
             write_json(self.path / "environment.json", environment())
+        if not self.data.is_file():
+            write_json(self.data, data.json())
         for folder in (self.checkpoints, self.prune, self.tensorboard):
             make_folder(folder)
         _drop_unfinished_line(self.metrics)
@@ -102,8 +137,8 @@ class RunFolder:
         write_json(self.path / "heartbeat.json", {"time": round(time.time(), 3), **values})
 
     def save_weights(self, state: dict[str, Tensor]) -> None:
-        """Write model.safetensors: parameters and buffers by name."""
-        write_tensors(self.weights, state)
+        """Write model.safetensors: parameters and buffers by name; its metadata say what data they are for."""
+        write_tensors(self.weights, state, self.data_record())
 
     def load_weights(self) -> dict[str, Tensor]:
         """Read model.safetensors.
@@ -149,10 +184,11 @@ def exclusive_lock(run: RunFolder, world: World) -> Iterator[None]:
         yield
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file."""
+def write_tensors(path: Path, tensors: dict[str, Tensor], data: DataRecord | None) -> None:
+    """Write a safetensors file, with the data that the network is for in its metadata."""
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as file:
-        file.write(save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
+        file.write(save(stored, data.metadata() if data else None))
 
 
 def _drop_unfinished_line(path: Path) -> None:

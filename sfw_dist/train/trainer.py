@@ -64,6 +64,9 @@ def train(config: Config, world: World, *, resume: bool = False, signals: Signal
     if config.init.steps and checkpoint.newest(run.checkpoints) is None:
         half_batches = HalfBatches(loaders["train"], batches.training)
         with exclusive_lock(run, world), _entered(signals) as handler:
+            if world.main:
+                run.create(config, batches.data)
+            barrier(world)
             if not _initialize(model, run, config, world, half_batches, handler):
                 return INTERRUPTED
     trainer = Trainer(model, config, world, run, loaders, batches)
@@ -81,9 +84,6 @@ def _initialize(
     model: nn.Module, run: RunFolder, config: Config, world: World, batches: HalfBatches, signals: SignalHandler
 ) -> bool:
     """Run SFW-Init while every rank has the whole network; False if a signal stopped it, and then nothing is kept."""
-    if world.main:
-        run.create(config)
-    barrier(world)
     with open_logger(run, config, world) as logger:
         complete = run_sfw_init(model, config, world, batches, logger, signals)
         if not complete:
@@ -153,7 +153,7 @@ class Trainer:
             self.lr_schedule.load_state_dict(state["schedule"])
             self.position = Position(**state["position"])
         if self.world.main:
-            self.run.create(self.config)
+            self.run.create(self.config, self.batches.data)
         barrier(self.world)
 
     def _allocate(self, stored: dict[str, Tensor], source: Path) -> dict[str, Tensor]:

@@ -93,6 +93,19 @@ def test_validation_split_is_stratified_and_disjoint() -> None:
     assert len(split_validation(labels, 0.0, seed=1)[1]) == 0
 
 
+def test_identities_decide_the_validation_split() -> None:
+    """Fails when one image in front, or another order, moves all of the split."""
+    labels, identities = np.arange(200) % 4, np.arange(1000, 1200, dtype=np.uint64)
+    _, before = split_validation(labels, 0.2, 1, identities)
+    order = np.random.default_rng(0).permutation(200)
+    _, after = split_validation(labels[order], 0.2, 1, identities[order])
+    assert set(identities[before]) == set(identities[order][after])
+    more_labels, more = np.append(2, labels), np.append(np.uint64(7), identities)
+    _, after = split_validation(more_labels, 0.2, 1, more)
+    moved = set(identities[before]) ^ set(more[after])
+    assert len(moved) <= 2 and all(more_labels[np.flatnonzero(more == one)] == 2 for one in moved)
+
+
 @pytest.mark.parametrize(
     ("sizes", "fraction", "held_out"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,6 +50,20 @@ def test_one_pass_measures_what_pruning_in_place_does(run: RunFolder) -> None:
             assert (metrics.top1, metrics.top5, metrics.samples) == (expected.top1, expected.top5, expected.samples)
             assert metrics.loss == pytest.approx(expected.loss, rel=1e-5)
             recalibrate(alone, training)  # for the second of the two
+
+
+def test_renamed_classes_are_not_measured(run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails when a network is measured on data whose classes have other numbers: 0 % accuracy, and exit status 0."""
+    config = load_config(run.config)
+    folder = shutil.copytree(Path(config.data.root) / "digits", tmp_path / "digits")
+    assert main([str(run.path), "--sparsities", "0", "--data-root", str(tmp_path)]) == 0, "a copy is no change"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["classes"][3:5] = ["four", "three"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    capsys.readouterr()
+    assert main([str(run.path), "--sparsities", "0", "--data-root", str(tmp_path)]) == 2
+    output = capsys.readouterr()
+    assert "class 3 is 'four', was '3'" in output.err and output.err.count("\n") == 1 and not output.out
 
 
 def test_weights_of_another_model(run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

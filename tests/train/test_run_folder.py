@@ -9,6 +9,7 @@ import platform
 import socket
 import stat
 import sys
+from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -16,13 +17,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from sfw_dist.config import Config, OptimizerConfig, load_config
+from sfw_dist.data.record import DataRecord
 from sfw_dist.errors import UserError
 from sfw_dist.files import replacing, write_json, write_text
 from sfw_dist.train.run_folder import RunFolder, environment
 
 CONFIG = Config(name="a")
+DIGITS = DataRecord("digits", "c0", ("zero", "one"), (1, 8, 8), (0.3,), (0.35,), {"train": 20, "test": 10})
 
 
 @pytest.fixture
@@ -33,7 +37,7 @@ def run(tmp_path: Path) -> RunFolder:
 
 @pytest.fixture
 def made(run: RunFolder) -> RunFolder:
-    run.create(CONFIG)
+    run.create(CONFIG, DIGITS)
     return run
 
 
@@ -101,7 +105,7 @@ def test_the_folders_are_their_owners_even_without_a_umask(tmp_path: Path) -> No
     """Fails when others may replace a run's files, or the run as a whole through a folder above it."""
     umask = os.umask(0)
     try:
-        RunFolder(tmp_path / "above" / "runs" / "a").create(CONFIG)
+        RunFolder(tmp_path / "above" / "runs" / "a").create(CONFIG, DIGITS)
     finally:
         os.umask(umask)
     folders = [path for path in tmp_path.rglob("*") if path.is_dir()]
@@ -175,7 +179,7 @@ def test_log_appends_json_lines_in_which_no_number_is_infinite(made: RunFolder) 
 def test_resuming_cuts_off_an_unfinished_line(made: RunFolder, written: str) -> None:
     """Fails when the first record after a kill is glued to half a line, and both are lost."""
     made.metrics.write_text(written)
-    made.create(CONFIG)
+    made.create(CONFIG, DIGITS)
     made.log("resume", step=3)
     assert [record["event"] for record in records(made)] == ["train"] * written.count("\n") + ["resume"]
 
@@ -234,6 +238,60 @@ def test_missing_or_damaged_weights_are_named_in_one_line(made: RunFolder, conte
         made.load_weights()
     message = str(raised.value)
     assert "\n" not in message and str(made.path) in message and "--resume auto" in message
+
+
+# The data
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"classes": ("zero", "two")}, "class 1 is 'two', was 'one'"),
+        ({"classes": ("zero", "one", "two")}, "3 classes, were 2"),
+        ({"image_shape": (3, 8, 16)}, "images of 3×8×16, were of 1×8×8"),
+        ({"counts": {"train": 21, "test": 10}}, "21 train images, were 20"),
+        ({"mean": (0.4,)}, "mean 0.4, was 0.3"),
+        ({"std": (0.4,)}, "std 0.4, was 0.35"),
+        ({}, "other pixels or labels"),
+    ],
+)
+@pytest.mark.parametrize("kept", ["data.json", "model.safetensors"])
+def test_other_data_are_refused_by_what_differs(made: RunFolder, change: dict[str, Any], told: str, kept: str) -> None:
+    """Fails when a network is measured on renamed classes or another size without a word."""
+    made.save_weights({"weight": torch.zeros(2)})
+    if kept != "data.json":
+        made.data.unlink()
+    made.check_data(replace(DIGITS, name="moved"))
+    with pytest.raises(UserError) as raised:
+        made.check_data(replace(DIGITS, content="c1", **change))
+    message = str(raised.value)
+    assert told in message and str(made.path) in message and "\n" not in message
+
+
+def test_weights_tell_other_programs_their_data(made: RunFolder) -> None:
+    """Fails when somebody who has model.safetensors alone cannot know classes and normalisation."""
+    made.save_weights({"weight": torch.zeros(2)})
+    with safe_open(made.weights, framework="pt") as file:
+        metadata = file.metadata()
+    assert json.loads(metadata["data.classes"]) == ["zero", "one"]
+    assert json.loads(metadata["data.mean"]) == [0.3] and json.loads(metadata["data.image_shape"]) == [1, 8, 8]
+
+
+def test_a_run_of_earlier_versions_is_not_compared(made: RunFolder) -> None:
+    """Fails when a run without a record of its data cannot be resumed or measured."""
+    made.data.unlink()
+    made.check_data(replace(DIGITS, content="c1"))
+    made.create(CONFIG, DIGITS)
+    with pytest.raises(UserError):
+        made.check_data(replace(DIGITS, content="c1"))
+
+
+def test_a_damaged_record_is_named(made: RunFolder) -> None:
+    """Fails when a flipped byte in data.json ends in a traceback."""
+    for text in ("{", "[]", '{"name": 1}'):
+        made.data.write_text(text)
+        with pytest.raises(UserError, match=r"data\.json is damaged"):
+            made.check_data(DIGITS)
 
 
 def test_the_command_of_a_run_can_be_typed_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,7 @@ from sfw_dist.data.manifest import (
     read_manifest,
     set_folder,
 )
+from sfw_dist.data.record import DataRecord
 from sfw_dist.data.sampler import EvaluationSampler, Ids, Sampler, TrainingSampler, split_validation
 from sfw_dist.errors import UserError
 
@@ -57,6 +58,8 @@ class DatasetInfo:
     std: tuple[float, ...]
     counts: dict[Split, int]
     """Samples of each split, over all ranks."""
+    record: DataRecord
+    """What a run remembers of the data set."""
 
 
 def dataset_info(config: DataConfig) -> DatasetInfo:
@@ -75,7 +78,7 @@ def dataset_info(config: DataConfig) -> DatasetInfo:
         "validation": len(validation),
         "test": manifest.counts["test"],
     }
-    return DatasetInfo(manifest.classes, manifest.image_shape, manifest.mean, manifest.std, counts)
+    return DatasetInfo(manifest.classes, manifest.image_shape, manifest.mean, manifest.std, counts, manifest.record)
 
 
 def open_loader(
