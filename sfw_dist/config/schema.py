@@ -28,7 +28,8 @@ class DataConfig:
     """The data set and how its batches are made."""
 
     name: str = "digits"
-    """Data set: digits, mnist, fashion_mnist, cifar10, cifar100, svhn, tiny_imagenet or imagefolder."""
+    """Data set: the name of a prepared one (digits, mnist, fashion_mnist, cifar10, cifar100, svhn, tiny_imagenet,
+    imagefolder or your own), or package.module:function, which returns its parts."""
     root: str = "data"
     """Folder that holds the prepared data sets; made if it is missing."""
     backend: Literal["auto", "ffcv", "ram", "gpu", "folder"] = "auto"
