@@ -11,6 +11,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from sfw_dist.data.prepare import prepare
+from sfw_dist.data.write_parts import Options
 
 MEAN, STD = (0.48, 0.45, 0.40), (0.28, 0.27, 0.28)
 
@@ -30,7 +31,7 @@ def make_images(root: Path, train: int, side: int, classes: int = 10) -> Path:
             noise = draw.integers(-12, 13, (side, side, 3))
             pixels = np.clip(np.asarray(coarse).astype(int) + noise, 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(folder / f"{number:06d}.JPEG", quality=70)
-    prepare("imagefolder", root, size=side)
+    prepare("imagefolder", root, options=Options(size=(side, side)))
     return raw
 
 

@@ -35,7 +35,7 @@ from experiments.runs import Outcome, PlannedRun, check, cores, pending, run_all
 from experiments.study import Study, read_study
 from experiments.tables import Row, markdown, read_rows, rows_csv, summarise, summary_csv
 from sfw_dist.errors import UserError, reports_user_errors
-from sfw_dist.files import make_folder, replacing, write_text
+from sfw_dist.files import make_folder, replacing, user_path, write_text
 from sfw_dist.report.runs import Run, read_runs
 
 
@@ -134,10 +134,10 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("study", nargs="?", type=Path, metavar="STUDY", help="YAML file of the study")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
+    parser.add_argument("study", nargs="?", type=user_path, metavar="STUDY", help="YAML file of the study")
+    parser.add_argument("--out", type=user_path, required=True, metavar="DIR", help="folder of the results")
     parser.add_argument(
-        "--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="folder of the runs (default: runs)"
+        "--runs-dir", type=user_path, default=Path("runs"), metavar="DIR", help="folder of the runs (default: runs)"
     )
     parser.add_argument(
         "--jobs", type=int, default=1, metavar="N", help="runs at a time, which share the cores (default: 1)"

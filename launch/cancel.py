@@ -10,13 +10,13 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from sfw_dist.errors import UserError, command_imports, reports_user_errors
 
 with command_imports("launch.cancel", "slurm"):
     from launch.slurm import active_jobs, cancel
     from launch.submission import submissions
+    from sfw_dist.files import user_path
     from sfw_dist.train.run_folder import RunFolder
 
 _EXAMPLES = "\n".join((__doc__ or "").split("\n\n")[1].splitlines())
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog=f"examples:\n{_EXAMPLES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
+    parser.add_argument("runs", nargs="+", type=user_path, metavar="RUN", help="a run's folder")
     parser.add_argument("--json", action="store_true", help="print one JSON object: the jobs of each run")
     options = parser.parse_args(argv)
     found = {str(path): cancel_run(RunFolder(path)) for path in options.runs}

@@ -14,7 +14,6 @@ import io
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from sfw_dist.errors import command_imports, reports_user_errors
@@ -22,7 +21,7 @@ from sfw_dist.errors import command_imports, reports_user_errors
 with command_imports("launch.collect", "slurm"):
     from launch.slurm import states
     from launch.submission import Submission, submissions
-    from sfw_dist.files import write_json, write_text
+    from sfw_dist.files import user_path, write_json, write_text
     from sfw_dist.pruning import PruningOptions
     from sfw_dist.report.write import write_report
     from sfw_dist.train.run_folder import RunFolder
@@ -90,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog=f"examples:\n{_EXAMPLES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    parser.add_argument("run", type=user_path, metavar="RUN", help="the run's folder")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(argv)
     run = RunFolder.existing(options.run)

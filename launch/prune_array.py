@@ -15,7 +15,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 from sfw_dist.errors import UserError, command_imports, reports_user_errors
 
@@ -25,6 +24,7 @@ with command_imports("launch.prune_array", "slurm"):
     from launch.submission import Submission
     from sfw_dist.config import load_config
     from sfw_dist.evaluate.pruning_arguments import add_pruning_arguments, pruning_options
+    from sfw_dist.files import user_path
     from sfw_dist.pruning import PruningOptions, parse_sparsities
     from sfw_dist.train.run_folder import RunFolder
 
@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    parser.add_argument("run", type=user_path, metavar="RUN", help="the run's folder")
     parser.add_argument(
         "--sparsities", metavar="LIST", help="fractions removed, as in 0.5,0.9:0.99:0.01 (default: the run's)"
     )

@@ -10,7 +10,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from sfw_dist.errors import UserError, command_imports, reports_user_errors
 
@@ -21,6 +20,7 @@ with command_imports("launch.retry", "slurm"):
     from launch.submission import Submission, submissions
     from launch.train import submit_training
     from sfw_dist.config import load_config
+    from sfw_dist.files import user_path
     from sfw_dist.train.run_folder import RunFolder
 
 _EXAMPLES = "\n".join((__doc__ or "").split("\n\n")[1].splitlines())
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog=f"examples:\n{_EXAMPLES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    parser.add_argument("run", type=user_path, metavar="RUN", help="the run's folder")
     add_cluster_options(parser)
     parser.set_defaults(cluster=None)
     parser.add_argument("--json", action="store_true", help="print one JSON object: what was submitted")

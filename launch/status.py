@@ -11,7 +11,6 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from sfw_dist.errors import UserError, command_imports, reports_user_errors
@@ -19,6 +18,7 @@ from sfw_dist.errors import UserError, command_imports, reports_user_errors
 with command_imports("launch.status", "slurm"):
     from launch.slurm import states
     from launch.submission import Submission, submissions
+    from sfw_dist.files import user_path
     from sfw_dist.train.run_folder import RunFolder
 
 _EXAMPLES = "\n".join((__doc__ or "").split("\n\n")[1].splitlines())
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog=f"examples:\n{_EXAMPLES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
+    parser.add_argument("runs", nargs="+", type=user_path, metavar="RUN", help="a run's folder")
     parser.add_argument("--json", action="store_true", help="print one JSON object: a list of rows for each run")
     options = parser.parse_args(argv)
     found = {str(path): run_status(RunFolder(path)) for path in options.runs}

@@ -12,7 +12,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from sfw_dist.errors import UserError, command_imports, reports_user_errors
 
@@ -23,6 +22,7 @@ with command_imports("sfw_dist.evaluate", "train"):
     from sfw_dist.evaluate.pruning_arguments import add_pruning_arguments, pruning_options
     from sfw_dist.evaluate.sparsity_search import search_run
     from sfw_dist.evaluate.sweep import sweep_run
+    from sfw_dist.files import user_path
     from sfw_dist.pruning import parse_sparsities
     from sfw_dist.train.run_folder import RunFolder
 
@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"examples:\n{_EXAMPLES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    parser.add_argument("run", type=user_path, metavar="RUN", help="the run's folder")
     parser.add_argument(
         "--sparsities", metavar="LIST", help="fractions removed, as in 0.5,0.9:0.99:0.01 (default: the run's)"
     )

@@ -6,11 +6,11 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from sfw_dist.errors import command_imports, reports_user_errors
 
 with command_imports("sfw_dist.report", "train"):
+    from sfw_dist.files import user_path
     from sfw_dist.report import table
     from sfw_dist.report.runs import read_runs
     from sfw_dist.report.write import strict_json, write_files
@@ -30,9 +30,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="a run's folder; each is one line in a figure"
+        "runs", nargs="+", type=user_path, metavar="RUN", help="a run's folder; each is one line in a figure"
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: report/ in the first run)")
+    parser.add_argument(
+        "--out", type=user_path, metavar="DIR", help="where to write (default: report/ in the first run)"
+    )
     parser.add_argument("--json", action="store_true", help="print the page's path and the curve's rows as JSON")
     arguments = parser.parse_args(argv)
 

@@ -69,3 +69,13 @@ def test_json_is_strict_and_complete(make_run: MakeRun, capsys: pytest.CaptureFi
     assert printed["index"] == str(run / "report" / "index.html")
     assert [row["sparsity"] for row in printed["curve"]] == sorted(ACCURACY)
     assert printed["curve"][0]["top5"] is None
+
+
+@pytest.mark.usefixtures("quick_figures")
+def test_home_is_replaced_where_no_shell_does(
+    make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails when ``--out=~/page`` makes a folder that is called ``~``."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main([f"~/{make_run().name}", "--out=~/page"]) == 0
+    assert (tmp_path / "page" / "index.html").is_file()
