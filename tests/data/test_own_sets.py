@@ -17,9 +17,11 @@ from PIL import Image
 from sfw_dist.config import DataConfig
 from sfw_dist.data import Options, image_writer, write
 from sfw_dist.data.__main__ import main
+from sfw_dist.data.datasets.own_sets import read_values
 from sfw_dist.data.loading import dataset_info, open_loader, rank_sampler
 from sfw_dist.data.manifest import read_manifest
 from sfw_dist.data.prepare import prepare, verify
+from sfw_dist.errors import UserError
 from tests.support.downloads import error_of
 from tests.support.raw_data import save_image
 
@@ -195,6 +197,23 @@ def test_bad_items_are_named_and_left_out(tmp_path: Path) -> None:
     assert np.load(folder / "train_labels.npy").tolist() == [i % 3 for i in kept]
     assert len(read_manifest(folder).skipped) == 3 and verify("own", tmp_path) == []
     assert not list(folder.glob("*.journal"))
+
+
+def test_what_is_taken_to_test_on_is_told(tmp_path: Path) -> None:
+    """Fails when a validation part is measured as the test part without a word, or test data are left alone."""
+    own = Squares(4)
+    for parts, told in (
+        ({"train": own, "validation": own}, ("the test part is 'validation'",)),
+        ({"train": own, "test": own, "unsupervised": own}, ("the test part is 'test'; left alone: unsupervised",)),
+        ({"train": own, "test": own}, ()),
+    ):
+        assert read_values("own", parts).notes == told
+    with pytest.raises(UserError, match="has test and no 'train'"):
+        read_values("own", {"test": own})
+    with pytest.raises(UserError, match=r"a generator without length or items"):
+        read_values("own", {"train": (item for item in ())})
+    with pytest.raises(UserError, match="3 images and 2 labels"):
+        read_values("own", {"train": (np.zeros((3, 2, 2)), [0, 1])})
 
 
 def test_random_transforms_are_refused(tmp_path: Path) -> None:

@@ -132,7 +132,9 @@ def read_values(described: str, parts: Mapping[str, Any]) -> RawData:
         raise UserError(f"{described} has {', '.join(map(str, parts)) or 'nothing'} and no 'train': {_REMEDY}")
     tests = [name for name in TEST_NAMES if parts.get(name) is not None]
     others = [str(name) for name in parts if name not in ("train", "classes", *tests[:1]) and parts[name] is not None]
-    notes = [f"the test part is {tests[0]!r}; left alone: {', '.join(others)}"] if tests and others else []
+    notes = []
+    if tests and (others or tests[0] != "test"):
+        notes = [f"the test part is {tests[0]!r}{'; left alone: ' if others else ''}{', '.join(others)}"]
     train = _part(described, "train", parts["train"])
     test = _part(described, tests[0], parts[tests[0]]) if tests else None
     classes = parts.get("classes")
