@@ -27,13 +27,13 @@ ROOT = Path(__file__).parent.parent
 
 LIBRARY = (
     {"errors"},
-    {"distributed"},
+    {"files", "distributed"},
     {"ops"},
     {"constraints", "pruning"},
     {"optim"},
 )
 APPLICATION = (
-    {"__init__", "files", "models", "config"},
+    {"__init__", "models", "config"},
     {"data"},
     {"train"},
     {"evaluate"},
@@ -44,6 +44,8 @@ APART = {"report": {"errors", "files", "pruning"}}
 LIBRARY_NEEDS = {"torch", "numpy"}
 TRITON = {"sfw_dist.optim.kernels.triton_kernels", "sfw_dist.optim.kernels.triton_layout"}
 DEEPSPEED = {"sfw_dist.optim.deepspeed"}
+DRAWING = {"sfw_dist.pruning.measuring.curve"}
+"""What of the library draws, if asked to: matplotlib is imported then, and may be missing."""
 ONE_PLACE = {
     "launch": set(),
     "submitit": {"launch.slurm"},
@@ -173,7 +175,8 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 @pytest.mark.parametrize("module", [name for name in SOURCES if {unit(name)} & set().union(*LIBRARY, {"__init__"})])
 def test_the_library_needs_torch_and_numpy_alone(module: str) -> None:
     """Fails when who wants the optimizer must install what the application needs."""
-    optional = {"triton"} if module in TRITON else {"deepspeed"} if module in DEEPSPEED else set()
+    optional = {package for package, places in ONE_PLACE.items() if module in places}
+    optional |= {"matplotlib"} if module in DRAWING else set()
     assert third_parties(module) <= LIBRARY_NEEDS | optional
 
 

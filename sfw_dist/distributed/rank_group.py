@@ -40,7 +40,7 @@ class RankGroup:
             return cls.alone()
         rank = dist.get_rank(group)
         if rank < 0:
-            raise UserError(f"rank {dist.get_rank()} is not in process_group: build the optimizer on its ranks alone")
+            raise UserError(f"rank {dist.get_rank()} is not in process_group: call this on its ranks alone")
         return cls(group, rank, dist.get_world_size(group))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RankGroup:

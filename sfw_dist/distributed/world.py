@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sfw_dist.distributed.rank_group import RankGroup
+
 
 @dataclass(frozen=True)
 class World:
@@ -26,6 +28,11 @@ class World:
     def main(self) -> bool:
         """Whether this rank writes the files and prints to the user."""
         return self.rank == 0
+
+    @property
+    def ranks(self) -> RankGroup:
+        """The same for the library."""
+        return RankGroup(None, self.rank, self.size)
 
 
 @contextmanager

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from sfw_dist.config import Config, load_config
 from sfw_dist.data.loading import Loader, Normalize, Split, dataset_info, open_loader
@@ -19,13 +18,12 @@ from sfw_dist.distributed.world import World
 from sfw_dist.errors import UserError
 from sfw_dist.models import build_model
 from sfw_dist.pruning import Pruner, Pruning, PruningOptions, count_flops, dead_layers, kept_flops, layer_table
-from sfw_dist.pruning.recalibration import Statistics, batch_norms, recalibrated_statistics
+from sfw_dist.pruning.measuring.batches import Batch
+from sfw_dist.pruning.measuring.one_pass import measure_prunings
+from sfw_dist.pruning.recalibration import AS_TRAINED, Statistics, batch_norms, recalibrated_statistics
 from sfw_dist.train.metrics import Metrics, Tally
 from sfw_dist.train.run_folder import RunFolder, write_tensors
 from sfw_dist.train.strategies import autocast
-
-AS_TRAINED: Statistics = {}
-"""Overrides nothing."""
 
 
 class PrunedModels:
@@ -40,7 +38,7 @@ class PrunedModels:
     Attributes:
         config: of the run.
         options: how it is pruned.
-        model: the network, which does not change.
+        model: the network; a method that changes it restores it to the bit.
         norms: how many BatchNorm layers it has.
         batches: over how many batches their statistics are measured; 0: they stay as trained.
 
@@ -89,15 +87,14 @@ class PrunedModels:
         if not self.batches:
             return [AS_TRAINED for _ in prunings]
         with autocast(self.config, self._world.device):
-            return recalibrated_statistics(self.model, prunings, self._training_batches(), self._world)
+            return recalibrated_statistics(
+                self.model, prunings, self._training_batches(), self._world.ranks, same_batches=True
+            )
 
     def measure(
         self, split: Split, prunings: Sequence[Pruning], statistics: Sequence[Sequence[Statistics]]
     ) -> list[list[Metrics]]:
         """Measure each pruned network with each of its BatchNorm statistics, in one pass over the split; collective.
-
-        Only the masks (a byte an entry) or ranks and BatchNorm's statistics are kept for each sparsity; the pruned
-        weights are computed again for every batch.
 
         Args:
             split: of the data set.
@@ -109,13 +106,10 @@ class PrunedModels:
         """
         device = self._world.device
         tallies = [[Tally(device) for _ in variants] for variants in statistics]
-        for images, labels in self._loader(split):
-            inputs, labels = self._inputs(images), labels.to(device, non_blocking=True)
-            for pruning, variants, sums in zip(prunings, statistics, tallies, strict=True):
-                pruned = pruning.pruned_parameters(self.model)
-                for variant, tally in zip(variants, sums, strict=True):
-                    with torch.no_grad(), autocast(self.config, device):
-                        tally.add(functional_call(self.model, {**pruned, **variant}, (inputs,)), labels)
+        with autocast(self.config, device):
+            measure_prunings(
+                self.model, prunings, statistics, self._labelled_batches(split), tallies, self._world.ranks, device
+            )
         return [[tally.total(self._world) for tally in sums] for sums in tallies]
 
     def describe(self, sparsity: float, pruning: Pruning) -> dict[str, Any]:
@@ -174,6 +168,11 @@ class PrunedModels:
     def _training_batches(self) -> Iterator[Tensor]:
         for images, _ in islice(self._training_loader(), self.batches):
             yield self._inputs(images)
+
+    def _labelled_batches(self, split: Split) -> Iterator[Batch]:
+        for images, labels in self._loader(split):
+            labels = labels.to(self._world.device, non_blocking=True)
+            yield Batch((self._inputs(images),), {}, labels, len(labels))
 
     def _inputs(self, images: Tensor) -> Tensor:
         return self._normalize(images.to(self._world.device, non_blocking=True))

@@ -8,9 +8,10 @@ from typing import Any
 
 from sfw_dist.distributed.world import World, barrier
 from sfw_dist.errors import UserError
-from sfw_dist.evaluate.pruned_models import AS_TRAINED, PrunedModels, accuracy, check_same_pruning
+from sfw_dist.evaluate.pruned_models import PrunedModels, accuracy, check_same_pruning
 from sfw_dist.files import make_folder, write_json
 from sfw_dist.pruning import PruningOptions
+from sfw_dist.pruning.recalibration import AS_TRAINED
 from sfw_dist.train.metrics import Metrics
 from sfw_dist.train.run_folder import RunFolder
 

@@ -12,6 +12,8 @@ Example:
 from sfw_dist.pruning.criteria import CRITERIA
 from sfw_dist.pruning.low_rank import LowRank
 from sfw_dist.pruning.masks import Masks
+from sfw_dist.pruning.measuring.curve import Curve, CurvePoint
+from sfw_dist.pruning.measuring.sweeping import sweep
 from sfw_dist.pruning.one_shot import Pruner, prune
 from sfw_dist.pruning.options import PruningOptions
 from sfw_dist.pruning.recalibration import recalibrate
@@ -22,6 +24,8 @@ from sfw_dist.pruning.summary import count_flops, dead_layers, kept_flops, layer
 __all__ = [
     "CRITERIA",
     "PAPER_SPARSITIES",
+    "Curve",
+    "CurvePoint",
     "LowRank",
     "Masks",
     "Pruner",
@@ -34,4 +38,5 @@ __all__ = [
     "parse_sparsities",
     "prune",
     "recalibrate",
+    "sweep",
 ]

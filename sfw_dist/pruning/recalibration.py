@@ -13,27 +13,28 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
-from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from sfw_dist.distributed.dtensor import reshard
-from sfw_dist.distributed.world import World, sum_over_ranks
+from sfw_dist.distributed.rank_group import RankGroup
 from sfw_dist.errors import UserError
-from sfw_dist.pruning.batches import model_arguments
+from sfw_dist.pruning.measuring.batches import Batch, device_of, model_arguments, without_ddp
+from sfw_dist.pruning.measuring.lockstep import is_divided, lockstep
+from sfw_dist.pruning.measuring.overwriting import overwriting
 from sfw_dist.pruning.modes import evaluation_mode
 from sfw_dist.pruning.result import Pruning, all_or_nothing
 
 Statistics = dict[str, Tensor]
 """BatchNorm's buffers (running_mean, running_var, num_batches_tracked) by their name in the model."""
+
+AS_TRAINED: Statistics = {}
+"""Overrides nothing."""
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 _NO_BATCH = "no batch to recalibrate BatchNorm with: give at least one"
@@ -90,10 +91,8 @@ def recalibrate(model: nn.Module, loader: Iterable[Any], device: torch.device | 
     norms = batch_norms(model)
     if not norms:
         return 0
-    device = _device_of(model) if device is None else torch.device(device)
-    # DDP would send rank 0's buffers to the others.
-    inner = getattr(model, "_orig_mod", model)
-    called = inner.module if isinstance(inner, DistributedDataParallel) else model
+    device = device_of(model) if device is None else torch.device(device)
+    called = without_ddp(model)
     measured = _reset(norms)
     count = 0
     try:
@@ -113,70 +112,79 @@ def recalibrate(model: nn.Module, loader: Iterable[Any], device: torch.device | 
 
 
 def recalibrated_statistics(
-    model: nn.Module, prunings: Sequence[Pruning], batches: Iterable[Any], world: World
+    model: nn.Module,
+    prunings: Sequence[Pruning],
+    batches: Iterable[Any],
+    ranks: RankGroup,
+    *,
+    device: torch.device | None = None,
+    same_batches: bool = False,
 ) -> list[Statistics]:
     """The statistics that `recalibrate` would give to ``model`` after each pruning, in one pass; collective.
 
-    Each pruned model is measured by one rank, on all of the batches, and the others receive what it found: the answer
-    does not depend on the number of ranks.
+    They are the mean over all ranks' batches, the same on every rank.
 
     Args:
-        model: does not change; every rank has it whole.
+        model: afterwards to the bit what it was.
         prunings: the same on every rank.
-        batches: inputs of the model, as for `recalibrate`; the same on every rank.
-        world: the ranks that share the work.
+        batches: of this rank; inputs of the model, as for `recalibrate`. A divided model (FSDP2) needs at least one on
+            every rank.
+        ranks: who shares the work.
+        device: to which tensors are moved. ``None``: where the model's first parameter is.
+        same_batches: every rank has the same batches; then each measures some of the prunings, unless the model is
+            divided. Statistics are to the bit those of one process.
 
     Returns:
         Statistics for each pruning; empty ones without BatchNorm.
 
     Raises:
-        UserError: there is no batch, parameters are DTensors, or SyncBatchNorm would mix what different ranks measure.
+        UserError: there is no batch.
     """
     norms = batch_norms(model)
     everyone = [_reset(norms) for _ in prunings]
     if not any(everyone):
         return everyone
-    _check_independent(model, world)
-    mine, count = range(world.rank, len(prunings), world.size), 0
-    if mine:
-        with _averaging(model, norms), torch.no_grad():
-            for batch in batches:
-                arguments, keywords = model_arguments(model, batch, _device_of(model))
-                for i in mine:
-                    with _with_statistics(norms, everyone[i]):
-                        functional_call(model, prunings[i].pruned_parameters(model), arguments, keywords)
-                count += 1
-    # All ranks but one add zeros: in float64 the sum is that one's value, of a float32 or a count, to the bit.
-    flat = [tensor.flatten().double() for statistics in everyone for tensor in statistics.values()]
-    owned = [i in mine for i, statistics in enumerate(everyone) for _ in statistics]
-    pieces = [piece if own else torch.zeros_like(piece) for piece, own in zip(flat, owned, strict=True)]
-    pieces.append(pieces[0].new_full((1,), count))
-    *summed, batches_run = sum_over_ranks(torch.cat(pieces), world).split([len(piece) for piece in pieces])
-    if not batches_run:
+    device = device_of(model) if device is None else device
+    divide = same_batches and not is_divided(model)
+    mine = range(ranks.rank, len(prunings), ranks.size) if divide else range(len(prunings))
+    count, called = 0, without_ddp(model)
+    with _averaging(model, norms), _each_for_itself(norms), overwriting(model, prunings) as tensors, torch.no_grad():
+        for batch, counts in lockstep(batches, model, ranks, device) if mine else ():
+            arguments, keywords = model_arguments(model, batch, device)
+            passed = Batch(arguments, keywords, None, 0)
+            for i in mine:
+                tensors.prune(prunings[i])
+                with _with_statistics(norms, everyone[i] if counts else _reset(norms)):
+                    passed.call(called)
+            count += counts
+    if not _mean_over_ranks(norms, everyone, count, ranks):
         raise UserError(_NO_BATCH)
-    total = iter(summed)
-    return [
-        _reached(norms, {name: next(total).view(x.shape).to(x.dtype) for name, x in statistics.items()}, whole=True)
-        for statistics in everyone
+    return [_reached(norms, statistics, whole=True) for statistics in everyone]
+
+
+def _mean_over_ranks(
+    norms: Mapping[str, _BatchNorm], everyone: Sequence[Statistics], count: int, ranks: RankGroup
+) -> int:
+    """Make each rank's statistics, in place, the mean over the batches of all ranks; the number of all batches.
+
+    In float64, where the sum of equal float32 numbers over their number is that number, to the bit.
+    """
+    if ranks.size == 1:
+        return count
+    layers = [
+        [statistics[f"{name}.{key}" if name else key] for key in _BUFFERS] for statistics in everyone for name in norms
     ]
-
-
-def _check_independent(model: nn.Module, world: World) -> None:
-    """Raise :class:`UserError` for a model that ranks cannot run each for itself, or not with other parameters."""
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, DTensor):
-            raise UserError(
-                f"{name} is a DTensor with placements {parameter.placements}, and many prunings at a time need whole "
-                "parameters: prune and recalibrate one after the other, or load the model whole"
-            )
-    if any(isinstance(module, FSDPModule) for module in model.modules()):
-        raise UserError("the model is divided by fully_shard: prune and recalibrate one after the other")
-    if world.size > 1 and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
-        raise UserError("SyncBatchNorm would mix the statistics of different prunings: load the model with BatchNorm")
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    return next(chain(model.parameters(), model.buffers())).device
+    sums = [(torch.cat([mean, var]).double() * tracked, tracked.double()[None]) for mean, var, tracked in layers]
+    pieces = [piece for pair in sums for piece in pair]
+    total = torch.cat([*pieces, pieces[0].new_full((1,), count)])
+    ranks.all_reduce(total)
+    parts = iter(total.split([*map(len, pieces), 1]))
+    for mean, var, tracked in layers:
+        both, batches = next(parts), next(parts)
+        for target, found in zip((mean, var), (both / batches.clamp(min=1)).chunk(2), strict=True):
+            target.copy_(found)
+        tracked.copy_(batches[0])
+    return int(next(parts))
 
 
 def _buffer_names(norms: Mapping[str, _BatchNorm]) -> Iterator[tuple[_BatchNorm, str, str]]:
@@ -228,6 +236,19 @@ def _with_statistics(norms: Mapping[str, _BatchNorm], statistics: Statistics) ->
     finally:
         for norm, key, buffer in before:
             setattr(norm, key, buffer)
+
+
+@contextmanager
+def _each_for_itself(norms: Mapping[str, _BatchNorm]) -> Iterator[None]:
+    """SyncBatchNorm works as BatchNorm does: ranks may be at different prunings, or have more batches than others."""
+    synchronised = [norm for norm in norms.values() if isinstance(norm, nn.SyncBatchNorm)]
+    try:
+        for norm in synchronised:
+            norm.forward = MethodType(_BatchNorm.forward, norm)  # type: ignore[method-assign]
+        yield
+    finally:
+        for norm in synchronised:
+            norm.__dict__.pop("forward", None)
 
 
 @contextmanager

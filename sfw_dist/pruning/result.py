@@ -64,7 +64,9 @@ class Pruning(ABC):
         Raises:
             UserError: ``model`` lacks one of them, or has it in another shape.
         """
-        return {name: self.pruned(name, parameter.detach()) for name, parameter in self._parameters(model).items()}
+        return {
+            name: self.pruned(name, parameter.detach()) for name, parameter in self.changed_parameters(model).items()
+        }
 
     @torch.no_grad()
     def apply_to(self, model: nn.Module) -> None:
@@ -76,11 +78,15 @@ class Pruning(ABC):
             UserError: ``model`` lacks one of them, or has it in another shape.
         """
         with all_or_nothing() as write:
-            for name, parameter in self._parameters(model).items():
+            for name, parameter in self.changed_parameters(model).items():
                 write(parameter, self.pruned(name, parameter))
 
-    def _parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """Those of ``model`` that change."""
+    def changed_parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The parameters of ``model`` that change, by name, themselves.
+
+        Raises:
+            UserError: ``model`` lacks one of them, or has it in another shape.
+        """
         reshard(model)
         parameters = dict(model.named_parameters())
         found = {}

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sfw_dist.distributed.world import World, max_over_ranks, sum_over_ranks
+from sfw_dist.pruning.measuring.tallies import ClassificationTally
 
 
 class Batches(Protocol):
@@ -31,24 +31,12 @@ class Metrics:
     samples: int
 
 
-class Tally:
+class Tally(ClassificationTally):
     """Sums of loss and hits, kept on the device in float64; nothing waits for the host until :meth:`total`."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
-
-    def add(self, logits: Tensor, labels: Tensor) -> None:
-        """Add a batch: ``logits`` (batch, classes), ``labels`` int64 (batch,)."""
-        logits = logits.float()
-        best = logits.topk(min(5, logits.shape[1]), dim=1).indices
-        hits = best.eq(labels[:, None])
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        count = torch.full_like(loss, len(labels))
-        self._sums += torch.stack([hits[:, 0].sum(), hits.sum(), loss, count]).double()
 
     def total(self, world: World) -> Metrics:
         """Return the means over all ranks' samples; collective."""
-        top1, top5, loss, samples = sum_over_ranks(self._sums.clone(), world).tolist()
+        top1, top5, loss, samples = sum_over_ranks(self.sums.clone(), world).tolist()
         return Metrics(top1 / samples, top5 / samples, loss / samples, int(samples))
 
 

@@ -32,8 +32,12 @@ def _statistics(rank: int, world_size: int) -> list[dict[str, Tensor]]:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.BatchNorm2d(6))
     batches = [3 * torch.randn(7, 3, 8, 8) + i for i in range(4)]
     masks = [compute_masks(model, sparsity) for sparsity in (0.0, 0.5, 0.8, 0.9, 0.95)]
-    world = _world(rank, world_size)
-    return [found for some in (masks, masks[:2]) for found in recalibrated_statistics(model, some, batches, world)]
+    ranks = _world(rank, world_size).ranks
+    return [
+        found
+        for some in (masks, masks[:2])
+        for found in recalibrated_statistics(model, some, batches, ranks, same_batches=True)
+    ]
 
 
 def test_every_rank_has_the_bits_of_one_process() -> None:

@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sfw_dist.distributed.world import World
+from sfw_dist.distributed.rank_group import RankGroup
 from sfw_dist.errors import UserError
 from sfw_dist.models import build_model
 from sfw_dist.pruning import prune
 from sfw_dist.pruning.recalibration import batch_norms, recalibrate, recalibrated_statistics
 from tests.support.pruning import compute_masks
-from tests.support.training import ONE_PROCESS
+
+ALONE = RankGroup.alone()
 
 
 def _model() -> nn.Module:
@@ -89,7 +90,7 @@ def test_many_networks_in_one_pass_are_each_as_if_alone() -> None:
     before = copy.deepcopy(model.state_dict())
     sparsities = (0.9, 0.0, 0.5)
     masks = [compute_masks(model, sparsity) for sparsity in sparsities]
-    together = recalibrated_statistics(model, masks, iter(batches), ONE_PROCESS)
+    together = recalibrated_statistics(model, masks, iter(batches), ALONE)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     for sparsity, statistics in zip(sparsities, together, strict=True):
         alone = copy.deepcopy(model)
@@ -106,8 +107,8 @@ def test_without_batchnorm_nothing_is_done() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2), nn.BatchNorm1d(2, track_running_stats=False))
     assert batch_norms(model) == {} and recalibrate(model, iter(int, 1)) == 0  # type: ignore[arg-type]
     masks = [compute_masks(model, 0.5)] * 2
-    assert recalibrated_statistics(model, masks, [], ONE_PROCESS) == [{}, {}]
-    assert recalibrated_statistics(_model(), [], [], ONE_PROCESS) == []
+    assert recalibrated_statistics(model, masks, [], ALONE) == [{}, {}]
+    assert recalibrated_statistics(_model(), [], [], ALONE) == []
 
 
 def test_no_batch_leaves_the_statistics() -> None:
@@ -166,7 +167,7 @@ def test_batches_are_those_of_a_loader(batch: Callable[[Tensor], Any]) -> None:
     expected = copy.deepcopy(model)
     recalibrate(expected.inner, batches)
     loader = [batch(x) for x in batches]
-    (found,) = recalibrated_statistics(model, [compute_masks(model, 0.0)], loader, ONE_PROCESS)
+    (found,) = recalibrated_statistics(model, [compute_masks(model, 0.0)], loader, ALONE)
     recalibrate(model, loader)
     for name, buffer in expected.named_buffers():
         assert model.get_buffer(name).equal(buffer) and found[name].equal(buffer)
@@ -236,7 +237,7 @@ def test_a_failure_leaves_everything(error: BaseException) -> None:
         recalibrate(model, [*_batches(2), torch.zeros(2, 5, 8, 8)])
     assert _everything(model) == before
     with pytest.raises(type(error)):
-        recalibrated_statistics(model, [compute_masks(model, 0.5)], _interrupted(_batches(2), error), ONE_PROCESS)
+        recalibrated_statistics(model, [compute_masks(model, 0.5)], _interrupted(_batches(2), error), ALONE)
     assert _everything(model) == before
 
 
@@ -270,7 +271,7 @@ def test_layers_that_no_batch_reaches_keep_their_statistics() -> None:
     recalibrate(model, _batches(2))
     assert int(model[1].num_batches_tracked) == 2
     assert all(torch.equal(unused[name], tensor) for name, tensor in model.branch.state_dict().items())
-    (found,) = recalibrated_statistics(model, [compute_masks(model, 0.5)], _batches(2), ONE_PROCESS)
+    (found,) = recalibrated_statistics(model, [compute_masks(model, 0.5)], _batches(2), ALONE)
     assert (
         torch.equal(found["branch.running_mean"], torch.full((3,), 4.0))
         and found.keys() == dict(model.named_buffers()).keys()
@@ -324,13 +325,9 @@ def test_layers_without_statistics_are_told(model: nn.Module, told: str) -> None
         recalibrate(model, [torch.randn(8, 4)])
 
 
-def test_many_prunings_at_a_time_refuse_what_ranks_cannot_do_alone() -> None:
-    """Fails when SyncBatchNorm mixes what two ranks measure of different networks, or when no batch gives mean 0."""
+def test_many_prunings_at_a_time_need_a_batch() -> None:
+    """Fails when no batch gives mean 0."""
     model = _model()
     masks = [compute_masks(model, 0.5)]
     with pytest.raises(UserError, match="give at least one"):
-        recalibrated_statistics(model, masks, [], ONE_PROCESS)
-    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    two = World(0, 2, local_rank=0, device=torch.device("cpu"))
-    with pytest.raises(UserError, match="SyncBatchNorm would mix"):
-        recalibrated_statistics(synchronised, masks, _batches(), two)
+        recalibrated_statistics(model, masks, [], ALONE)

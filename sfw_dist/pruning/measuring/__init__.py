@@ -1,0 +1,1 @@
+"""Measuring a model at many sparsities: `sweep`, its curve, and what they are made of."""
