@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from sfw_dist.distributed.dtensor import reshard
+from sfw_dist.distributed.dtensor import reshard, to_local
 from sfw_dist.distributed.rank_group import RankGroup
 from sfw_dist.errors import UserError
 from sfw_dist.pruning.measuring.batches import Batch, device_of, model_arguments, without_ddp
@@ -172,7 +172,9 @@ def _mean_over_ranks(
     if ranks.size == 1:
         return count
     layers = [
-        [statistics[f"{name}.{key}" if name else key] for key in _BUFFERS] for statistics in everyone for name in norms
+        [to_local(statistics[f"{name}.{key}" if name else key]) for key in _BUFFERS]
+        for statistics in everyone
+        for name in norms
     ]
     sums = [(torch.cat([mean, var]).double() * tracked, tracked.double()[None]) for mean, var, tracked in layers]
     pieces = [piece for pair in sums for piece in pair]

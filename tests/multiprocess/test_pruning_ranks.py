@@ -18,7 +18,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.distributed.tensor.placement_types import Placement
 from torch.nn.parallel import DistributedDataParallel
 
-from sfw_dist.distributed.world import World
+from sfw_dist.distributed.rank_group import RankGroup
 from sfw_dist.errors import UserError
 from sfw_dist.pruning import (
     Masks,
@@ -220,8 +220,11 @@ def _fsdp2(mesh: DeviceMesh) -> dict[str, Any]:
     found["restored"] = _equal(_state(model), before)
     assert recalibrate(model, batches) == recalibrate(whole, batches) == 3
     found["recalibrated"] = _equal(_state(model), _state(whole)) and _divided(model)
-    world = World(mesh.get_rank(), mesh.size(), local_rank=mesh.get_rank(), device=torch.device("cpu"))
-    found["many"] = error_of(UserError, recalibrated_statistics, model, [masks], batches, world)
+    many = recalibrated_statistics(model, [masks, masks], batches, RankGroup.of(None), same_batches=True)
+    single = recalibrated_statistics(whole, [alone, alone], batches, RankGroup.alone())
+    counts = [statistics.pop("1.num_batches_tracked") for statistics in (*many, *single)]
+    found["many"] = all(_equal(*pair) for pair in zip(many, single, strict=True)) and _divided(model)
+    found["counts"] = [int(count) for count in counts]
     return found
 
 
@@ -314,11 +317,11 @@ def on_two() -> dict[str, dict[str, Any]]:
 def test_fsdp2_prunes_and_recalibrates_as_one_process(on_two: dict[str, dict[str, Any]]) -> None:
     """Fails when whole copies that a forward pass left are pruned, and lost; or when a weight is gathered."""
     found = on_two["fsdp2"]
-    for key in ("counted", "masks", "flops", "pruned", "restored", "recalibrated"):
+    for key in ("counted", "masks", "flops", "pruned", "restored", "recalibrated", "many"):
         assert found[key] is True, key
     assert found["traffic"] and all("allreduce" in operation for operation in found["traffic"]), found["traffic"]
     assert "channels" in found["failed"]
-    assert found["many"].startswith("0.weight is a DTensor with placements (Shard(dim=0),), and many prunings")
+    assert found["counts"] == [6, 6, 3, 3], "the batches of both ranks"
 
 
 def test_ranks_agree_on_what_is_wrong_in_one_shard(on_two: dict[str, dict[str, Any]]) -> None:
