@@ -16,14 +16,13 @@ from pathlib import Path
 
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.utils import DataLoaderConfiguration, DistributedType, set_seed
-from digits import SPARSITIES, accuracy, digits
+from digits import SPARSITIES, digits
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
 
-from sfw_dist import SFW, KSparsePolytope, constrain, prune
+from sfw_dist import SFW, KSparsePolytope, constrain, sweep
 
 
 def network() -> nn.Sequential:
@@ -92,14 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         accelerator.print(f"epoch {epoch}: loss {loss.item():.3f}, learning rate {schedule.get_last_lr()[0]:.4f}")
         accelerator.save_state(f"{args.folder}/epoch_{epoch}")
 
-    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if accelerator.is_main_process:
-        net = network()
-        net.load_state_dict(whole)
-        net.eval()
-        for sparsity in SPARSITIES:  # each mask includes the previous ones, so one network serves all
-            prune(net, sparsity)
-            print(f"sparsity {sparsity:.2f}: accuracy {accuracy(net, test):.3f}")
+    for point in sweep(model, [test.tensors], SPARSITIES):  # on all processes together, each with its shards
+        accelerator.print(f"sparsity {point.sparsity:.2f}: accuracy {point.metrics['top1']:.3f}")
     accelerator.end_training()
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from digits import SPARSITIES, accuracy, digits
+from digits import SPARSITIES, digits
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.checkpoint.stateful import Stateful
@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from sfw_dist import SFW, KSparsePolytope, constrain, prune
+from sfw_dist import SFW, KSparsePolytope, constrain, sweep
 
 BATCH = 60
 FLAT = states.StateDictOptions(flatten_optimizer_state_dict=True)
@@ -168,16 +168,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             state = {"model": model, "optimizer": optimizers, "schedule": schedules}
             dcp.save(state, checkpoint_id=f"{args.folder}/step_{done}")
 
-    whole = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = [states.get_model_state_dict(part, options=whole) for part in parts]
-    if rank == 0:
-        net = nn.Sequential(*network())
-        for part, own in zip(net, weights, strict=True):
-            part.load_state_dict(own)
-        net.eval()
-        for sparsity in SPARSITIES:  # each mask includes the previous ones, so one network serves all
-            prune(net, sparsity)
-            print(f"sparsity {sparsity:.2f}: accuracy {accuracy(net, test):.3f}")
+    for point in sweep(
+        nn.Sequential(*parts), [test.tensors], SPARSITIES
+    ):  # on all ranks together, each with its shards
+        if rank == 0:
+            print(f"sparsity {point.sparsity:.2f}: accuracy {point.metrics['top1']:.3f}")
     dist.destroy_process_group()
 
 

@@ -1,12 +1,9 @@
-"""Shared by the examples: scikit-learn's 1,797 handwritten digits as tensors, and a network's accuracy on them."""
+"""Shared by the examples: scikit-learn's 1,797 handwritten digits as tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from sklearn.datasets import load_digits
-from torch import Tensor
 from torch.utils.data import TensorDataset
 
 SPARSITIES = (0.0, 0.5, 0.8, 0.9, 0.95)
@@ -24,15 +21,3 @@ def digits() -> tuple[TensorDataset, TensorDataset]:
     train, test = order[:1347], order[1347:]
     targets = torch.tensor(labels)
     return TensorDataset(data[train], targets[train]), TensorDataset(data[test], targets[test])
-
-
-@torch.no_grad()
-def accuracy(logits: Callable[[Tensor], Tensor], test: TensorDataset) -> float:
-    """Measure the accuracy of a network, in [0, 1].
-
-    Args:
-        logits: the network in evaluation mode: from images to logits ``(n, classes)``.
-        test: images and labels.
-    """
-    images, labels = test.tensors
-    return (logits(images).argmax(1) == labels).float().mean().item()

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from digits import SPARSITIES, accuracy, digits
+from digits import SPARSITIES, digits
 from torch import nn
 from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader, DistributedSampler
 
-from sfw_dist import SFW, KSparsePolytope, constrain, prune
+from sfw_dist import SFW, KSparsePolytope, constrain, sweep
 
 
 def network() -> nn.Sequential:
@@ -88,14 +88,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"epoch {epoch}: loss {loss.item():.3f}, learning rate {schedule.get_last_lr()[0]:.4f}")
         dcp.save(whole_state(net, optimizer, schedule), checkpoint_id=f"{args.folder}/epoch_{epoch}")
 
-    whole = states.get_model_state_dict(net, options=states.StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if dist.get_rank() == 0:
-        net = network()
-        net.load_state_dict(whole)
-        net.eval()
-        for sparsity in SPARSITIES:  # each mask includes the previous ones, so one network serves all
-            prune(net, sparsity)
-            print(f"sparsity {sparsity:.2f}: accuracy {accuracy(net, test):.3f}")
+    for point in sweep(net, [test.tensors], SPARSITIES):  # on all ranks together, each with its shards
+        if dist.get_rank() == 0:
+            print(f"sparsity {point.sparsity:.2f}: accuracy {point.metrics['top1']:.3f}")
     dist.destroy_process_group()
 
 

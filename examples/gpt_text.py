@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from sfw_dist import SFW, KSparsePolytope, constrain, prune
+from sfw_dist import SFW, KSparsePolytope, constrain, sweep
 
 CONTEXT, WIDTH, HEADS, LAYERS = 64, 64, 4, 2
 BATCH, MICRO_BATCHES = 32, 2  # sequences of a step on all ranks, in so many parts
@@ -83,14 +83,14 @@ def batch(data: Tensor, size: int, seed: int) -> tuple[Tensor, Tensor]:
     return rows[:, :-1], rows[:, 1:]
 
 
-def loss_of(model: nn.Module, tokens: Tensor, following: Tensor) -> Tensor:
-    return F.cross_entropy(model(tokens).flatten(0, 1), following.flatten())
+def loss_of(logits: Tensor, following: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), following.flatten())
 
 
 @torch.no_grad()
-def validation_loss(model: nn.Module, data: Tensor) -> float:
+def mean_loss(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> float:
     model.eval()
-    losses = [loss_of(model, *batch(data, 64, number)).item() for number in range(4)]
+    losses = [loss_of(model(tokens), following).item() for tokens, following in batches]
     model.train()
     return sum(losses) / len(losses)
 
@@ -132,6 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = DistributedDataParallel(net) if parallel else net
 
     args.folder.mkdir(parents=True, exist_ok=True)
+    test = [batch(validation, 64, number) for number in range(4)]
     for step in range(start, args.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.steps, args.lr)
@@ -139,22 +140,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
             last = part == MICRO_BATCHES - 1
             with nullcontext() if last or not parallel else model.no_sync():
                 number = ((args.seed * args.steps + step) * MICRO_BATCHES + part) * ranks + rank
-                sequences = batch(train, BATCH // MICRO_BATCHES // ranks, number)
-                loss = loss_of(model, *sequences)
+                tokens, following = batch(train, BATCH // MICRO_BATCHES // ranks, number)
+                loss = loss_of(model(tokens), following)
                 (loss / MICRO_BATCHES).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         done = step + 1
         if rank == 0 and (done % args.interval == 0 or done == args.steps):
-            print(f"step {done}: loss {loss.item():.3f}, validation {validation_loss(net, validation):.3f}")
+            print(f"step {done}: loss {loss.item():.3f}, validation {mean_loss(net, test):.3f}")
             state = {"model": net.state_dict(), "optimizer": optimizer.state_dict(), "step": done}
             torch.save(state, args.folder / f"step_{done}.pt")
 
-    if rank == 0:
-        for sparsity in SPARSITIES:  # each mask includes the previous ones, so one network serves all
-            prune(net, sparsity)
-            print(f"sparsity {sparsity:.2f}: loss {validation_loss(net, validation):.3f}")
+    for point in sweep(net, test, SPARSITIES, metric=loss_of):  # on all ranks together
+        if rank == 0:
+            print(f"sparsity {point.sparsity:.2f}: loss {point.metrics['loss_of']:.3f}")
     if parallel:
         dist.destroy_process_group()
 

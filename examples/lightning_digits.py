@@ -14,14 +14,14 @@ import argparse
 from collections.abc import Sequence
 
 import pytorch_lightning as pl
-from digits import SPARSITIES, accuracy, digits
+from digits import SPARSITIES, digits
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
 
-from sfw_dist import SFW, KSparsePolytope, constrain, prune
+from sfw_dist import SFW, KSparsePolytope, constrain, sweep
 
 
 class Digits(pl.LightningModule):
@@ -74,11 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         enable_progress_bar=False,
     )
     trainer.fit(model, DataLoader(train, batch_size=64 // args.devices, shuffle=True), ckpt_path=args.resume)
-    if trainer.is_global_zero:
-        model.net.eval()
-        for sparsity in SPARSITIES:  # each mask includes the previous ones, so one network serves all
-            prune(model.net, sparsity)
-            print(f"sparsity {sparsity:.2f}: accuracy {accuracy(model.net, test):.3f}")
+    for point in sweep(model.net, [test.tensors], SPARSITIES):  # on all ranks together
+        if trainer.is_global_zero:
+            print(f"sparsity {point.sparsity:.2f}: accuracy {point.metrics['top1']:.3f}")
 
 
 if __name__ == "__main__":

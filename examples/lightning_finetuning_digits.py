@@ -17,7 +17,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from digits import SPARSITIES, accuracy, digits
+from digits import SPARSITIES, digits
 from pytorch_lightning.callbacks import (
     BackboneFinetuning,
     EMAWeightAveraging,
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from sfw_dist import SFW, KSparsePolytope, constrain, prune
+from sfw_dist import SFW, KSparsePolytope, constrain, sweep
 
 SPARSE = KSparsePolytope(k_frac=0.01, k_min=10, tau=5.0)
 
@@ -121,10 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # The batches are the same in each epoch, so that a resumed run equals one that was not interrupted.
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(args.seed)).tolist()
     trainer.fit(model, DataLoader(train, batch_size=64, sampler=order), ckpt_path=args.resume, weights_only=True)
-    model.eval()
-    for sparsity in SPARSITIES:  # each mask includes the previous ones, so one network serves all
-        prune(model, sparsity)
-        print(f"sparsity {sparsity:.2f}: accuracy {accuracy(model, test):.3f}")
+    for point in sweep(model, [test.tensors], SPARSITIES):
+        print(f"sparsity {point.sparsity:.2f}: accuracy {point.metrics['top1']:.3f}")
 
 
 if __name__ == "__main__":

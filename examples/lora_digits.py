@@ -15,14 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from digits import SPARSITIES, accuracy, digits
+from digits import SPARSITIES, digits
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader, TensorDataset
 
-from sfw_dist import SFW, KSparsePolytope, constrain, prune
+from sfw_dist import SFW, KSparsePolytope, constrain, sweep
 
 
 class Int8Linear(nn.Module):
@@ -91,7 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     train, test = digits()
     base = base_network(train, args.seed)
     inverted = [TensorDataset(-data.tensors[0], data.tensors[1]) for data in (train, test)]
-    print(f"base: accuracy {accuracy(base, test):.3f}, with colours inverted {accuracy(base, inverted[1]):.3f}")
+    dense = [sweep(base, [data.tensors], [0])[0].metrics["top1"] for data in (test, inverted[1])]
+    print(f"base: accuracy {dense[0]:.3f}, with colours inverted {dense[1]:.3f}")
     torch.manual_seed(args.seed)
     if args.resume:
         net = PeftModel.from_pretrained(base, args.resume, is_trainable=True)
@@ -120,9 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for layer in adapted:
             layer.base_layer = layer.base_layer.to_linear()
     merged = net.merge_and_unload()
-    for sparsity in SPARSITIES:  # each mask includes the previous ones, so one network serves all
-        prune(merged, sparsity)
-        print(f"sparsity {sparsity:.2f}: accuracy {accuracy(merged, inverted[1]):.3f}")
+    for point in sweep(merged, [inverted[1].tensors], SPARSITIES):
+        print(f"sparsity {point.sparsity:.2f}: accuracy {point.metrics['top1']:.3f}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import timm
 import torch
-from digits import SPARSITIES, accuracy, digits
+from digits import SPARSITIES, digits
 from timm.models import resume_checkpoint
 from timm.scheduler import create_scheduler_v2
 from timm.utils import CheckpointSaver, dispatch_clip_grad, random_seed
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from sfw_dist import SFW, KSparsePolytope, constrain, prune
+from sfw_dist import SFW, KSparsePolytope, constrain, sweep
 
 
 def enlarged(images: Tensor) -> Tensor:
@@ -73,10 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"epoch {epoch}: loss {loss.item():.3f}, learning rate {optimizer.param_groups[0]['lr']:.4f}")
         saver.save_checkpoint(epoch)
 
-    model.eval()
-    for sparsity in SPARSITIES:  # each mask includes the previous ones, so one network serves all
-        prune(model, sparsity)
-        print(f"sparsity {sparsity:.2f}: accuracy {accuracy(lambda images: model(enlarged(images)), test):.3f}")
+    images, labels = test.tensors
+    for point in sweep(model, [(enlarged(images), labels)], SPARSITIES):
+        print(f"sparsity {point.sparsity:.2f}: accuracy {point.metrics['top1']:.3f}")
 
 
 if __name__ == "__main__":

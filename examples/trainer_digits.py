@@ -14,7 +14,7 @@ import argparse
 import gc
 from collections.abc import Sequence
 
-from digits import SPARSITIES, accuracy, digits
+from digits import SPARSITIES, digits
 from transformers import (
     CLIPConfig,
     CLIPForImageClassification,
@@ -23,7 +23,7 @@ from transformers import (
     set_seed,
 )
 
-from sfw_dist import SFW, KSparsePolytope, constrain, prune
+from sfw_dist import SFW, KSparsePolytope, constrain, sweep
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -73,11 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         optimizers=(optimizer, None),
     )
     trainer.train(resume_from_checkpoint=args.resume)
-    if trainer.is_world_process_zero():
-        net.eval()
-        for sparsity in SPARSITIES:  # each mask includes the previous ones, so one network serves all
-            prune(net, sparsity)
-            print(f"sparsity {sparsity:.2f}: accuracy {accuracy(lambda images: net(images).logits, test):.3f}")
+    for point in sweep(net, [test.tensors], SPARSITIES):  # on all processes together
+        if trainer.is_world_process_zero():
+            print(f"sparsity {point.sparsity:.2f}: accuracy {point.metrics['top1']:.3f}")
     trainer.accelerator.end_training()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from sfw_dist.models import build_model
 from sfw_dist.pruning import Pruner, Pruning, PruningOptions, count_flops, dead_layers, kept_flops, layer_table
 from sfw_dist.pruning.measuring.batches import Batch
 from sfw_dist.pruning.measuring.one_pass import measure_prunings
+from sfw_dist.pruning.measuring.progress import reported
 from sfw_dist.pruning.recalibration import AS_TRAINED, Statistics, batch_norms, recalibrated_statistics
 from sfw_dist.train.metrics import Metrics, Tally
 from sfw_dist.train.run_folder import RunFolder, write_tensors
@@ -166,13 +166,16 @@ class PrunedModels:
         return self._loaders["recalibration"]
 
     def _training_batches(self) -> Iterator[Tensor]:
-        for images, _ in islice(self._training_loader(), self.batches):
+        for images, _ in self._reported(self._training_loader(), "recalibrated", self.batches):
             yield self._inputs(images)
 
     def _labelled_batches(self, split: Split) -> Iterator[Batch]:
-        for images, labels in self._loader(split):
+        for images, labels in self._reported(self._loader(split), "measured"):
             labels = labels.to(self._world.device, non_blocking=True)
             yield Batch((self._inputs(images),), {}, labels, len(labels))
+
+    def _reported(self, loader: Loader, what: str, most: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        return reported(loader, what, None if self._world.main else False, most=most)
 
     def _inputs(self, images: Tensor) -> Tensor:
         return self._normalize(images.to(self._world.device, non_blocking=True))
