@@ -58,7 +58,7 @@ class Curve(Sequence[CurvePoint]):
     """The points of a sweep, in the order in which the sparsities were given.
 
     Example:
-        >>> points = [CurvePoint(s, 40, 40 - int(40 * s), 46, 46 - int(40 * s), 10, {"top1": 1 - s}) for s in (0.0, 0.5)]
+        >>> points = [CurvePoint(s, 40, 40 - int(40 * s), 46, 46 - int(40 * s), 9, {"top1": 1 - s}) for s in (0.0, 0.5)]
         >>> curve = Curve(points)
         >>> print(curve.table())
         sparsity  parameters kept    top1
