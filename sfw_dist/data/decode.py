@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from sfw_dist.data.datasets.raw import ImageFiles, ImageFormat, Items
 from sfw_dist.data.pixels import is_grey, pixels_of_array, pixels_of_image, with_channels
 from sfw_dist.data.sampler import identity
+from sfw_dist.errors import UserError
 
 IMAGE_KEYS = ("image", "img", "pixel_values", "x")
 """What an item that is a dictionary calls its image, the first that is there; `LABEL_KEYS` likewise."""
@@ -67,7 +68,10 @@ def read_chunks(images: ImageFiles | Items, form: ImageFormat, chunks: Sequence[
         num_workers=several,
         multiprocessing_context="fork" if several else None,
     )
-    yield from loader
+    try:
+        yield from loader
+    except RuntimeError as error:  # a process was killed, for want of memory say
+        raise UserError(f"{images.description} cannot be read by several processes ({_reason(error)})") from error
 
 
 class _ItemChunks(torch.utils.data.Dataset[Chunk]):

@@ -76,8 +76,8 @@ class DataRecord:
             if count != before.counts.get(part):
                 return f"{count:,} {part} images, were {before.counts.get(part, 0):,}"
         for what, now_values, then_values in (("mean", self.mean, before.mean), ("std", self.std, before.std)):
-            if now_values != then_values:
-                return f"{what} {_rounded(now_values)}, was {_rounded(then_values)}"
+            if (now_text := _rounded(now_values)) != (then_text := _rounded(then_values)):
+                return f"{what} {now_text}, was {then_text}"
         return "as many images of the same classes, but other pixels or labels"
 
 
@@ -86,4 +86,4 @@ def _times(shape: tuple[int, int, int]) -> str:
 
 
 def _rounded(values: tuple[float, ...]) -> str:
-    return ", ".join(f"{value:.6g}" for value in values)
+    return ", ".join(f"{value:.7g}" for value in values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -278,9 +279,10 @@ def channel_statistics(images: NDArray[np.uint8]) -> tuple[tuple[float, ...], tu
     for start in range(0, len(images), rows):
         for channel in range(channels):
             counts[channel] += np.bincount(images[start : start + rows, ..., channel].ravel(), minlength=256)
-    frequencies = counts / counts.sum(axis=1, keepdims=True)
-    values = np.arange(256) / 255
-    mean = frequencies @ values
-    # Of the deviations themselves: E[x²] − E[x]² of a constant channel rounds to something, which may be below zero.
-    std = np.sqrt((frequencies * (values - mean[:, np.newaxis]) ** 2).sum(axis=1))
-    return tuple(mean.tolist()), tuple(np.where(std > 0, std, 1.0).tolist())
+    # Integers of Python, which are exact: the same numbers on every machine, and no deviation of a constant channel.
+    total = int(counts[0].sum())
+    sums = [sum(value * int(count) for value, count in enumerate(channel)) for channel in counts]
+    squares = [sum(value**2 * int(count) for value, count in enumerate(channel)) for channel in counts]
+    mean = tuple(first / (255 * total) for first in sums)
+    variances = (total * second - first**2 for first, second in zip(sums, squares, strict=True))
+    return mean, tuple(math.sqrt(variance) / (255 * total) if variance else 1.0 for variance in variances)

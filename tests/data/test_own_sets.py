@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -283,3 +285,17 @@ def test_train_and_test_folders_of_one_s_own(tmp_path: Path, capsys: pytest.Capt
     capsys.readouterr()
     assert main(["prepare", str(photos), "--name", "p", "--root", str(tmp_path)]) == 2
     assert "20×16 pixels, wanted 8×8" in (error := capsys.readouterr().err) and "--size 8," in error
+
+
+def test_a_killed_process_is_one_line(tmp_path: Path) -> None:
+    """Fails when a process that ran out of memory ends prepare in a traceback, or leaves it waiting."""
+
+    def make(i: int) -> Any:
+        if i == 3 and torch.utils.data.get_worker_info():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return GREY, 0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(image_writer, "CHUNK_SAMPLES", 2)
+        message = error_of(lambda: write(tmp_path, "own", Squares(8, make), Squares(2)))
+    assert "train cannot be read by several processes" in message and not (tmp_path / "own").exists()
