@@ -59,7 +59,7 @@ class KSchedule:
         self._optimizer, self._config, self._epochs = optimizer, config, epochs
         self._diameters = [
             group["constraint"].diameter(group["params"][0].numel()) if _has_k(group) else None
-            for group in optimizer.param_groups
+            for group in (optimizer.param_groups if self.changes else ())  # DeepSpeed's have several sets each
         ]
 
     @property

@@ -181,3 +181,12 @@ def test_what_does_not_go_together_is_one_line(make: Any, parts: tuple[str, ...]
         make()
     said = str(caught.value)
     assert "\n" not in said and all(part in said for part in parts), said
+
+
+def test_groups_with_several_sets_need_no_schedule() -> None:
+    """DeepSpeed's param groups have a tuple of sets; fails when no training with it begins."""
+    run = Run(OptimizerConfig(lr=0.3))
+    run.engine.optimizer.merge_param_groups()  # type: ignore[operator]
+    schedule = KSchedule(run.engine.optimizer, OptimizerConfig(lr=0.3), EPOCHS)
+    schedule.begin_epoch(1)
+    assert not schedule.changes
