@@ -22,7 +22,7 @@ from sfw_dist.ops.shards import Shards
 from sfw_dist.pruning.low_rank import Factors
 from sfw_dist.pruning.masks import Masks, filter_masks, global_masks, layerwise_masks, two_of_four_mask
 from sfw_dist.pruning.result import Pruning
-from sfw_dist.pruning.scope import FORWARD_LAYERS, WEIGHT_LAYERS, layers
+from sfw_dist.pruning.scope import weights
 from sfw_dist.pruning.sparsities import removed_count
 
 GranularityName = Literal["weight", "2:4", "filter", "rank"]
@@ -37,9 +37,10 @@ class Prunable:
     model: nn.Module
     parameters: Mapping[str, nn.Parameter]
 
-    def layers(self, types: tuple[type[nn.Module], ...]) -> list[str]:
-        """The prunable weights of these layers, each once."""
-        return list(dict.fromkeys(name for name, _ in layers(self.model, types) if name in self.parameters))
+    def forward_weights(self) -> list[str]:
+        """The prunable weights of the shape ``(out, in, *kernel)``, each once."""
+        names = dict.fromkeys(name for name, _ in weights(self.model, forward=True))
+        return [name for name in names if name in self.parameters]
 
 
 class Granularity(ABC):
@@ -95,8 +96,9 @@ class TwoOfFourGranularity(Granularity):
     """Two of every four consecutive input channels, the pattern of sparse tensor cores.
 
     Each four is ranked by itself, and every layer loses exactly half: both rankings mean the same. Skipped is what has
-    no such layout: a number of input channels that is not a multiple of 4, transposed convolutions, and whatever is no
-    layer's weight. DTensors that are cut along another dimension than the first are gathered, one at a time.
+    no such layout: a number of input channels that is not a multiple of 4, transposed convolutions, ``Conv1D`` of
+    transformers, and whatever is no layer's weight. DTensors that are cut along another dimension than the first are
+    gathered, one at a time.
     """
 
     name = "2:4"
@@ -106,7 +108,7 @@ class TwoOfFourGranularity(Granularity):
         self, target: Prunable, ranking: Ranking, scores: Callable[[], Mapping[str, Tensor]]
     ) -> Callable[[float], Pruning]:
         entries = scores()
-        fitting = {name for name in target.layers(FORWARD_LAYERS) if entries[name].shape[1] % 4 == 0}
+        fitting = {name for name in target.forward_weights() if entries[name].shape[1] % 4 == 0}
         masks = {
             name: two_of_four_mask(score) if name in fitting else torch.ones_like(score, dtype=torch.bool)
             for name, score in entries.items()
@@ -118,9 +120,10 @@ class TwoOfFourGranularity(Granularity):
 class FilterGranularity(Granularity):
     """Whole output filters of convolutions and rows of linear layers, by their root mean square score.
 
-    The sparsity counts filters; each layer keeps its largest one, even if fewer go then. Skipped are the last layer,
-    whose rows are the network's outputs, and transposed convolutions. Bias and normalisation of a removed filter stay.
-    DTensors whose filters are cut are gathered, one at a time.
+    The sparsity counts filters; each layer keeps its largest one, even if fewer go then. A row of an attention's
+    ``in_proj_weight``, or of timm's ``qkv``, is one entry of one head's query, key or value. Skipped are the last
+    layer, whose rows are the network's outputs, transposed convolutions, and ``Conv1D`` of transformers. Bias and
+    normalisation of a removed filter stay. DTensors whose filters are cut are gathered, one at a time.
     """
 
     name = "filter"
@@ -128,7 +131,7 @@ class FilterGranularity(Granularity):
     def cutter(
         self, target: Prunable, ranking: Ranking, scores: Callable[[], Mapping[str, Tensor]]
     ) -> Callable[[float], Pruning]:
-        names = target.layers(FORWARD_LAYERS)[:-1]
+        names = target.forward_weights()[:-1]
         if not names:
             raise UserError(
                 f"{type(target.model).__name__} has no filters to prune: they are of convolutions and linear layers "
@@ -176,7 +179,7 @@ class RankGranularity(Granularity):
         wrong = Shards(target.parameters).first_with(lambda x: ~x.isfinite())
         if wrong is not None:
             raise UserError(f"{wrong} is not finite, so it has no rank: prune a checkpoint from before it diverged")
-        grouped = [name for name, layer in layers(target.model, WEIGHT_LAYERS) if getattr(layer, "groups", 1) > 1]
+        grouped = [name for name, layer in weights(target.model) if getattr(layer, "groups", 1) > 1]
         factors = Factors(target.parameters, grouped)
         return lambda sparsity: factors.at(removed_count(sparsity, factors.entries))
 

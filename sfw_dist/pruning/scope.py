@@ -14,12 +14,12 @@ from sfw_dist.distributed.dtensor import reshard
 from sfw_dist.errors import UserError
 
 Scope = Literal["weights", "all"]
-"""``weights``: the weight of every linear, convolution and transposed convolution layer; ``all``: every parameter."""
+"""``weights``: those of linear, convolution, transposed convolution and attention layers; ``all``: every parameter."""
 
-FORWARD_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-"""Layers whose weight is ``(out, in, *kernel)``."""
-WEIGHT_LAYERS = (*FORWARD_LAYERS, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-"""Layers whose weight is pruned; that of a transposed convolution is ``(in, out, *kernel)``."""
+_FORWARD_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
+_TRANSPOSED_LAYERS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+"""Of ``nn.MultiheadAttention``; its output projection is a linear layer of its own."""
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """Types whose entries can be ranked."""
@@ -48,11 +48,11 @@ def prunable_parameters(model: nn.Module, scope: Scope) -> dict[str, nn.Paramete
         ['0.weight', '0.bias', '1.weight', '1.bias']
     """
     reshard(model)
-    weights = dict(layers(model, WEIGHT_LAYERS))
-    parameters = {name: p for name, p in model.named_parameters() if scope == "all" or name in weights}
+    owners = dict(weights(model))
+    parameters = {name: p for name, p in model.named_parameters() if scope == "all" or name in owners}
     for name, parameter in model.named_parameters():
         # Of a flat parameter no layer's weight is known, so it is told whatever the scope.
-        fault = _fault(parameter, weights.get(name)) if name in parameters or _is_flat(parameter) else None
+        fault = _fault(parameter, owners.get(name)) if name in parameters or _is_flat(parameter) else None
         if fault is not None:
             raise UserError(f"{name} {fault}")
     if not sum(parameter.numel() for parameter in parameters.values()):
@@ -60,18 +60,32 @@ def prunable_parameters(model: nn.Module, scope: Scope) -> dict[str, nn.Paramete
     return parameters
 
 
-def layers(model: nn.Module, types: tuple[type[nn.Module], ...]) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of these types, each with the name under which ``named_parameters`` lists its weight.
+def weights(model: nn.Module, *, forward: bool = False) -> Iterator[tuple[str, nn.Module]]:
+    """The weights of the layers that are pruned, each by the name under which ``named_parameters`` lists it.
 
-    A module whose weight is no parameter of its own (a parametrization computes it) is left out.
+    A weight that is no parameter of its layer's own (a parametrization computes it) is left out.
+
+    Args:
+        model: the network.
+        forward: only weights of the shape ``(out, in, *kernel)``. Those of transposed convolutions, and of the layer
+            ``Conv1D`` of GPT-2 in transformers, are ``(in, out, *kernel)``.
+
+    Yields:
+        Name and layer, in the order of ``model.modules()``.
     """
     names: dict[object, str] = {parameter: name for name, parameter in model.named_parameters()}
     for module in model.modules():
-        if isinstance(module, types):
+        is_forward = isinstance(module, _FORWARD_LAYERS)
+        if is_forward or (not forward and _is_transposed(module)):
             # Not module.weight: reading that of a parametrization computes it, and spectral_norm's changes its buffers.
-            weight = dict(module.named_parameters(recurse=False)).get("weight")
-            if weight is not None:
-                yield names[weight], module
+            own = dict(module.named_parameters(recurse=False))
+            attributes = _ATTENTION_WEIGHTS if isinstance(module, nn.MultiheadAttention) else ("weight",)
+            yield from ((names[own[key]], module) for key in attributes if key in own)
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    # By its name: transformers is not imported here. `nf` is its number of outputs.
+    return isinstance(module, _TRANSPOSED_LAYERS) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
 
 
 def _fault(parameter: nn.Parameter, layer: nn.Module | None) -> str | None:
@@ -90,7 +104,7 @@ def _fault(parameter: nn.Parameter, layer: nn.Module | None) -> str | None:
             f"is {parameter.dtype}, as quantised or packed weights are: prune the model before it is quantised, or "
             "give the part of it that is not"
         )
-    expected = 2 if isinstance(layer, nn.Linear) else 2 + len(getattr(layer, "kernel_size", ()))
+    expected = 2 + len(getattr(layer, "kernel_size", ()))
     if (layer is not None and parameter.ndim != expected) or _is_flat(parameter):
         return (
             f"has shape {tuple(parameter.shape)}: a framework keeps it flat (FSDP1, ZeRO 3); prune inside its context "

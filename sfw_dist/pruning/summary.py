@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NotRequired, TypedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
-from sfw_dist.distributed.dtensor import reshard
+from sfw_dist.distributed.dtensor import reshard, to_local
 from sfw_dist.pruning.modes import evaluation_mode
 from sfw_dist.pruning.result import Pruning
-from sfw_dist.pruning.scope import WEIGHT_LAYERS, layers
+from sfw_dist.pruning.scope import weights
+
+_WITH_ADDEND = (torch.ops.aten.addmm, torch.ops.aten.baddbmm)
+"""Operations whose first argument is added to the product of the next two."""
 
 
 class LayerRow(TypedDict):
@@ -53,10 +59,12 @@ def dead_layers(pruning: Pruning) -> list[str]:
 
 
 def count_flops(model: nn.Module, example: Tensor) -> dict[str, int]:
-    """Count the dense forward FLOPs of one sample in every linear and convolution module.
+    """Count the dense forward FLOPs of one sample, by what is multiplied.
 
-    A multiply-add is two FLOPs; biases are not counted. A module that is called several times counts each time, and one
-    that is never called, because its owner reads its weight (as ``nn.MultiheadAttention`` does), counts 0.
+    Counted are the products of matrices and the convolutions of the whole network, as torch's ``FlopCounterMode`` does:
+    a multiply-add is two FLOPs; biases, normalisations and activations are not counted. A layer that is called several
+    times counts each time. Attention computes by its plain formula meanwhile: some of torch's fused kernels hide their
+    products from the counter.
 
     Args:
         model: runs once in evaluation mode without gradients; modes and buffers are afterwards what they were. With
@@ -64,33 +72,115 @@ def count_flops(model: nn.Module, example: Tensor) -> dict[str, int]:
         example: ``(batch, ...)``, an input on the model's device; its first sample is used.
 
     Returns:
-        FLOPs by the name of the module's weight.
+        FLOPs by the name of the weight that is multiplied, or of the module that multiplies activations with each
+        other, as attention's queries with keys. The sum is the network's. Every prunable weight has an entry.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 10))
         >>> count_flops(net, torch.zeros(1, 1, 4, 4))
         {'0.weight': 144, '2.weight': 160}
+        >>> attention = nn.TransformerEncoderLayer(8, nhead=2, dim_feedforward=16, batch_first=True)
+        >>> flops = count_flops(attention, torch.zeros(1, 5, 8))
+        >>> flops["self_attn.in_proj_weight"], flops["self_attn"]
+        (1920, 800)
     """
-    counter = FlopCounterMode(display=False)
-    names = {module: name for name, module in layers(model, WEIGHT_LAYERS)}
-    flops = dict.fromkeys(names.values(), 0)
-
-    def before(module: nn.Module, args: object) -> None:
-        flops[names[module]] -= counter.get_total_flops()
-
-    def after(module: nn.Module, args: object, output: object) -> None:
-        flops[names[module]] += counter.get_total_flops()
-
-    hooks = [module.register_forward_pre_hook(before) for module in names]
-    hooks += [module.register_forward_hook(after) for module in names]
+    flops = dict.fromkeys((name for name, _ in weights(model)), 0)
+    # Autocast would copy weights, and a copy is not known as the weight.
+    exact_types = torch.autocast(example.device.type, enabled=False)
     try:
-        with evaluation_mode(model), torch.no_grad(), counter:
+        with (
+            evaluation_mode(model),
+            torch.no_grad(),
+            exact_types,
+            _plain_attention(),
+            _running_modules(model) as running,
+            _FlopCounter(model, running, flops),
+        ):
             model(example[:1])
+    finally:
+        reshard(model)
+    return flops
+
+
+class _FlopCounter(TorchDispatchMode):
+    """Adds the FLOPs of each operation to the entry in ``flops`` of the parameter that is multiplied.
+
+    It counts by the formulas of torch's ``FlopCounterMode``, whose hooks fail where a module is given a parameter.
+
+    A parameter is known by its memory: layers multiply by views of it (its transpose, a third of an
+    ``in_proj_weight``), and some by the weights of others. Where no factor is a parameter, or both are, the entry is
+    that of the innermost running module: of its weight, if it is a layer that makes its factor from it, else its own.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, model: nn.Module, running: Sequence[nn.Module], flops: dict[str, int]) -> None:
+        super().__init__()
+        self._model, self._running, self._flops = model, running, flops
+        self._names = {module: name for name, module in model.named_modules()}
+        self._names |= {m: name for name, m in weights(model) if not isinstance(m, nn.MultiheadAttention)}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        operation = getattr(func, "overloadpacket", func)
+        formula = flop_registry.get(operation)
+        if formula is None and hasattr(func, "decompose"):
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        out = func(*args, **kwargs)
+        if formula is not None:
+            factors = args[1:] if operation in _WITH_ADDEND else args
+            found = [name for x in factors if isinstance(x, Tensor) and x.ndim > 1 for name in self._parameter(x)]
+            name = found[0] if len(found) == 1 else self._names[self._running[-1]]
+            self._flops[name] = self._flops.get(name, 0) + formula(*args, **kwargs, out_val=out)
+        return out
+
+    def _parameter(self, x: Tensor) -> list[str]:
+        """The parameter in whose memory a tensor lies, if any. They are looked up anew: FSDP2 replaces them."""
+        address = to_local(x).data_ptr()
+        return [
+            name
+            for name, parameter in self._model.named_parameters()
+            if 0 <= address - to_local(parameter).data_ptr() < to_local(parameter).nbytes
+        ]
+
+
+@contextmanager
+def _running_modules(model: nn.Module) -> Iterator[list[nn.Module]]:
+    """Gives the list of modules whose forward is running inside the block, innermost last."""
+    running = [model]
+
+    def enter(module: nn.Module, args: object) -> None:
+        running.append(module)
+
+    def leave(module: nn.Module, args: object, output: object) -> None:
+        running.pop()
+
+    hooks = [module.register_forward_pre_hook(enter) for module in model.modules()]
+    hooks += [module.register_forward_hook(leave) for module in model.modules()]
+    try:
+        yield running
     finally:
         for hook in hooks:
             hook.remove()
-        reshard(model)
-    return flops
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Attention by products of matrices inside the block.
+
+    Fused kernels for whole attention layers have no FLOP formula, and those for the products only have in some versions
+    of torch.
+    """
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
 def kept_flops(flops: Mapping[str, int], pruning: Pruning) -> float:
@@ -102,7 +192,8 @@ def kept_flops(flops: Mapping[str, int], pruning: Pruning) -> float:
             counted.
 
     Returns:
-        The sum over the layers, each one's FLOPs times the fraction of it that is kept.
+        The sum over the entries, each one's FLOPs times the fraction of the weight that is kept; whole where nothing
+        was pruned.
 
     Example:
         >>> from sfw_dist.pruning import prune

@@ -51,12 +51,43 @@ def test_a_shared_weight_counts_once() -> None:
     assert (masks.total, masks.kept) == (24, 18)
 
 
+def test_attentions_projections_are_weights() -> None:
+    """Fails when a transformer's queries, keys and values stay dense at any sparsity."""
+    joint = nn.TransformerEncoderLayer(8, nhead=2, dim_feedforward=4)
+    linears = ["self_attn.out_proj.weight", "linear1.weight", "linear2.weight"]
+    assert list(compute_masks(joint, 0.5)) == ["self_attn.in_proj_weight", *linears]
+    apart = compute_masks(nn.MultiheadAttention(8, 2, kdim=6, vdim=4), 0.5)
+    assert list(apart) == ["q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight"]
+
+
+class Conv1D(nn.Module):
+    """As transformers has it in GPT-2: a linear layer whose weight is ``(in, out)``."""
+
+    def __init__(self, outputs: int, inputs: int) -> None:
+        super().__init__()
+        self.nf = outputs
+        self.weight = nn.Parameter(torch.randn(inputs, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+def test_the_linear_layer_of_gpt2_is_pruned_by_weights_and_ranks() -> None:
+    """Fails when GPT-2 stays dense, or when its columns, which are inputs of others' rows, pass for filters."""
+    model = nn.Sequential(Conv1D(8, 4), nn.Linear(8, 4), nn.Linear(4, 4))
+    assert list(compute_masks(model, 0.5)) == ["0.weight", "1.weight", "2.weight"]
+    assert count_flops(model, torch.rand(1, 4)) == {"0.weight": 64, "1.weight": 64, "2.weight": 32}
+    assert prune(copy.deepcopy(model), 0.5, granularity="rank").ranks["0.weight"] < 4
+    assert prune(copy.deepcopy(model), 0.5, granularity="filter").skipped == ("0.weight", "2.weight")
+    assert prune(model, 0.5, granularity="2:4").skipped == ("0.weight",)
+
+
 def test_looking_for_weights_computes_none() -> None:
     """Fails when a spectrally normalised weight is read to leave it out: in training mode that changes its buffers."""
     model = nn.Sequential(parametrizations.spectral_norm(nn.Linear(4, 4)), nn.Linear(4, 4))
     before = copy.deepcopy(model.state_dict())
     assert list(compute_masks(model, 0.5)) == ["1.weight"]
-    assert list(count_flops(model.eval(), torch.zeros(1, 4))) == ["1.weight"]
+    assert list(count_flops(model.eval(), torch.zeros(1, 4))) == ["1.weight", "0"]
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 

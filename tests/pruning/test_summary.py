@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import models
+from torchvision.models.convnext import CNBlockConfig
 
 from sfw_dist.pruning import (
     Masks,
@@ -60,6 +68,107 @@ def test_flops_of_a_shared_module_count_each_call() -> None:
     flops = count_flops(model, torch.rand(1, 4))
     assert flops == {"first.0.weight": 2 * (2 * 4 * 4)}
     assert set(flops) == set(compute_masks(model, 0.5))
+
+
+TOKENS, WIDTH = 5, 8
+ATTENTION = {
+    "products": 2 * 2 * TOKENS * TOKENS * WIDTH,
+    "in": 2 * TOKENS * WIDTH * 3 * WIDTH,
+    "out": 2 * TOKENS * WIDTH**2,
+}
+"""FLOPs by hand: queries with keys, and what they give with values; the projections before and after. The number of
+heads does not matter."""
+
+
+def test_attentions_flops_by_hand() -> None:
+    """Counted by modules alone, attention has none: not its products, nor those of weights that its owner reads."""
+    layer = nn.TransformerEncoderLayer(WIDTH, nhead=2, dim_feedforward=16, batch_first=True)
+    flops = count_flops(nn.TransformerEncoder(layer, num_layers=1), torch.rand(3, TOKENS, WIDTH))
+    assert flops == {
+        "layers.0.self_attn.in_proj_weight": ATTENTION["in"],
+        "layers.0.self_attn.out_proj.weight": ATTENTION["out"],
+        "layers.0.linear1.weight": 2 * TOKENS * WIDTH * 16,
+        "layers.0.linear2.weight": 2 * TOKENS * WIDTH * 16,
+        "layers.0.self_attn": ATTENTION["products"],
+    }
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+class Attention(nn.Module):
+    """As timm writes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(2, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.proj(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+def test_flops_of_fused_attention_by_hand() -> None:
+    """Fails when a fused kernel hides the products from the counter."""
+    flops = count_flops(nn.Sequential(Attention()), torch.rand(1, TOKENS, WIDTH))
+    assert flops == {
+        "0.qkv.weight": ATTENTION["in"],
+        "0.proj.weight": ATTENTION["out"],
+        "0": ATTENTION["products"],
+    }
+
+
+class MadeWeight(nn.Linear):
+    """A layer that changes its weight before it multiplies, with another parameter at its side."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 3)
+        self.down = nn.Parameter(torch.rand(4, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = nn.functional.linear(x, self.weight - self.weight.mean(), self.bias)
+        return y + (x @ self.down).mean()
+
+
+def test_flops_of_a_layer_that_makes_its_factor_from_its_weight() -> None:
+    """Fails when weight standardisation, or a cast of autocast, hides whose FLOPs they are."""
+    net = nn.Sequential(MadeWeight(), nn.Linear(3, 2))
+    flops = {"0.weight": 2 * 4 * 3, "1.weight": 2 * 3 * 2, "0.down": 2 * 4 * 2}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert count_flops(net, torch.rand(1, 4)) == flops
+
+
+SMALL: dict[str, Callable[[], nn.Module]] = {
+    "vit": lambda: models.VisionTransformer(64, 32, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=32),
+    "swin": lambda: models.SwinTransformer([4, 4], 8, depths=[2, 1], num_heads=[1, 2], window_size=[4, 4]),
+    "convnext": lambda: models.ConvNeXt([CNBlockConfig(8, 16, 2), CNBlockConfig(16, None, 1)]),
+    "mobilenet": lambda: models.mobilenet_v3_small(width_mult=0.25),
+    "timm's vit": lambda: timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, embed_dim=24, num_heads=2),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_flops_are_those_of_the_whole_network(name: str) -> None:
+    """Fails when a product is counted nowhere or twice, so that the speed-up told is not the network's."""
+    model, images = SMALL[name]().eval().requires_grad_(False), torch.rand(1, 3, 64, 64)
+    flops = count_flops(model, images)
+    reference = FlopCounterMode(display=False)
+    with _no_fast_path(), sdpa_kernel(SDPBackend.MATH), reference:
+        model(images)
+    assert sum(flops.values()) == reference.get_total_flops() > 0
+    weights = set(compute_masks(model, 0.5))
+    assert all(flops[name] for name in weights)
+    others = {name for name in flops if name not in weights}
+    assert all(name.endswith(("attn", "self_attention")) for name in others)
+    assert bool(others) == (name in ("vit", "swin", "timm's vit"))
+
+
+@contextmanager
+def _no_fast_path() -> Iterator[None]:
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
 
 
 def test_counting_flops_leaves_no_trace() -> None:
