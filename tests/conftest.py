@@ -15,7 +15,7 @@ SLOW = (
     *("evaluate", "examples", "experiments", "launch", "multiprocess", "packaging", "slurm"),
     *("data/test_backend.py", "data/test_ffcv.py", "data/test_image_sets.py", "optim/test_kernels_cuda.py"),
     *("train/test_init_stage.py", "train/test_k_schedule.py", "train/test_sparse_training.py"),
-    *("train/test_strategies.py", "train/test_trainer.py"),
+    *("train/test_networks.py", "train/test_strategies.py", "train/test_trainer.py"),
 )
 """Folders and files of tests that start processes, compile kernels or train for long, for ``make test-quick``."""
 

@@ -102,8 +102,17 @@ class ModelConfig:
     a function of num_classes and in_channels that returns your own."""
     width: float = 1.0
     """Factor on the channel counts of our own networks."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """Other arguments of a network of torchvision or timm, or of your own function: {img_size: 32}."""
+    pretrained: bool | str = False
+    """Weights to start from: true for those that torchvision or timm publish, or the path of a safetensors file, such
+    as another run's model.safetensors. A head for another number of classes begins anew."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.pretrained, str):
+            domain, remedy = "true, false or a path", "leave it out for new weights"
+            _require(bool(self.pretrained), "model.pretrained", repr(self.pretrained), domain, remedy)
+            self.pretrained = _at_home(self.pretrained)
         _require(self.width > 0, "model.width", self.width, "> 0", "write 1.0 for the published width")
 
 
@@ -292,6 +301,10 @@ class Config:
             name, kind = self.optimizer.name, self.optimizer.k_schedule.kind
             _require(name == "sfw", "init.steps", self.init.steps, f"0 with optimizer.name: {name}", "leave it out")
             _require(kind == "none", "optimizer.k_schedule.kind", kind, "none with init.steps", "leave one out")
+            start = self.model.pretrained
+            _require(
+                not start, "model.pretrained", start, "false with init.steps, which scales new weights", "leave one out"
+            )
         self._check_method()
         if self.engine != "ddp":
             self._check_sharded()

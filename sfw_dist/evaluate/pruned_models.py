@@ -202,7 +202,10 @@ def accuracy(metrics: Metrics) -> dict[str, Any]:
 
 
 def _trained_model(run: RunFolder, config: Config, classes: int, channels: int) -> nn.Module:
-    model = build_model(config.model.name, num_classes=classes, in_channels=channels, width=config.model.width)
+    network = config.model
+    model = build_model(
+        network.name, num_classes=classes, in_channels=channels, width=network.width, kwargs=network.kwargs
+    )
     try:
         model.load_state_dict(run.load_weights())
     except RuntimeError as error:

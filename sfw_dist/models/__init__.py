@@ -7,23 +7,22 @@ is the expected norm under exactly these.
 from __future__ import annotations
 
 import difflib
-import importlib
 import math
-from collections.abc import Callable
-from types import ModuleType
-from typing import NamedTuple, Protocol
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 from torch import nn
 
-from sfw_dist.errors import UserError, import_path, needs_extra
+from sfw_dist.errors import UserError
 from sfw_dist.models.cnn import cnn3, cnn5
+from sfw_dist.models.own import own_model
+from sfw_dist.models.pretrained import Tell, load_by_name, load_weights_file
 from sfw_dist.models.resnet import ResNet18
 from sfw_dist.models.vgg import vgg16
+from sfw_dist.models.zoos import TIMM, TORCHVISION, Request, timm_model, torchvision_model, torchvision_names
 
 __all__ = ["build_model", "model_names"]
-
-TORCHVISION = "torchvision/"
-TIMM = "timm/"
 
 
 class Builder(Protocol):
@@ -45,22 +44,37 @@ ARCHITECTURES = {
 }
 
 
-def build_model(name: str, *, num_classes: int, in_channels: int = 3, width: float = 1.0) -> nn.Module:
-    """Build a classifier with new weights.
+def build_model(
+    name: str,
+    *,
+    num_classes: int,
+    in_channels: int = 3,
+    width: float = 1.0,
+    kwargs: Mapping[str, Any] | None = None,
+    pretrained: bool | str = False,
+    tell: Tell = lambda line: None,
+) -> nn.Module:
+    """Build a classifier.
 
     Args:
         name: one of :func:`model_names`: a network of sfw_dist; ``torchvision/NAME``; ``timm/NAME``; or
             ``package.module:function``, which is called with ``num_classes`` and ``in_channels`` and returns a module.
         num_classes: number of logits.
-        in_channels: channels of the images; torchvision's models take 3.
+        in_channels: channels of the images. For other than 3, the first convolution of torchvision's networks is
+            replaced, with torch's initial weights.
         width: factor on the channels of every stage, rounded, at least 1; for the networks of sfw_dist only.
+        kwargs: other arguments of the network; those of sfw_dist take none.
+        pretrained: ``False``: new weights. ``True``: those that torchvision or timm publish, downloaded at the first
+            use; your own function must take an argument ``pretrained``. Or the path of a safetensors file, with tensors
+            by name. A head for another number of classes keeps its new weights.
+        tell: takes a line for the user, on tensors that begin anew.
 
     Returns:
         A network from images ``(batch, in_channels, height, width)`` to logits ``(batch, num_classes)``.
 
     Raises:
-        UserError: unknown name, a count below 1, a width that is not positive, or ``in_channels`` or ``width`` for a
-            model that does not take it.
+        UserError: unknown name, a count below 1, a width that is not positive, arguments that the network does not
+            take, or pretrained weights that there are not or do not fit.
 
     Example:
         >>> import torch
@@ -73,19 +87,40 @@ def build_model(name: str, *, num_classes: int, in_channels: int = 3, width: flo
             raise UserError(f"{argument} must be at least 1, got {count}: set it to what the data set has")
     if not 0 < width < math.inf:
         raise UserError(f"width must be positive and finite, got {width}: 1.0 is the published network")
-    if name in ARCHITECTURES:
-        build, channels = ARCHITECTURES[name]
-        scaled = [max(1, round(width * channel)) for channel in channels]
-        return build(scaled, num_classes=num_classes, in_channels=in_channels)
+    request = Request(name, num_classes, in_channels, kwargs or {}, pretrained is True, tell)
+    model = _ours(request, width) if name in ARCHITECTURES else _of_others(request, width)
+    if isinstance(pretrained, str):
+        load_by_name(model, load_weights_file(Path(pretrained)), pretrained, num_classes, tell)
+    return model
+
+
+def _ours(request: Request, width: float) -> nn.Module:
+    name, num_classes, in_channels, kwargs, published, _ = request
+    if kwargs:
+        raise UserError(
+            f"{name} takes no model.kwargs, got {', '.join(kwargs)}: leave them out (model.width scales it)"
+        )
+    if published:
+        raise UserError(f"{name} has no published weights: give the model.safetensors of another run")
+    build, channels = ARCHITECTURES[name]
+    scaled = [max(1, round(width * channel)) for channel in channels]
+    return build(scaled, num_classes=num_classes, in_channels=in_channels)
+
+
+def _of_others(request: Request, width: float) -> nn.Module:
+    name = request.name
     if ":" in name:
-        build_own = _import_function(name)
-        _refuse_width(name, width)
-        return _checked_module(name, build_own(num_classes=num_classes, in_channels=in_channels))
-    if name.startswith(TIMM):
-        return _timm_model(name, num_classes=num_classes, in_channels=in_channels, width=width)
-    if name.startswith(TORCHVISION):
-        return _torchvision_model(name, num_classes=num_classes, in_channels=in_channels, width=width)
-    raise _unknown(name)
+        build = own_model
+    elif name.startswith(TIMM):
+        build = timm_model
+    elif name.startswith(TORCHVISION) and name.removeprefix(TORCHVISION) in torchvision_names():
+        build = torchvision_model
+    else:
+        raise _unknown(name)
+    if width != 1:
+        remedy = f"leave it at 1 or choose one of {', '.join(ARCHITECTURES)}"
+        raise UserError(f"{name} has a fixed width, got width={width}: {remedy}")
+    return build(request)
 
 
 def model_names() -> list[str]:
@@ -93,65 +128,9 @@ def model_names() -> list[str]:
     return [*ARCHITECTURES, f"{TORCHVISION}<name>", f"{TIMM}<name>", "package.module:function"]
 
 
-def _refuse_width(name: str, width: float) -> None:
-    if width != 1:
-        remedy = f"leave it at 1 or choose one of {', '.join(ARCHITECTURES)}"
-        raise UserError(f"{name} has a fixed width, got width={width}: {remedy}")
-
-
-def _import_function(path: str) -> Callable[..., object]:
-    remedy = "write package.module:function of a function of num_classes and in_channels that can be imported"
-    found = import_path(path, "model.name", remedy)
-    if not callable(found):
-        raise UserError(f"model.name: {path} is no function: {remedy}")
-    return found
-
-
-def _checked_module(name: str, built: object) -> nn.Module:
-    if not isinstance(built, nn.Module):
-        raise UserError(f"model.name: {name} returned a {type(built).__name__}: return a torch.nn.Module")
-    return built
-
-
-def _timm_model(name: str, *, num_classes: int, in_channels: int, width: float) -> nn.Module:
-    with needs_extra("a model of timm", "examples"):
-        timm = importlib.import_module("timm")
-    bare = name.removeprefix(TIMM)
-    if not timm.is_model(bare):
-        near = difflib.get_close_matches(bare, timm.list_models(), n=1)
-        hint = f"did you mean {TIMM}{near[0]}?" if near else "timm.list_models() has the names"
-        raise UserError(f"unknown model {name!r}: {hint}")
-    _refuse_width(name, width)
-    model: nn.Module = timm.create_model(bare, pretrained=False, num_classes=num_classes, in_chans=in_channels)
-    return model
-
-
-def _torchvision_model(name: str, *, num_classes: int, in_channels: int, width: float) -> nn.Module:
-    bare = name.removeprefix(TORCHVISION)
-    if bare not in _torchvision_names():
-        raise _unknown(name)
-    if in_channels != 3:
-        remedy = f"convert the images to RGB or choose one of {', '.join(ARCHITECTURES)}"
-        raise UserError(f"{name} takes 3 input channels, got in_channels={in_channels}: {remedy}")
-    _refuse_width(name, width)
-    model: nn.Module = _torchvision().get_model(bare, weights=None, num_classes=num_classes)
-    return model
-
-
-def _torchvision() -> ModuleType:
-    """``torchvision.models``, imported on use: the import is slow, and other networks do not need it."""
-    with needs_extra("a model of torchvision", "train"):
-        return importlib.import_module("torchvision.models")
-
-
-def _torchvision_names() -> list[str]:
-    names: list[str] = _torchvision().list_models(module=_torchvision())  # this module: no segmentation, no detection
-    return names
-
-
 def _unknown(name: str) -> UserError:
     """The error for an unknown name, with the known names that are most like it."""
-    known = [*ARCHITECTURES, *(TORCHVISION + bare for bare in _torchvision_names())]
+    known = [*ARCHITECTURES, *(TORCHVISION + bare for bare in torchvision_names())]
     bare_names = {full.removeprefix(TORCHVISION) for full in known}
     closest = difflib.get_close_matches(name.removeprefix(TORCHVISION), bare_names)
     close = [full for bare in closest for full in known if full.removeprefix(TORCHVISION) == bare]

@@ -12,6 +12,7 @@ from sfw_dist.data.loading import Loader
 from sfw_dist.distributed.world import World, any_rank
 from sfw_dist.errors import UserError
 from sfw_dist.optim.initialization import sfw_init
+from sfw_dist.pruning.outputs import logits_of
 from sfw_dist.train.build_optimizer import constrained_groups, norm_rule
 from sfw_dist.train.logger import Logger
 from sfw_dist.train.signals import SignalHandler
@@ -72,7 +73,7 @@ def run_sfw_init(
     try:
         scales = sfw_init(
             model,
-            F.cross_entropy,
+            lambda output, labels: F.cross_entropy(logits_of(output), labels),
             batches,
             constrained_groups(model, config.optimizer, norm_rule(config)),
             lr=config.optimizer.lr,

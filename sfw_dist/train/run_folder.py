@@ -6,6 +6,7 @@ runs/<name>/config.yaml  data.json  environment.json  metrics.jsonl  heartbeat.j
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -31,7 +32,8 @@ from sfw_dist.distributed.world import World, any_rank, barrier
 from sfw_dist.errors import UserError
 from sfw_dist.files import LockedError, file_lock, make_folder, replacing, write_json, write_text
 
-_PACKAGES = ("sfw-dist", "torch", "torchvision", "numpy", "ffcv", "deepspeed", "submitit")
+_START = "pretrained_sha256"
+_PACKAGES = ("sfw-dist", "torch", "torchvision", "timm", "numpy", "ffcv", "deepspeed", "submitit")
 
 
 class RunFolder:
@@ -41,6 +43,7 @@ class RunFolder:
         self.path = path
         self.config = path / "config.yaml"
         self.data = path / "data.json"
+        self.environment = path / "environment.json"
         self.checkpoints = path / "checkpoints"
         self.prune = path / "prune"
         self.weights = path / "model.safetensors"
@@ -113,12 +116,24 @@ class RunFolder:
             raise UserError(f"{self.data} is damaged ({error}): remove it, and the data are not compared") from None
         return None
 
+    def check_same_start(self, config: Config) -> None:
+        """Check that a run begins with the same weights as when its folder was made.
+
+        Raises:
+            UserError: the file of ``model.pretrained`` has changed.
+        """
+        recorded = json.loads(self.environment.read_text()).get(_START) if self.environment.is_file() else None
+        if recorded and recorded != _start(config).get(_START):
+            raise UserError(
+                f"{config.model.pretrained} has changed since {self.path} began with it: choose another --name"
+            )
+
     def create(self, config: Config, data: DataRecord) -> None:
         """Make the folder, and write config.yaml, data.json and environment.json; a resumed run keeps them."""
         make_folder(self.path)
         if not self.config.is_file():
             write_text(self.config, save_config(config))  # first: by this file the folder is known as a run's
-            write_json(self.path / "environment.json", environment())
+            write_json(self.environment, environment() | _start(config))
         if not self.data.is_file():
             write_json(self.data, data.json())
         for folder in (self.checkpoints, self.prune, self.tensorboard):
@@ -189,6 +204,14 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], data: DataRecord | Non
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as file:
         file.write(save(stored, data.metadata() if data else None))
+
+
+def _start(config: Config) -> dict[str, str]:
+    """What identifies the file that a run begins from, for environment.json; empty without one."""
+    if not isinstance(config.model.pretrained, str):
+        return {}
+    with open(config.model.pretrained, "rb") as file:
+        return {_START: hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _drop_unfinished_line(path: Path) -> None:

@@ -17,6 +17,7 @@ from sfw_dist.data.loading import Loader, Split
 from sfw_dist.distributed.world import World, any_rank, barrier, gather_floats
 from sfw_dist.errors import UserError
 from sfw_dist.models import build_model
+from sfw_dist.models.check import check_network
 from sfw_dist.optim.sfw import SFW
 from sfw_dist.train import checkpoint
 from sfw_dist.train.init_stage import HalfBatches, run_sfw_init
@@ -54,14 +55,13 @@ def train(config: Config, world: World, *, resume: bool = False, signals: Signal
     run = check_input(config, world.rank, world.size, resume=resume)
     loaders = open_loaders(config, world)
     batches = BatchPreparation(config, world.device)
-    torch.manual_seed(config.seed)
-    model = build_model(
-        config.model.name,
-        num_classes=batches.classes,
-        in_channels=batches.image_shape[0],
-        width=config.model.width,
-    )
-    if config.init.steps and checkpoint.newest(run.checkpoints) is None:
+    begins = checkpoint.newest(run.checkpoints) is None
+    # DeepSpeed compares the sets, whose radii follow from the weights that a run begins with.
+    reads_start = begins or config.engine == "deepspeed"
+    model, called = _network(config, batches, world, reads_start)
+    if reads_start:
+        run.check_same_start(config)
+    if config.init.steps and begins:
         half_batches = HalfBatches(loaders["train"], batches.training)
         with exclusive_lock(run, world), _entered(signals) as handler:
             if world.main:
@@ -69,11 +69,34 @@ def train(config: Config, world: World, *, resume: bool = False, signals: Signal
             barrier(world)
             if not _initialize(model, run, config, world, half_batches, handler):
                 return INTERRUPTED
-    trainer = Trainer(model, config, world, run, loaders, batches)
+    trainer = Trainer(model, config, world, run, loaders, batches, called)
     with exclusive_lock(run, world):
         trainer.restore()
         with _entered(signals) as handler:
             return trainer.fit(handler)
+
+
+def _network(
+    config: Config, batches: BatchPreparation, world: World, reads_start: bool
+) -> tuple[nn.Module, set[nn.Module]]:
+    """The run's network with its initial weights, unless a checkpoint's take their place, and the modules it calls.
+
+    Raises:
+        UserError: there is no such network, or it does not fit the images and classes.
+    """
+    torch.manual_seed(config.seed)
+    settings, image_shape, classes = config.model, batches.image_shape, batches.classes
+    model = build_model(
+        settings.name,
+        num_classes=classes,
+        in_channels=image_shape[0],
+        width=settings.width,
+        kwargs=settings.kwargs,
+        pretrained=reads_start and settings.pretrained,
+        tell=lambda line: print(f"note: {line}", file=sys.stderr) if world.main else None,
+    )
+    called = check_network(model, settings.name, image_shape=image_shape, num_classes=classes, device=world.device)
+    return model, called
 
 
 def _entered(signals: SignalHandler | None) -> AbstractContextManager[SignalHandler]:
@@ -123,6 +146,7 @@ class Trainer:
         run: the run's folder.
         loaders: this rank's, by split.
         batches: how a loader's batch is prepared for the network.
+        called: the modules that the network calls.
     """
 
     def __init__(
@@ -133,10 +157,11 @@ class Trainer:
         run: RunFolder,
         loaders: dict[Split, Loader],
         batches: BatchPreparation,
+        called: set[nn.Module],
     ) -> None:
         self.config, self.world, self.run, self.loaders, self.batches = config, world, run, loaders, batches
         epochs = config.train.epochs
-        self.strategy = build_strategy(model, config, world)
+        self.strategy = build_strategy(model, config, world, called)
         self.strategy.warm_up(batches.image_shape)
         self.lr_schedule = LRSchedule(self.strategy.optimizer, config.schedule, epochs)
         self.k_schedule = KSchedule(self.strategy.optimizer, config.optimizer, epochs)

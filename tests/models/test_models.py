@@ -123,7 +123,6 @@ def test_an_unknown_name_is_answered_in_one_line_with_the_valid_ones(name: str, 
         ("resnet18", {"width": 0.0}, "got 0.0"),
         ("resnet18", {"width": float("nan")}, "got nan"),
         ("torchvision/resnet18", {"width": 0.5}, "got width=0.5: leave it at 1"),
-        ("torchvision/resnet18", {"in_channels": 1}, "got in_channels=1: convert the images to RGB"),
     ],
 )
 def test_bad_arguments_name_the_value_and_the_remedy(name: str, arguments: dict[str, float], told: str) -> None:
@@ -135,6 +134,18 @@ def test_bad_arguments_name_the_value_and_the_remedy(name: str, arguments: dict[
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "swin_t", "convnext_tiny", "vgg11_bn"])
+def test_torchvisions_networks_take_other_channels(name: str) -> None:
+    """Fails when grey images need a network of one's own, or another convolution than the first is replaced."""
+    with torch.device("meta"):
+        model = build_model(f"torchvision/{name}", num_classes=5, in_channels=1)
+        coloured = build_model(f"torchvision/{name}", num_classes=5)
+    shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    other = {key: tuple(t.shape) for key, t in coloured.state_dict().items() if tuple(t.shape) != shapes[key]}
+    assert len(other) == 1 and next(iter(other.values()))[1] == 3
+    assert shapes.keys() == coloured.state_dict().keys()
+
+
 EXAMPLES = {"torchvision/<name>": "torchvision/squeezenet1_1", "timm/<name>": "timm/resnet10t"}
 OWN = f"{__name__}:own_network"
 
@@ -142,6 +153,11 @@ OWN = f"{__name__}:own_network"
 def own_network(num_classes: int, in_channels: int) -> nn.Module:
     """A user's network."""
     return nn.Sequential(nn.Conv2d(in_channels, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))
+
+
+def sized_network(num_classes: int, in_channels: int, *, width: int = 4) -> nn.Module:
+    """A user's network with an argument of its own."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(4 * in_channels, width), nn.Linear(width, num_classes))
 
 
 def no_network(num_classes: int, in_channels: int) -> str:
@@ -163,6 +179,48 @@ def test_models_of_others_take_classes_and_channels(name: str) -> None:
         pytest.importorskip("timm")
     model = build_model(name, num_classes=5, in_channels=1).eval()
     assert model(torch.rand(2, 1, 32, 32)).shape == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "shape"),
+    [
+        (f"{__name__}:sized_network", {"width": 6}, (6, 12)),
+        ("torchvision/mobilenet_v3_small", {"width_mult": 0.5}, (8, 3, 3, 3)),
+        ("timm/vit_tiny_patch16_224", {"img_size": 8, "patch_size": 4, "depth": 1, "embed_dim": 24}, (1, 1, 24)),
+    ],
+)
+def test_kwargs_reach_models_of_others(name: str, kwargs: dict[str, object], shape: tuple[int, ...]) -> None:
+    """A configuration that says one network, and another that is built."""
+    model = build_model(name, num_classes=5, kwargs=kwargs)
+    assert next(model.parameters()).shape == shape
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "told"),
+    [
+        ("cnn", {"depth": 2}, "cnn takes no model.kwargs, got depth: leave them out"),
+        (f"{__name__}:sized_network", {"wide": 6}, "unexpected keyword argument 'wide'"),
+        (f"{__name__}:sized_network", {"num_classes": 6}, "model.kwargs has num_classes, which follows from the data"),
+        ("torchvision/resnet18", {"weights": "DEFAULT"}, "model.kwargs has weights, which follows"),
+        ("torchvision/resnet18", {"groups": 7}, "torchvision/resnet18 cannot be built with model.kwargs {'groups': 7}"),
+        (
+            "torchvision/mobilenet_v3_small",
+            {"width_multi": 0.5},
+            "takes no argument width_multi (model.kwargs): did you",
+        ),
+        ("timm/vit_tiny_patch16_224", {"in_chans": 1}, "model.kwargs has in_chans, which follows"),
+        (
+            "timm/vit_tiny_patch16_224",
+            {"img_sizes": 8},
+            "unexpected keyword argument 'img_sizes'): correct that argument",
+        ),
+    ],
+)
+def test_unknown_kwargs_are_one_line(name: str, kwargs: dict[str, object], told: str) -> None:
+    """A traceback from another package; or an argument that torchvision swallows, so that it has no effect."""
+    with pytest.raises(UserError) as caught:
+        build_model(name, num_classes=10, kwargs=kwargs)
+    assert told in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -189,5 +247,5 @@ def test_models_of_others_that_cannot_be_built_are_one_line(name: str, width: fl
 def test_without_timm_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     """An ImportError's traceback."""
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(UserError, match=r"needs timm: pip install 'sfw-dist\[examples\]'"):
+    with pytest.raises(UserError, match=r"needs timm: pip install 'sfw-dist\[train\]'"):
         build_model("timm/resnet10t", num_classes=10)

@@ -70,6 +70,13 @@ def test_what_is_gathered_is_called() -> None:
     assert [type(part).__name__ for part in modules_to_shard(model)] == ["TransformerEncoderLayer", "Linear"]
 
 
+def test_what_is_not_called_is_gathered_with_what_reads_it() -> None:
+    """Fails when a layer whose weight the module around it reads stays in shards, as Swin's projections."""
+    model = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), nn.Linear(8, 8))
+    called = [module for module in model.modules() if module is not model[0][1]]
+    assert modules_to_shard(model, called) == [model[0][0], model[0], model[1]]
+
+
 def test_inner_parts_come_before_those_around_them() -> None:
     """Fails when torch would give a layer's tensors to what surrounds it."""
     order = modules_to_shard(build_model("resnet18", num_classes=10, width=0.25))

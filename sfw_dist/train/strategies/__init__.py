@@ -6,6 +6,8 @@ one kind of checkpoint.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from torch import nn
 
 from sfw_dist.config import Config
@@ -16,7 +18,9 @@ from sfw_dist.train.strategies.base import Strategy, autocast
 __all__ = ["Strategy", "autocast", "build_strategy", "check_world"]
 
 
-def build_strategy(model: nn.Module, config: Config, world: World) -> Strategy:
+def build_strategy(
+    model: nn.Module, config: Config, world: World, called: Collection[nn.Module] | None = None
+) -> Strategy:
     """Build the strategy that ``config.engine`` names; collective.
 
     Only that strategy's packages are imported: DeepSpeed takes seconds.
@@ -25,6 +29,7 @@ def build_strategy(model: nn.Module, config: Config, world: World) -> Strategy:
         model: the same on every rank.
         config: the run.
         world: this rank and the others.
+        called: the modules that the network calls; ``None``: all but those inside torch's own.
 
     Raises:
         MissingExtraError: DeepSpeed cannot be imported.
@@ -37,7 +42,7 @@ def build_strategy(model: nn.Module, config: Config, world: World) -> Strategy:
         case "fsdp":
             from sfw_dist.train.strategies.fsdp import FSDPStrategy
 
-            return FSDPStrategy(model, config, world)
+            return FSDPStrategy(model, config, world, called)
         case "deepspeed":
             from sfw_dist.train.strategies.deepspeed import DeepSpeedStrategy
 

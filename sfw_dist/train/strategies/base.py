@@ -16,6 +16,7 @@ from sfw_dist.config import Config
 from sfw_dist.distributed.world import World, broadcast_buffers
 from sfw_dist.errors import UserError
 from sfw_dist.optim.param_groups import names_by_number
+from sfw_dist.pruning.outputs import logits_of
 from sfw_dist.train.checkpoint import allocate_on_cpu
 
 _SHAPED = ("momentum_buffer", "sum_of_squares")
@@ -73,7 +74,7 @@ class Strategy(ABC):
         for number, (inputs, targets) in enumerate(self.micro_batches(images, labels), start=1):
             with self._gradient_sync(number == self._config.train.accumulate):
                 with autocast(self._config, self._world.device):
-                    loss = F.cross_entropy(self._replica(self._in_layout(inputs)), targets)
+                    loss = F.cross_entropy(logits_of(self._replica(self._in_layout(inputs))), targets)
                 loss = loss / self._config.train.accumulate
                 loss.backward()
             total += loss.detach()
@@ -92,8 +93,7 @@ class Strategy(ABC):
     def forward(self, images: Tensor) -> Tensor:
         """Compute logits with BatchNorm's running statistics, without gradients."""
         with torch.no_grad(), autocast(self._config, self._world.device):
-            logits: Tensor = self.model(self._in_layout(images))
-        return logits
+            return logits_of(self.model(self._in_layout(images)))
 
     def _in_layout(self, images: Tensor) -> Tensor:
         """Convert images to the network's memory format: outputs of convolutions and gradients take over the input's.

@@ -13,6 +13,7 @@ from sfw_dist.config import Config
 from sfw_dist.distributed.replicas import verify_replicas
 from sfw_dist.distributed.world import World
 from sfw_dist.optim.comm_hooks import reduce_to_owner, reduce_to_owner_bf16
+from sfw_dist.pruning.outputs import logits_of
 from sfw_dist.train.build_optimizer import build_optimizer, norm_rule
 from sfw_dist.train.strategies.base import Strategy, autocast
 
@@ -51,7 +52,7 @@ class DDPStrategy(Strategy):
         self.model.train()
         images = torch.zeros(2, *image_shape, device=self._world.device).to(memory_format=torch.channels_last)
         with autocast(self._config, self._world.device):
-            self._replica(self._in_layout(images)).sum().backward()
+            logits_of(self._replica(self._in_layout(images))).sum().backward()
         self.optimizer.zero_grad()
         for buffer, before in zip(self.model.buffers(), buffers, strict=True):
             buffer.copy_(before)

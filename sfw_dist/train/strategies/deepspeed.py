@@ -17,6 +17,7 @@ from sfw_dist.errors import UserError
 from sfw_dist.optim.deepspeed import initialize
 from sfw_dist.optim.sfw import SFW
 from sfw_dist.optim.sharding.zero import gather_model, gather_tensors, load_tensors
+from sfw_dist.pruning.outputs import logits_of
 from sfw_dist.train.build_optimizer import build_optimizer, norm_rule
 from sfw_dist.train.strategies.base import Strategy, autocast
 
@@ -57,7 +58,7 @@ class DeepSpeedStrategy(Strategy):
         total = torch.zeros((), device=self._world.device)
         for inputs, targets in self.micro_batches(images, labels):
             with autocast(self._config, self._world.device):
-                loss = F.cross_entropy(self._engine(self._in_layout(inputs)), targets)
+                loss = F.cross_entropy(logits_of(self._engine(self._in_layout(inputs))), targets)
             total += self._engine.backward(loss).detach()  # divided by the number of micro-batches
             self._engine.step()  # acts after the last of them
         if not self._engine.was_step_applied():  # on no rank

@@ -7,7 +7,7 @@ ranks form a grid: each row of it shards one copy of the network, and gradients 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -33,7 +33,9 @@ _LOWERED = (nn.Linear, nn.modules.conv._ConvNd)
 class FSDPStrategy(Strategy):
     """Parameters, gradients and momentum sharded over the ranks; a single process keeps them whole."""
 
-    def __init__(self, model: nn.Module, config: Config, world: World) -> None:
+    def __init__(
+        self, model: nn.Module, config: Config, world: World, called: Collection[nn.Module] | None = None
+    ) -> None:
         super().__init__(model, config, world)
         self.model = self._replica = model.to(world.device)
         self.lockstep = world.size > 1
@@ -41,7 +43,7 @@ class FSDPStrategy(Strategy):
         if world.size > 1:
             self._mesh = _mesh(config.fsdp.replicas, world)
             policy = _precision(model) if config.train.precision == "bf16" else MixedPrecisionPolicy()
-            for module in [*modules_to_shard(model), model]:
+            for module in [*modules_to_shard(model, called), model]:
                 fully_shard(module, mesh=self._mesh, mp_policy=policy)
         self.optimizer = build_optimizer(self.model, config.optimizer, norm_rule(config))
 
@@ -96,10 +98,16 @@ class FSDPStrategy(Strategy):
         """Does nothing: :meth:`allocate` returned the model's own tensors."""
 
 
-def modules_to_shard(model: nn.Module) -> list[nn.Module]:
+def modules_to_shard(model: nn.Module, called: Collection[nn.Module] | None = None) -> list[nn.Module]:
     """Return the modules that are gathered on their own, inner ones before those around them.
 
     The rest of the model is gathered with the model.
+
+    Args:
+        model: the network.
+        called: the modules that it calls. A module is gathered when it is called, and others, whose weights the module
+            around them reads (as in Swin's attention), are gathered with that one. ``None``: all but those inside
+            torch's own modules.
     """
     total = _entries(model)
 
@@ -109,7 +117,7 @@ def modules_to_shard(model: nn.Module) -> list[nn.Module]:
                 continue
             if _entries(child) > _LARGEST * total and _calls_its_children(child):
                 yield from within(child)
-            if not isinstance(child, _LISTS):  # they are never called
+            if not isinstance(child, _LISTS) and (called is None or child in called):  # lists are never called
                 yield child
 
     return list(within(model))
