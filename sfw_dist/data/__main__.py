@@ -27,6 +27,7 @@ examples:
   python -m sfw_dist.data prepare photos --name flowers --size 96 --test-fraction 0.2
   python -m sfw_dist.data prepare photos --name flowers --csv labels.csv --image-column file --label-column species
   python -m sfw_dist.data prepare my_data:flowers --name flowers --size 48x64
+  python -m sfw_dist.data prepare /scratch/imagenet --name imagenet --size 224 --store jpeg
   python -m sfw_dist.data prepare imagefolder --root /scratch/flowers --again
   python -m sfw_dist.data verify fashion_mnist --root /scratch/data
 """
@@ -92,6 +93,16 @@ def _add_prepare_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--test-fraction", type=float, default=0.0, metavar="F", help="part of each class to test on, if no part is"
     )
+    parser.add_argument(
+        "--store",
+        choices=("raw", "jpeg"),
+        default="raw",
+        help="raw: pixels; jpeg: whole images, of which training cuts random boxes, for sets too large for pixels "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--jpeg-quality", type=int, metavar="Q", help="of images that are scaled or are no JPEG (default: 90)"
+    )
     for option in ("mean", "std"):
         parser.add_argument(
             f"--{option}", type=_numbers, metavar="X,…", help="per channel, in [0, 1] (default: of the training images)"
@@ -152,6 +163,8 @@ def _prepare(options: argparse.Namespace) -> int:
             mean=options.mean,
             std=options.std,
             skip_bad=options.skip_bad,
+            store=options.store,
+            jpeg_quality=options.jpeg_quality,
         ),
         again=options.again,
         check_source=True,

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from sfw_dist.data.datasets.raw import ImageFiles, ImageFormat, Items
+from sfw_dist.data.jpeg import Jpeg, encoded, kept_jpeg
 from sfw_dist.data.pixels import is_grey, pixels_of_array, pixels_of_image, with_channels
 from sfw_dist.data.sampler import identity
 from sfw_dist.errors import UserError
@@ -29,8 +30,8 @@ LABEL_KEYS = ("label", "labels", "fine_label", "target", "y")
 class Sample(NamedTuple):
     """One sample that was read."""
 
-    pixels: NDArray[np.uint8] | str
-    """``(height, width, channels)``; a text says why there are none."""
+    pixels: NDArray[np.uint8] | Jpeg | str
+    """``(height, width, channels)``, or a JPEG where the format asks for one; a text says why there are none."""
     label: Any = None
     """Of an item: an integer or a text."""
     identity: int = 0
@@ -56,7 +57,8 @@ def read_chunks(images: ImageFiles | Items, form: ImageFormat, chunks: Sequence[
         with ThreadPool(workers) as pool:
             for chunk in chunks:
                 paths = [images.paths[i] for i in chunk]
-                decoded = pool.map(partial(_try_decode, form=form), paths, chunksize=64)
+                few = max(1, min(64, len(paths) // (4 * workers)))
+                decoded = pool.map(partial(_try_decode, form=form), paths, chunksize=few)
                 yield [Sample(pixels) for pixels in decoded]
         return
     # A chunk is an item of the loader. Forked, because items of a script's own classes cannot be pickled.
@@ -99,7 +101,8 @@ def read_item(items: Items, index: int, form: ImageFormat | None) -> Sample:
     try:
         image, label = _image_and_label(items.dataset[index])
         pixels = _pixels(image, form or format_of(image))
-        return Sample(pixels, _plain_label(label), identity(pixels.tobytes()))
+        stored = encoded(pixels, form) if form and form.jpeg_quality else pixels
+        return Sample(stored, _plain_label(label), identity(pixels.tobytes()))
     except Exception as error:  # it is the user's code
         return Sample(_reason(error))
 
@@ -190,9 +193,11 @@ def file_format(path: Path) -> ImageFormat | None:
         return None
 
 
-def _try_decode(path: Path, form: ImageFormat) -> NDArray[np.uint8] | str:
+def _try_decode(path: Path, form: ImageFormat) -> NDArray[np.uint8] | Jpeg | str:
     """The image, or the reason why it cannot be decoded, in one line."""
     try:
+        if form.jpeg_quality:
+            return kept_jpeg(path, form) or encoded(decode_image(path, form), form)
         return decode_image(path, form)
     except FileNotFoundError:
         return "missing"

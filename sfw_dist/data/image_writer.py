@@ -1,27 +1,29 @@
-"""Writes the images of one part to a ``.npy``, chunk by chunk as they are read; an interruption loses one chunk."""
+"""Writes the images of one part to a file, chunk by chunk as they are read; an interruption loses one chunk."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
 from sfw_dist.data.datasets.progress_bar import progress_bar
 from sfw_dist.data.datasets.raw import ImageFiles, ImageFormat, Items
 from sfw_dist.data.decode import Sample, read_chunks
-from sfw_dist.data.sampler import Identities, identity
+from sfw_dist.data.jpeg_writer import JpegStore
+from sfw_dist.data.sampler import Identities, Ids, identity
 
 CHUNK_BYTES = 32 << 20
 """Images in a chunk; a few chunks are in memory at once."""
 CHUNK_SAMPLES = 2048
 """Most samples in a chunk."""
 JOURNAL = ".journal"
-"""Ends the name of the list of chunks that are written. Where it is, the ``.npy`` beside it is unfinished."""
+"""Ends the name of the list of chunks that are written. Where it is, the file beside it is unfinished."""
 
 
 class Written(NamedTuple):
@@ -35,6 +37,8 @@ class Written(NamedTuple):
     """Of the good items; empty for files, whose labels are known."""
     identities: Identities
     """Of the good samples: of a file's path, of an item's pixels."""
+    jpegs: JpegStore | None
+    """What a file of JPEGs holds, of all samples."""
 
 
 class _Record(NamedTuple):
@@ -43,33 +47,52 @@ class _Record(NamedTuple):
     start: int
     fingerprint: str
     """Of the files it was made from."""
-    checksum: int
-    """CRC-32 of its rows; those of bad samples are zeros."""
+    stored: Any
+    """What the store wants to know of it later."""
     reasons: list[str]
     """Of each sample, empty for a good one."""
 
 
+class _Store(Protocol):
+    """How the samples lie in the file."""
+
+    in_order: bool
+    """Whether a chunk lies behind those before it, so that nothing is known of it when one of them is damaged."""
+    chunk_samples: int
+
+    def resume(self, file: BinaryIO, chunk: range, stored: Any) -> bool:
+        """Whether a chunk that an earlier call has written is as it was."""
+
+    def begin(self, file: BinaryIO) -> None:
+        """Write what stands before the chunks."""
+
+    def write(self, file: BinaryIO, chunk: range, samples: Sequence[Sample]) -> Any:
+        """Write a chunk; returns what `resume` wants to know, as JSON has it."""
+
+
 def write_images(path: Path, images: ImageFiles | Items, form: ImageFormat, description: str) -> Written:
-    """Write uint8 ``(good samples, height, width, channels)``.
+    """Write pixels, uint8 ``(samples, height, width, channels)``; or JPEGs, where the format says so.
 
     What an earlier call has written of image files is kept, unless it is damaged or one of the files has changed.
     Items are read from the beginning: nobody knows what they are made from.
 
     Args:
-        path: of the ``.npy``.
+        path: of the file, ``.npy`` or a beton; `finish_images` or `finish_jpegs` completes it.
         images: to read.
         form: of the images.
         description: of the progress bar.
     """
     files = images.paths if isinstance(images, ImageFiles) else None
     total = len(images.paths if isinstance(images, ImageFiles) else images.dataset)
-    size = max(1, min(CHUNK_SAMPLES, CHUNK_BYTES // _row_bytes(form)))
+    jpegs = JpegStore(form, total) if form.jpeg_quality else None
+    store: _Store = jpegs or _PixelStore(form, total)
+    size = max(1, min(CHUNK_SAMPLES, store.chunk_samples))
     chunks = [range(start, min(start + size, total)) for start in range(0, total, size)]
     journal = path.with_name(path.name + JOURNAL)
     if files is None:
         journal.unlink(missing_ok=True)
-    prints = {chunk.start: _fingerprint(files[chunk.start : chunk.stop], form) if files else "" for chunk in chunks}
-    done = _done(path, journal, prints, form)
+    prints = {chunk: _fingerprint(files[chunk.start : chunk.stop], form) if files else "" for chunk in chunks}
+    done = _done(path, journal, prints, store)
     left = [chunk for chunk in chunks if chunk.start not in done]
     labels: list[Any] = []
     hashes: dict[int, int] = {}
@@ -78,9 +101,11 @@ def write_images(path: Path, images: ImageFiles | Items, form: ImageFormat, desc
         journal.open("a") as lines,
         progress_bar(description, total, total - sum(map(len, left))) as advance,
     ):
-        origin = _write_header(file, form, total)
+        store.begin(file)
         for chunk, samples in zip(left, read_chunks(images, form, left), strict=True):
-            done[chunk.start] = record = _write_chunk(file, origin, chunk, samples, prints[chunk.start], form)
+            reasons = [sample.pixels if isinstance(sample.pixels, str) else "" for sample in samples]
+            record = _Record(chunk.start, prints[chunk], store.write(file, chunk, samples), reasons)
+            done[chunk.start] = record
             file.flush()
             lines.write(json.dumps(record) + "\n")
             lines.flush()
@@ -101,7 +126,7 @@ def write_images(path: Path, images: ImageFiles | Items, form: ImageFormat, desc
         identities = path_identities(images)[good]
     else:
         identities = np.array([hashes[i] for i in good], np.uint64)
-    return Written(good, bad, labels, identities)
+    return Written(good, bad, labels, identities, jpegs)
 
 
 def path_identities(images: ImageFiles) -> Identities:
@@ -111,7 +136,7 @@ def path_identities(images: ImageFiles) -> Identities:
 
 
 def finish_images(path: Path, form: ImageFormat, good: Sequence[int]) -> None:
-    """Close the gaps that bad samples have left in a file of `write_images`, and forget what is needed to go on.
+    """Close the gaps that bad samples have left in a file of pixels, and forget what is needed to go on.
 
     Args:
         path: of the ``.npy``.
@@ -126,7 +151,23 @@ def finish_images(path: Path, form: ImageFormat, good: Sequence[int]) -> None:
             rows[start : start + len(moved)] = rows[moved]
         rows.flush()
         with path.open("r+b") as file:
-            file.truncate(_write_header(file, form, len(good)) + len(good) * _row_bytes(form))
+            header = _header(form, len(good))
+            file.write(header)
+            file.truncate(len(header) + len(good) * _row_bytes(form))
+    path.with_name(path.name + JOURNAL).unlink()
+
+
+def finish_jpegs(path: Path, table: Path, written: Written, labels: Ids) -> None:
+    """Write the tables of a file of JPEGs, and forget what is needed to go on.
+
+    Args:
+        path: of the beton.
+        table: file of the table of :data:`~sfw_dist.data.jpeg.JPEG_ROW`.
+        written: what `write_images` returned.
+        labels: of the good samples.
+    """
+    assert written.jpegs is not None
+    written.jpegs.finish(path, table, written.good, labels)
     path.with_name(path.name + JOURNAL).unlink()
 
 
@@ -134,45 +175,61 @@ def _row_bytes(form: ImageFormat) -> int:
     return form.channels * form.height * form.width
 
 
-def _write_header(file: BinaryIO, form: ImageFormat, samples: int) -> int:
-    """Write the header of a ``.npy``, as long for any number of samples; its length."""
-    file.seek(0)
-    header = {"descr": "|u1", "fortran_order": False, "shape": (samples, form.height, form.width, form.channels)}
-    np.lib.format.write_array_header_1_0(file, header)
-    return file.tell()
+def _header(form: ImageFormat, samples: int) -> bytes:
+    """The header of a ``.npy``, as long for any number of samples."""
+    file = io.BytesIO()
+    shape = (samples, form.height, form.width, form.channels)
+    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return file.getvalue()
 
 
-def _write_chunk(
-    file: BinaryIO, origin: int, chunk: range, samples: Sequence[Sample], fingerprint: str, form: ImageFormat
-) -> _Record:
-    rows = np.zeros((len(chunk), form.height, form.width, form.channels), np.uint8)
-    reasons = [sample.pixels if isinstance(sample.pixels, str) else "" for sample in samples]
-    for row, sample in zip(rows, samples, strict=True):
-        if not isinstance(sample.pixels, str):
-            row[...] = sample.pixels
-    file.seek(origin + chunk.start * _row_bytes(form))
-    content = rows.tobytes()
-    file.write(content)
-    return _Record(chunk.start, fingerprint, zlib.crc32(content), reasons)
+class _PixelStore:
+    """A ``.npy`` of pixels. Where a sample is bad they are zeros."""
+
+    in_order = False
+
+    def __init__(self, form: ImageFormat, total: int) -> None:
+        self._form, self._header = form, _header(form, total)
+        self.chunk_samples = CHUNK_BYTES // _row_bytes(form)
+
+    def resume(self, file: BinaryIO, chunk: range, stored: Any) -> bool:
+        file.seek(self._place(chunk))
+        return zlib.crc32(file.read(len(chunk) * _row_bytes(self._form))) == stored
+
+    def begin(self, file: BinaryIO) -> None:
+        file.seek(0)
+        file.write(self._header)
+
+    def write(self, file: BinaryIO, chunk: range, samples: Sequence[Sample]) -> int:
+        rows = np.zeros((len(chunk), self._form.height, self._form.width, self._form.channels), np.uint8)
+        for row, sample in zip(rows, samples, strict=True):
+            if not isinstance(sample.pixels, str):
+                row[...] = sample.pixels
+        file.seek(self._place(chunk))
+        file.write(rows.data)
+        return zlib.crc32(rows.data)
+
+    def _place(self, chunk: range) -> int:
+        return len(self._header) + chunk.start * _row_bytes(self._form)
 
 
-def _done(path: Path, journal: Path, prints: dict[int, str], form: ImageFormat) -> dict[int, _Record]:
+def _done(path: Path, journal: Path, prints: dict[range, str], store: _Store) -> dict[int, _Record]:
     """The chunks that an earlier call has written, of the same files, and that are as they were written."""
+    found: dict[int, _Record] = {}
     try:
-        records = [_Record(*json.loads(line)) for line in journal.read_text().splitlines()]
-        found: dict[int, _Record] = {}
+        lines = [_Record(*json.loads(line)) for line in journal.read_text().splitlines()]
+        records = {record.start: record for record in lines}
         with path.open("rb") as file:
-            np.lib.format.read_magic(file)
-            np.lib.format.read_array_header_1_0(file)
-            origin = file.tell()
-            for record in {record.start: record for record in records}.values():
-                file.seek(origin + record.start * _row_bytes(form))
-                rows = file.read(len(record.reasons) * _row_bytes(form))
-                if prints.get(record.start) == record.fingerprint and zlib.crc32(rows) == record.checksum:
-                    found[record.start] = record
-        return found
+            for chunk, fingerprint in prints.items():
+                record = records.get(chunk.start)
+                same = record is not None and (record.fingerprint, len(record.reasons)) == (fingerprint, len(chunk))
+                if record is not None and same and store.resume(file, chunk, record.stored):
+                    found[chunk.start] = record
+                elif store.in_order:
+                    break
     except (OSError, ValueError, TypeError):
         return {}
+    return found
 
 
 def _fingerprint(paths: Sequence[Path], form: ImageFormat) -> str:

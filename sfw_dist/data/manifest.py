@@ -59,6 +59,11 @@ def beton_file(part: Part) -> str:
     return f"{part}.beton"
 
 
+def jpegs_file(part: Part) -> str:
+    """Name of the file of where each JPEG lies in the beton, see :data:`sfw_dist.data.jpeg.JPEG_ROW`."""
+    return f"{part}_jpegs.npy"
+
+
 def ids_file(part: Part) -> str:
     """Name of the file of what training samples are known by, uint64 ``(n,)``; absent for sets that never change."""
     return f"{part}_ids.npy"
@@ -102,6 +107,8 @@ class Manifest:
     """What the command ``prepare`` makes it from, besides the root; empty if another program has written it."""
     form: dict[str, bool] = field(default_factory=dict)
     """Whether images were brought to ``image_shape``: ``fit``, ``to_grey``."""
+    store: Literal["raw", "jpeg"] = "raw"
+    """What the files hold: pixels of ``image_shape``; or whole images as JPEGs, in betons, which the loader crops."""
 
     @property
     def image_format(self) -> ImageFormat:
@@ -112,7 +119,8 @@ class Manifest:
     @property
     def content(self) -> str:
         """A hash of what a network learns from and is measured with; the format of the files has no part in it."""
-        arrays = sorted((name, record.sha256) for name, record in self.files.items() if name.endswith(".npy"))
+        held = (".npy", ".beton") if self.store == "jpeg" else ".npy"
+        arrays = sorted((name, record.sha256) for name, record in self.files.items() if name.endswith(held))
         # As many digits as a network sees: the last bits of a mean depend on who has added.
         statistics = [f"{value:.7g}" for value in (*self.mean, *self.std)]
         facts = (self.classes, self.image_shape, statistics, arrays)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ from sfw_dist.data.datasets.raw import ImageFormat
 
 MOST_ELONGATED = 8
 """Sides of a longer image are cut to this many times what is wanted, around the centre, before it is scaled."""
+MARGIN = Fraction(8, 7)
+"""Whole images are stored this much larger than batches are: 256 pixels for 224, as in the usual way to evaluate."""
 GREY_MODES = frozenset(("1", "L", "LA", "La", "I", "F"))
 """Pillow's modes of images with one brightness, besides those of 16 bits."""
 _MOST_USUAL_CHANNELS = 4
@@ -121,6 +124,8 @@ def with_channels(values: NDArray[Any]) -> NDArray[Any]:
 def fitted(pixels: NDArray[np.uint8], form: ImageFormat) -> NDArray[np.uint8]:
     """Bring pixels to the wanted size: scaled bilinearly until both sides are covered, then cropped to the centre.
 
+    Those that become a JPEG stay whole, and are scaled down until a side is just :data:`MARGIN` larger than wanted.
+
     Args:
         pixels: ``(H, W, C)``.
         form: the wanted size.
@@ -133,15 +138,66 @@ def fitted(pixels: NDArray[np.uint8], form: ImageFormat) -> NDArray[np.uint8]:
         return pixels
     if not form.fit:
         raise ValueError(f"{width}×{height} pixels, wanted {form.width}×{form.height}")
-    scale = max(form.height / height, form.width / width)
-    # Of a longer image the middle: scaled, it might not fit into memory.
-    most_wide, most_high = (max(1, round(MOST_ELONGATED * side / scale)) for side in (form.width, form.height))
-    left, top = max(0, (width - most_wide) // 2), max(0, (height - most_high) // 2)
-    pixels = pixels[top : top + most_high, left : left + most_wide]
+    high, wide = covering_sides(form.height, form.width) if form.jpeg_quality else (form.height, form.width)
+    scale = max(high / height, wide / width)
+    pixels = pixels[_not_elongated(height, width, (high, wide), scale)]
+    if form.jpeg_quality and scale >= 1:
+        return pixels
     height, width = pixels.shape[:2]
-    height, width = max(form.height, round(height * scale)), max(form.width, round(width * scale))
-    left, top = (width - form.width) // 2, (height - form.height) // 2
-    return _resized(pixels, height, width)[top : top + form.height, left : left + form.width]
+    pixels = _resized(pixels, max(high, round(height * scale)), max(wide, round(width * scale)))
+    if form.jpeg_quality:
+        return pixels
+    top, left = (pixels.shape[0] - high) // 2, (pixels.shape[1] - wide) // 2
+    return pixels[top : top + high, left : left + wide]
+
+
+def _not_elongated(height: int, width: int, wanted: tuple[int, int], scale: float) -> tuple[slice, slice]:
+    """The middle of a longer image: scaled, it might not fit into memory."""
+    most_high, most_wide = (max(1, round(MOST_ELONGATED * side / scale)) for side in wanted)
+    top, left = max(0, (height - most_high) // 2), max(0, (width - most_wide) // 2)
+    return slice(top, top + most_high), slice(left, left + most_wide)
+
+
+def covering_sides(height: int, width: int) -> tuple[int, int]:
+    """Least height and width to which an image is scaled down that becomes a JPEG, of batches of this size.
+
+    Example:
+        >>> covering_sides(224, 224)
+        (256, 256)
+    """
+    numerator, denominator = MARGIN.as_integer_ratio()
+    return -(-height * numerator // denominator), -(-width * numerator // denominator)
+
+
+def stays_whole(height: int, width: int, form: ImageFormat) -> bool:
+    """Whether an image that becomes a JPEG is neither scaled nor cut."""
+    high, wide = covering_sides(form.height, form.width)
+    scale = max(high / height, wide / width)
+    rows, columns = _not_elongated(height, width, (high, wide), scale)
+    return scale >= 1 and rows.start == columns.start == 0
+
+
+def middle_box(height: Any, width: Any, wanted_height: int, wanted_width: int) -> tuple[Any, Any, Any, Any]:
+    """The box of an image that evaluation sees: its middle in the wanted size, or as much of it as there is.
+
+    Args:
+        height: of the image, or of several ``(n,)``; likewise ``width``.
+        wanted_height: of the batches; likewise ``wanted_width``.
+
+    Returns:
+        Top, left, height and width of the box, which has the sides' ratio of the batches.
+
+    Example:
+        >>> [int(number) for number in middle_box(256, 300, 224, 224)]
+        [16, 38, 224, 224]
+        >>> [int(number) for number in middle_box(100, 150, 224, 224)]
+        [0, 25, 100, 100]
+    """
+    covers = (height >= wanted_height) & (width >= wanted_width)
+    high = np.minimum(height, np.maximum(1, width * wanted_height // wanted_width))
+    wide = np.minimum(width, np.maximum(1, height * wanted_width // wanted_height))
+    high, wide = np.where(covers, wanted_height, high), np.where(covers, wanted_width, wide)
+    return (height - high) // 2, (width - wide) // 2, high, wide
 
 
 def _resized(pixels: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:

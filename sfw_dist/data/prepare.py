@@ -16,6 +16,7 @@ from sfw_dist.data.datasets.own_sets import folder_set, function_set, table_set,
 from sfw_dist.data.datasets.raw import RawData, RawPart
 from sfw_dist.data.datasets.registry import DATASETS, Dataset
 from sfw_dist.data.image_writer import JOURNAL
+from sfw_dist.data.jpeg import QUALITY
 from sfw_dist.data.manifest import (
     MANIFEST,
     Manifest,
@@ -28,7 +29,15 @@ from sfw_dist.data.manifest import (
     size_text,
 )
 from sfw_dist.data.source import source_changes, write_source
-from sfw_dist.data.write_parts import BetonWriter, Options, channel_statistics, mapped_images, write_betons, write_parts
+from sfw_dist.data.write_parts import (
+    BetonWriter,
+    Options,
+    channel_statistics,
+    mapped_images,
+    statistics_of_counts,
+    write_betons,
+    write_parts,
+)
 from sfw_dist.errors import UserError, named
 from sfw_dist.files import REFUSED, file_lock, make_folder, remedy_of
 
@@ -223,11 +232,26 @@ def _check_options(dataset: Dataset, options: Options) -> None:
                 )
     if options.channels not in (None, 1, 3):
         raise UserError(f"channels must be 1 (grey) or 3 (colours), got {options.channels}: write 1 or 3")
+    if options.store == "jpeg":
+        _check_jpeg_options(dataset, options)
+    elif options.jpeg_quality is not None:
+        raise UserError("--jpeg-quality is only for --store jpeg: write both, or leave it out")
     if not 0 <= options.test_fraction < 1:
         raise UserError(f"--test-fraction must be in [0, 1), got {options.test_fraction:g}: write 0.2 for 20 %")
     for std in options.std or ():
         if not 0 < std < float("inf"):
             raise UserError(f"--std must be positive, got {std:g}: write 1 for a constant channel")
+
+
+def _check_jpeg_options(dataset: Dataset, options: Options) -> None:
+    if _beton_writer() is None:
+        raise UserError("--store jpeg needs FFCV, which cannot be imported: pip install 'sfw-dist[ffcv]'")
+    if options.size is None and (dataset.any_size or dataset.image_shape is None):
+        raise UserError("--store jpeg needs the size of the images that the network gets: write --size 224")
+    if options.channels == 1 or (dataset.image_shape or (3,))[0] != 3:
+        raise UserError(f"--store jpeg stores colours, {dataset.name} has grey images: leave it out")
+    if not 1 <= (options.jpeg_quality or QUALITY) <= 95:
+        raise UserError(f"--jpeg-quality must be in [1, 95], got {options.jpeg_quality}: write 90")
 
 
 def _check_same(folder: Path, manifest: Manifest, dataset: Dataset, options: Options) -> None:
@@ -256,6 +280,8 @@ def _arguments(options: Options) -> dict[str, str]:
         "--test-fraction": options.test_fraction or None,
         "--mean": None if options.mean is None else ",".join(map(repr, options.mean)),
         "--std": None if options.std is None else ",".join(map(repr, options.std)),
+        "--store": None if options.store == "raw" else options.store,
+        "--jpeg-quality": options.jpeg_quality,
     }
     return {option: str(value) for option, value in numbers.items() if value is not None}
 
@@ -306,8 +332,11 @@ def _keep_decoded(unfinished: Path) -> None:
 def _fill_folder(folder: Path, dataset: Dataset, options: Options) -> None:
     raw = dataset.read(folder.parent)
     _check_counts(dataset, raw)
-    parts = write_parts(folder, dataset, raw, options)
-    mean, std = channel_statistics(mapped_images(folder, "train"))
+    parts = write_parts(folder, dataset, raw, options, betons=_beton_writer() is not None)
+    if parts.values is None:
+        mean, std = channel_statistics(mapped_images(folder, "train"))
+    else:
+        mean, std = statistics_of_counts(parts.values)
     constant = [
         f"channel {channel} is {255 * mean[channel]:.0f} in every training image: its standard deviation counts as 1"
         for channel in range(len(std))
@@ -330,9 +359,11 @@ def _fill_folder(folder: Path, dataset: Dataset, options: Options) -> None:
         notes=(*parts.notes, *constant),
         arguments=dataset.made_from and (*dataset.made_from, *chain.from_iterable(_arguments(options).items())),
         form={"fit": parts.form.fit, "to_grey": parts.form.to_grey},
+        store=options.store,
     )
     manifest.save(folder)
-    _add_betons(folder, manifest)
+    if not manifest.has_betons:
+        _add_betons(folder, manifest)
 
 
 def _check_counts(dataset: Dataset, raw: RawData) -> None:

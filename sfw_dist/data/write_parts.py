@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +15,17 @@ from numpy.typing import NDArray
 from sfw_dist.data.datasets.raw import ImageFiles, ImageFormat, Items, RawData, RawPart
 from sfw_dist.data.datasets.registry import Dataset
 from sfw_dist.data.decode import file_format, read_chunks, read_item
-from sfw_dist.data.image_writer import CHUNK_BYTES, CHUNK_SAMPLES, Written, finish_images, path_identities, write_images
+from sfw_dist.data.disk_cost import tell_disk_cost
+from sfw_dist.data.image_writer import (
+    CHUNK_BYTES,
+    CHUNK_SAMPLES,
+    Written,
+    finish_images,
+    finish_jpegs,
+    path_identities,
+    write_images,
+)
+from sfw_dist.data.jpeg import QUALITY
 from sfw_dist.data.labels import number_labels
 from sfw_dist.data.manifest import (
     PARTS,
@@ -26,6 +36,7 @@ from sfw_dist.data.manifest import (
     files_file,
     ids_file,
     images_file,
+    jpegs_file,
     labels_file,
     size_text,
 )
@@ -54,6 +65,10 @@ class Options:
     std: tuple[float, ...] | None = None
     skip_bad: bool = False
     """Leave out samples that cannot be used."""
+    store: Literal["raw", "jpeg"] = "raw"
+    """Pixels; or whole images as JPEGs, of which the loader takes boxes, for sets too large for pixels."""
+    jpeg_quality: int | None = None
+    """Of images that are encoded; ``None``: 90. A JPEG that need not shrink is stored as it is."""
 
 
 class Parts(NamedTuple):
@@ -66,9 +81,11 @@ class Parts(NamedTuple):
     skipped: tuple[str, ...]
     """``name (reason)`` of each sample that was left out."""
     notes: tuple[str, ...]
+    values: NDArray[np.int64] | None
+    """How often each value occurs in the channels of the training images, where they are JPEGs."""
 
 
-def write_parts(folder: Path, dataset: Dataset, raw: RawData, options: Options) -> Parts:
+def write_parts(folder: Path, dataset: Dataset, raw: RawData, options: Options, *, betons: bool) -> Parts:
     """Write images, labels, identities and lists of files of both parts.
 
     Args:
@@ -76,18 +93,23 @@ def write_parts(folder: Path, dataset: Dataset, raw: RawData, options: Options) 
         dataset: whose raw data it is.
         raw: what its reader returned.
         options: how.
+        betons: whether betons are going to be written from the pixels.
 
     Raises:
-        UserError: a sample cannot be used, unless ``options.skip_bad``; or a part or a class has none.
+        UserError: they do not fit on the disk; a sample cannot be used, unless ``options.skip_bad``; or a part or a
+            class has none.
     """
     form = _format(dataset, raw, options)
     raw = _with_test_part(dataset.name, raw, form, options.test_fraction)
     assert raw.test is not None
     parts: dict[Part, RawPart] = {"train": raw.train, "test": raw.test}
+    to_read = {part: data.images for part, data in parts.items() if isinstance(data.images, ImageFiles | Items)}
+    if form.jpeg_quality and len(to_read) < len(parts):
+        raise UserError(f"{dataset.name} does not come as image files, --store jpeg is refused: leave it out")
+    tell_disk_cost(dataset.name, folder, list(to_read.values()), form, betons=betons)
+    file_of = beton_file if form.jpeg_quality else images_file
     written = {
-        part: write_images(folder / images_file(part), raw_part.images, form, f"reading {part}")
-        for part, raw_part in parts.items()
-        if isinstance(raw_part.images, ImageFiles | Items)
+        part: write_images(folder / file_of(part), images, form, f"reading {part}") for part, images in to_read.items()
     }
     skipped = tuple(bad for found in written.values() for bad in found.bad.values())
     if skipped and not options.skip_bad:
@@ -103,7 +125,9 @@ def write_parts(folder: Path, dataset: Dataset, raw: RawData, options: Options) 
     for part, raw_part in parts.items():
         files |= _write_part(folder, part, raw_part.images, numbered._asdict()[part], form, written.get(part))
     found_labels: dict[Part, Ids] = {"train": numbered.train, "test": numbered.test}
-    return Parts(found_labels, numbered.classes, form, files, skipped, (*raw.notes, *numbered.notes))
+    jpegs = written["train"].jpegs if "train" in written else None
+    notes = (*raw.notes, *numbered.notes)
+    return Parts(found_labels, numbered.classes, form, files, skipped, notes, jpegs.values if jpegs else None)
 
 
 def _format(dataset: Dataset, raw: RawData, options: Options) -> ImageFormat:
@@ -118,6 +142,8 @@ def _format(dataset: Dataset, raw: RawData, options: Options) -> ImageFormat:
     if options.size is not None:
         height, width = options.size
     fit = options.size is not None or (dataset.any_size and dataset.image_shape is not None)
+    if options.store == "jpeg":
+        return ImageFormat(3, height, width, fit, jpeg_quality=options.jpeg_quality or QUALITY)
     return ImageFormat(channels, height, width, fit, to_grey=options.channels == 1)
 
 
@@ -131,7 +157,8 @@ def _first_format(images: NDArray[np.uint8] | ImageFiles | Items) -> ImageFormat
     first, again = read_item(images, 0, None), read_item(images, 0, None)
     if isinstance(first.pixels, str):
         raise UserError(f"{images.description} sample 0 cannot be used ({first.pixels}): mend the data set")
-    if not np.array_equal(first.pixels, again.pixels):
+    assert isinstance(first.pixels, np.ndarray)
+    if not isinstance(again.pixels, np.ndarray) or not np.array_equal(first.pixels, again.pixels):
         raise UserError(
             f"{images.description} sample 0 is another image each time it is read: leave random transforms out, "
             "training augments images itself"
@@ -168,6 +195,7 @@ def _scan(items: Items, form: ImageFormat) -> tuple[Ids, NDArray[np.uint64]]:
     """Numbers of the classes, and identities, of items; what cannot be read is found when it is written."""
     total = len(items.dataset)
     chunks = [range(start, min(start + CHUNK_SAMPLES, total)) for start in range(0, total, CHUNK_SAMPLES)]
+    form = form._replace(jpeg_quality=0)
     labels, identities = [], []
     for samples in read_chunks(items, form, chunks):
         labels += [str(sample.label) for sample in samples]
@@ -218,7 +246,7 @@ def _write_part(
     form: ImageFormat,
     written: Written | None,
 ) -> dict[str, FileRecord]:
-    names = [images_file(part), labels_file(part)]
+    names = [labels_file(part), *([beton_file(part), jpegs_file(part)] if form.jpeg_quality else [images_file(part)])]
     if isinstance(images, np.ndarray):
         channels, height, width = form.shape
         assert images.dtype == np.uint8 and images.shape == (len(labels), height, width, channels)
@@ -226,7 +254,10 @@ def _write_part(
             np.save(file, images)
     else:
         assert written is not None
-        finish_images(folder / images_file(part), form, written.good)
+        if form.jpeg_quality:
+            finish_jpegs(folder / beton_file(part), folder / jpegs_file(part), written, labels)
+        else:
+            finish_images(folder / images_file(part), form, written.good)
         if part == "train":
             names.append(ids_file(part))
             with replacing(folder / ids_file(part)) as file:
@@ -279,6 +310,11 @@ def channel_statistics(images: NDArray[np.uint8]) -> tuple[tuple[float, ...], tu
     for start in range(0, len(images), rows):
         for channel in range(channels):
             counts[channel] += np.bincount(images[start : start + rows, ..., channel].ravel(), minlength=256)
+    return statistics_of_counts(counts)
+
+
+def statistics_of_counts(counts: NDArray[np.int64]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The same, from how often each value occurs in each channel, ``(channels, 256)``."""
     # Integers of Python, which are exact: the same numbers on every machine, and no deviation of a constant channel.
     total = int(counts[0].sum())
     sums = [sum(value * int(count) for value, count in enumerate(channel)) for channel in counts]

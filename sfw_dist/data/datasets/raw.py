@@ -20,6 +20,8 @@ class ImageFormat(NamedTuple):
     """Scale and crop an image of another size; otherwise it counts as a bad file."""
     to_grey: bool = False
     """Take the brightness of a coloured image where one channel is wanted; otherwise it counts as a bad file."""
+    jpeg_quality: int = 0
+    """Of the JPEG in which the whole image is stored, and which readers bring to the size; 0: its pixels are stored."""
 
     @property
     def shape(self) -> tuple[int, int, int]:

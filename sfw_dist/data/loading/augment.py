@@ -20,6 +20,8 @@ from sfw_dist.data.sampler import Ids, counter_hash
 
 SampleParams = NDArray[np.int64]
 """``(n, 8)``: one row for each sample, in the columns named below, in pixels of the stored image."""
+Sizes = tuple[int | Ids, int | Ids]
+"""Heights and widths of images: the same for all, or ``(n,)`` each."""
 TOP, LEFT, HEIGHT, WIDTH = range(4)
 """The box that becomes the new image. It may reach outside, where pixels are 0."""
 MIRROR = 4
@@ -44,7 +46,7 @@ class Augmentation:
         cutout: side in pixels of a square of zeros, its centre uniform over the image (DeVries and Taylor, arXiv
             1708.04552).
         random_resized_crop: least area, as a fraction of the image, of a random box that is scaled bilinearly to the
-            full size; 0 for none. Aspect ratios are 3/4 to 4/3, and ten boxes are tried before the whole image is
+            full size; 0 for none. Aspect ratios are 3/4 to 4/3, and ten boxes are tried before the largest one is
             taken (Szegedy et al., arXiv 1409.4842). Excludes ``crop_padding``.
     """
 
@@ -53,7 +55,7 @@ class Augmentation:
     cutout: int = 0
     random_resized_crop: float = 0.0
 
-    def sample_params(self, ids: Ids, size: tuple[int, int], *, seed: int, epoch: int) -> SampleParams:
+    def sample_params(self, ids: Ids, size: Sizes, *, seed: int, epoch: int) -> SampleParams:
         """Choose the parameters of samples in one epoch.
 
         Args:
@@ -67,11 +69,11 @@ class Augmentation:
         """
         height, width = size
 
-        def below(bound: int | NDArray[np.int64], word: int) -> NDArray[np.int64]:
+        def below(bound: int | Ids, word: int) -> Ids:
             return _below(bound, counter_hash(seed, epoch, ids, word))
 
         out = np.zeros((len(ids), 8), np.int64)
-        out[:, HEIGHT], out[:, WIDTH] = size
+        out[:, HEIGHT], out[:, WIDTH] = height, width
         if self.random_resized_crop:
             out[:, HEIGHT], out[:, WIDTH] = _boxes(self.random_resized_crop, ids, size, seed, epoch)
             out[:, TOP] = below(height - out[:, HEIGHT] + 1, _TOP)
@@ -88,38 +90,41 @@ class Augmentation:
         return out
 
 
-def _boxes(least: float, ids: Ids, size: tuple[int, int], seed: int, epoch: int) -> tuple[Ids, Ids]:
+def _boxes(least: float, ids: Ids, size: Sizes, seed: int, epoch: int) -> tuple[Ids, Ids]:
     """Heights and widths of the random boxes, ``(n,)`` each."""
-    height, width = size
-    heights, widths = np.full(len(ids), height), np.full(len(ids), width)
+    height, width = (np.broadcast_to(side, len(ids)).astype(np.int64) for side in size)
+    narrowest, widest = _ASPECT_RATIOS[[0, -1]]
+    heights = np.minimum(height, np.rint(width / narrowest)).astype(np.int64)
+    widths = np.minimum(width, np.rint(height * widest)).astype(np.int64)
     left = np.arange(len(ids))  # samples that have no box yet
     for attempt in range(_TRIES):
         word = _BOXES + 2 * attempt
         fraction = _below(1 << 20, counter_hash(seed, epoch, ids[left], word)) / (1 << 20)
-        area = (least + (1 - least) * fraction) * height * width
+        area = (least + (1 - least) * fraction) * height[left] * width[left]
         ratio = _ASPECT_RATIOS[_below(len(_ASPECT_RATIOS), counter_hash(seed, epoch, ids[left], word + 1))]
         h, w = np.rint(np.sqrt(area / ratio)).astype(np.int64), np.rint(np.sqrt(area * ratio)).astype(np.int64)
-        fits = (h >= 1) & (h <= height) & (w >= 1) & (w <= width)
+        fits = (h >= 1) & (h <= height[left]) & (w >= 1) & (w <= width[left])
         heights[left[fits]], widths[left[fits]] = h[fits], w[fits]
         left = left[~fits]
     return heights, widths
 
 
-def _below(n: int | NDArray[np.int64], bits: NDArray[np.uint64]) -> NDArray[np.int64]:
+def _below(n: int | Ids, bits: NDArray[np.uint64]) -> Ids:
     """Uniform integers in [0, n) from 64 random bits each; the bias is below n / 2³²."""
     return ((bits >> np.uint64(32)) * np.asarray(n).astype(np.uint64) >> np.uint64(32)).astype(np.int64)
 
 
-def transform(images: Tensor, ids: Ids, params: SampleParams) -> Tensor:
+def transform(images: Tensor, ids: Ids, params: SampleParams, size: tuple[int, int] | None = None) -> Tensor:
     """Augment the samples ``images[ids]``; the readable form of :mod:`sfw_dist.data.loading.augment_numba`.
 
     Args:
         images: uint8 ``(n, H, W, C)`` on any device.
         ids: of the samples, ``(B,)``.
         params: how each is augmented, ``(B, 8)``.
+        size: height and width of the result; by default those of ``images``.
 
     Returns:
-        uint8 ``(B, C, H, W)`` in channels_last on the same device; the host does not wait for it.
+        uint8 ``(B, C, *size)`` in channels_last on the same device; the host does not wait for it.
 
     Example:
         >>> images = torch.arange(6, dtype=torch.uint8).view(1, 2, 3, 1)  # one image of 2 x 3 pixels
@@ -127,12 +132,15 @@ def transform(images: Tensor, ids: Ids, params: SampleParams) -> Tensor:
         >>> transform(images, np.array([0]), mirrored)[0, 0].tolist()
         [[2, 1, 0], [5, 4, 3]]
     """
-    height, width, channels = images.shape[1:]
+    stored_height, stored_width, channels = images.shape[1:]
+    height, width = size or (stored_height, stored_width)
     rows, on_device = (torch.from_numpy(array).to(images.device, non_blocking=True) for array in (ids, params))
     y, x = torch.arange(height, device=images.device), torch.arange(width, device=images.device)  # of the result
     mirrored = torch.where(on_device[:, MIRROR, None] == 1, width - 1 - x, x)  # (B, W)
-    top, y_low, y_high, y_part = _taps(y.expand(len(rows), -1), on_device[:, TOP], on_device[:, HEIGHT], height)
-    left, x_low, x_high, x_part = _taps(mirrored, on_device[:, LEFT], on_device[:, WIDTH], width)
+    top, y_low, y_high, y_part = _taps(
+        y.expand(len(rows), -1), on_device[:, TOP], on_device[:, HEIGHT], height, stored_height
+    )
+    left, x_low, x_high, x_part = _taps(mirrored, on_device[:, LEFT], on_device[:, WIDTH], width, stored_width)
 
     def pixels(along_y: Tensor, along_x: Tensor) -> Tensor:  # (B, H, W, C)
         return images[rows[:, None, None], along_y[:, :, None], along_x[:, None, :]]
@@ -154,8 +162,10 @@ def transform(images: Tensor, ids: Ids, params: SampleParams) -> Tensor:
     return out.permute(0, 3, 1, 2)
 
 
-def _taps(position: Tensor, start: Tensor, length: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Where the new pixels at ``position`` ``(B, size)`` come from along one axis.
+def _taps(
+    position: Tensor, start: Tensor, length: Tensor, size: int, stored: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Where the new pixels at ``position`` ``(B, size)`` come from along one axis of ``stored`` pixels.
 
     The centres of pixels lie at ½, as in ``F.interpolate(align_corners=False)``.
 
@@ -168,5 +178,5 @@ def _taps(position: Tensor, start: Tensor, length: Tensor, size: int) -> tuple[T
     at = at.minimum((length - 1) << 16).clamp(min=0)
     low = at >> 16
     high = torch.minimum(low + 1, length - 1)
-    inside = (start + low >= 0) & (start + low < size)
-    return inside, (start + low).clamp(0, size - 1), (start + high).clamp(0, size - 1), (at & 0xFFFF) >> 8
+    inside = (start + low >= 0) & (start + low < stored)
+    return inside, (start + low).clamp(0, stored - 1), (start + high).clamp(0, stored - 1), (at & 0xFFFF) >> 8

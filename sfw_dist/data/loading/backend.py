@@ -24,7 +24,7 @@ class Backend(Protocol):
 
         Args:
             ids: of the samples, ``(batch,)``.
-            params: how each is augmented, ``(batch, 8)``.
+            params: how each is augmented, ``(batch, 8)``; of stored JPEGs ``(batch, 2, 8)``.
 
         Returns:
             New tensors, which the caller may keep.

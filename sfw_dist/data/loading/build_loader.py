@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
+from sfw_dist.data.jpeg import JPEG_ROW
 from sfw_dist.data.loading.augment import Augmentation, SampleParams
 from sfw_dist.data.loading.backend import Backend
 from sfw_dist.data.loading.ffcv_probe import ffcv_installed, ffcv_problem
 from sfw_dist.data.loading.folder import FolderBackend
 from sfw_dist.data.loading.gpu import GPUBackend
+from sfw_dist.data.loading.jpeg import JpegBackend, JpegFile, jpeg_params
 from sfw_dist.data.loading.loader import Loader, ShardedLoader
 from sfw_dist.data.loading.memmap import MemmapBackend
 from sfw_dist.data.loading.prefetch import loader_threads
@@ -28,6 +30,7 @@ from sfw_dist.data.manifest import (
     check_sizes,
     ids_file,
     images_file,
+    jpegs_file,
     labels_file,
     prepare_again,
     prepare_command,
@@ -105,16 +108,23 @@ def open_loader(
     name, why = _choose(config, folder, manifest, device)
     place = folder
     if config.stage_dir and name != "folder":
-        place = staged(folder, manifest, Path(config.stage_dir), [_backend_file(name, part)])
-    backend = _open_backend(name, place, manifest, part, _labels(folder, manifest, part), device)
-    threads = loader_threads(config.workers) if backend.threaded else 0
+        place = staged(folder, manifest, Path(config.stage_dir), _backend_files(name, manifest, part))
+    labels = _labels(folder, manifest, part)
     augmentation = Augmentation()
     if split == "train":
         augmentation = Augmentation(config.crop_padding, config.flip, config.cutout, config.random_resized_crop)
+    choose_params: Callable[..., SampleParams] = augmentation.sample_params
+    if manifest.store == "jpeg":
+        jpegs = _jpegs(place, manifest, part)
+        backend = _open_jpegs(name, jpegs, labels, manifest.image_shape)
+        choose_params = partial(jpeg_params, augmentation, jpegs.table)
+    else:
+        backend = _open_backend(name, place, manifest, part, labels, device)
+    threads = loader_threads(config.workers) if backend.threaded else 0
     return ShardedLoader(
         backend,
         sampler,
-        sample_params=partial(_sample_params, augmentation, manifest.image_shape, seed),
+        sample_params=lambda ids, epoch: choose_params(ids, manifest.image_shape[1:], seed=seed, epoch=epoch),
         name=_namer(folder, manifest, part),
         threads=threads,
         stall_timeout=config.stall_timeout,
@@ -131,12 +141,6 @@ def rank_sampler(config: DataConfig, split: Split, *, seed: int, rank: int, worl
     if split == "train":
         return TrainingSampler(members, config.batch_size, seed, rank, world_size)
     return EvaluationSampler(members, config.eval_batch_size, rank, world_size)
-
-
-def _sample_params(
-    augmentation: Augmentation, image_shape: tuple[int, int, int], seed: int, ids: Ids, epoch: int
-) -> SampleParams:
-    return augmentation.sample_params(ids, image_shape[1:], seed=seed, epoch=epoch)
 
 
 def _part(split: Split) -> Part:
@@ -172,6 +176,11 @@ def _split_training(config: DataConfig, folder: Path, manifest: Manifest, seed: 
 
 def _choose(config: DataConfig, folder: Path, manifest: Manifest, device: torch.device) -> tuple[str, str]:
     """The backend to open and, with ``backend: auto``, why; raises :class:`UserError` for one that is not available."""
+    if manifest.store == "jpeg" and config.backend in ("gpu", "folder"):
+        raise UserError(
+            f"data.backend {config.backend}: {manifest.name} is stored as JPEGs, which ffcv and ram decode: write "
+            "data.backend auto"
+        )
     if config.backend in ("auto", "ffcv"):
         problem = _ffcv_problem(folder, manifest)
         if problem is None:
@@ -194,8 +203,10 @@ def _ffcv_problem(folder: Path, manifest: Manifest) -> str | None:
     return f"prepared without it: {prepare_command(folder)}"
 
 
-def _backend_file(name: str, part: Part) -> str:
-    return beton_file(part) if name == "ffcv" else images_file(part)
+def _backend_files(name: str, manifest: Manifest, part: Part) -> list[str]:
+    if manifest.store == "jpeg":
+        return [beton_file(part), jpegs_file(part)]
+    return [beton_file(part) if name == "ffcv" else images_file(part)]
 
 
 def _open_backend(
@@ -213,6 +224,22 @@ def _open_backend(
             return FolderBackend(files, labels, manifest.image_format)
         case _:
             return GPUBackend(_images(folder, manifest, part), labels, device)
+
+
+def _jpegs(folder: Path, manifest: Manifest, part: Part) -> JpegFile:
+    path = folder / jpegs_file(part)
+    jpegs = JpegFile(folder / beton_file(part), _load_array(path, JPEG_ROW, (manifest.counts[part],), mmap_mode="c"))
+    if not jpegs.fits():
+        raise UserError(f"{path} is damaged (an address is out of range): {prepare_again(folder)}")
+    return jpegs
+
+
+def _open_jpegs(name: str, jpegs: JpegFile, labels: Ids, image_shape: tuple[int, int, int]) -> Backend:
+    if name == "ram":
+        return JpegBackend(jpegs, labels, image_shape)
+    from sfw_dist.data.loading.ffcv import FFCVJpegBackend
+
+    return FFCVJpegBackend(jpegs, labels, image_shape)
 
 
 def _namer(folder: Path, manifest: Manifest, part: Part) -> Callable[[int], str]:
@@ -240,7 +267,7 @@ def _labels(folder: Path, manifest: Manifest, part: Part) -> Ids:
 
 
 def _load_array(
-    path: Path, dtype: type[np.generic], shape: tuple[int, ...], mmap_mode: Literal["c"] | None = None
+    path: Path, dtype: DTypeLike, shape: tuple[int, ...], mmap_mode: Literal["c"] | None = None
 ) -> NDArray[Any]:
     try:
         array = np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
