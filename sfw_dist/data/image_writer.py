@@ -143,13 +143,14 @@ def finish_images(path: Path, form: ImageFormat, good: Sequence[int]) -> None:
         form: of the images.
         good: the samples to keep, ascending.
     """
-    rows = np.load(path, mmap_mode="r+", allow_pickle=False)
-    if len(good) < len(rows):
+    if len(good) < len(np.load(path, mmap_mode="r", allow_pickle=False)):
         size = max(1, CHUNK_BYTES // _row_bytes(form))
         for start in range(0, len(good), size):  # no row moves back, so none is overwritten before it is read
             moved = good[start : start + size]
+            rows = np.load(path, mmap_mode="r+", allow_pickle=False)  # anew, or all pages would stay in memory
             rows[start : start + len(moved)] = rows[moved]
-        rows.flush()
+            rows.flush()
+            del rows
         with path.open("r+b") as file:
             header = _header(form, len(good))
             file.write(header)

@@ -23,6 +23,7 @@ from sfw_dist.data.manifest import (
     check_content,
     check_sizes,
     fitted_size,
+    images_file,
     prepare_again,
     read_manifest,
     set_folder,
@@ -32,8 +33,8 @@ from sfw_dist.data.source import source_changes, write_source
 from sfw_dist.data.write_parts import (
     BetonWriter,
     Options,
+    StoredImages,
     channel_statistics,
-    mapped_images,
     statistics_of_counts,
     write_betons,
     write_parts,
@@ -334,7 +335,7 @@ def _fill_folder(folder: Path, dataset: Dataset, options: Options) -> None:
     _check_counts(dataset, raw)
     parts = write_parts(folder, dataset, raw, options, betons=_beton_writer() is not None)
     if parts.values is None:
-        mean, std = channel_statistics(mapped_images(folder, "train"))
+        mean, std = channel_statistics(StoredImages(folder / images_file("train")))
     else:
         mean, std = statistics_of_counts(parts.values)
     constant = [

@@ -44,7 +44,7 @@ from sfw_dist.data.sampler import Ids, split_validation
 from sfw_dist.errors import UserError, named
 from sfw_dist.files import replacing, write_json
 
-BetonWriter = Callable[[BinaryIO, NDArray[np.uint8], Ids], None]
+BetonWriter = Callable[[BinaryIO, "StoredImages", Ids], None]
 """Writes images and labels to a file in FFCV's format."""
 _TEST_SEED = 1
 """Of the choice of test samples; a run's validation samples are chosen by the run's seed."""
@@ -275,10 +275,25 @@ def _place(path: Path, root: Path) -> str:
     return str(path.relative_to(root) if path.is_relative_to(root) else path.absolute())
 
 
-def mapped_images(folder: Path, part: Part) -> NDArray[np.uint8]:
-    """The images of a part, in a memory map."""
-    images: NDArray[np.uint8] = np.load(folder / images_file(part), mmap_mode="r", allow_pickle=False)
-    return images
+class StoredImages:
+    """The images of a ``.npy``, read a few at a time: the pages of a memory map would count as memory of this process.
+
+    Args:
+        path: of the file, uint8 ``(n, height, width, channels)``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        images = np.load(path, mmap_mode="r", allow_pickle=False)
+        self._path, self._start, self.shape = path, images.offset, images.shape
+
+    def __len__(self) -> int:
+        return int(self.shape[0])
+
+    def __getitem__(self, rows: slice) -> NDArray[np.uint8]:
+        start, stop, _ = rows.indices(len(self))
+        size = int(np.prod(self.shape[1:]))
+        images = np.fromfile(self._path, np.uint8, (stop - start) * size, offset=self._start + start * size)
+        return images.reshape(-1, *self.shape[1:])
 
 
 def write_betons(folder: Path, write_beton: BetonWriter) -> dict[str, FileRecord]:
@@ -286,11 +301,11 @@ def write_betons(folder: Path, write_beton: BetonWriter) -> dict[str, FileRecord
     for part in PARTS:
         labels = np.load(folder / labels_file(part), allow_pickle=False)
         with replacing(folder / beton_file(part)) as file:
-            write_beton(file, mapped_images(folder, part), labels)
+            write_beton(file, StoredImages(folder / images_file(part)), labels)
     return {beton_file(part): file_record(folder / beton_file(part)) for part in PARTS}
 
 
-def channel_statistics(images: NDArray[np.uint8]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def channel_statistics(images: NDArray[np.uint8] | StoredImages) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel.
 
     Args:
@@ -306,10 +321,11 @@ def channel_statistics(images: NDArray[np.uint8]) -> tuple[tuple[float, ...], tu
     """
     channels = images.shape[-1]
     counts = np.zeros((channels, 256), np.int64)
-    rows = max(1, CHUNK_BYTES // images[0].size)  # bincount widens its input to 8 bytes a value
+    rows = max(1, CHUNK_BYTES // images[:1].size)  # bincount widens its input to 8 bytes a value
     for start in range(0, len(images), rows):
+        some = images[start : start + rows]
         for channel in range(channels):
-            counts[channel] += np.bincount(images[start : start + rows, ..., channel].ravel(), minlength=256)
+            counts[channel] += np.bincount(some[..., channel].ravel(), minlength=256)
     return statistics_of_counts(counts)
 
 

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numba
 import numpy as np
@@ -27,6 +27,9 @@ from sfw_dist.data.loading.jpeg import JpegFile
 from sfw_dist.data.manifest import prepare_again
 from sfw_dist.data.sampler import Ids
 from sfw_dist.errors import UserError, needs_extra
+
+if TYPE_CHECKING:
+    from sfw_dist.data.write_parts import StoredImages
 
 BLOCK = 1 << 16
 """Samples whose rows of the tables are in memory at once."""
@@ -167,7 +170,7 @@ def decode_jpeg(content: bytes, height: int, width: int) -> NDArray[np.uint8] | 
     return None if failed else image
 
 
-def write_beton(file: BinaryIO, images: NDArray[np.uint8], labels: Ids) -> None:
+def write_beton(file: BinaryIO, images: NDArray[np.uint8] | StoredImages, labels: Ids) -> None:
     """Write a beton with the fields ``image``, of pixels, and ``label``.
 
     Byte for byte what FFCV's ``DatasetWriter(num_workers=1)`` writes, which uses processes that it does not watch:
