@@ -163,3 +163,11 @@ def test_without_a_folder_for_machine_code_it_is_imported(monkeypatch: pytest.Mo
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.transform_rows.py_func.__name__ == "transform_rows"
+
+
+def test_a_panorama_is_never_squeezed() -> None:
+    """Fails when a box that nowhere fits becomes the whole of a long image, in the shape of a square one."""
+    sizes = np.full(50, 10), np.where(np.arange(50) % 2, 100, 12)
+    params = Augmentation(random_resized_crop=1.0).sample_params(np.arange(50), sizes, seed=0, epoch=0)
+    assert {(int(h), int(w)) for h, w in params[1::2, [HEIGHT, WIDTH]]} == {(10, 13)}
+    assert (params[:, LEFT] + params[:, WIDTH] <= sizes[1]).all() and params[1::2, LEFT].max() > 50

@@ -273,6 +273,6 @@ def _load_array(
         array = np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
         if array.dtype != dtype or array.shape != shape:
             raise ValueError(f"{array.dtype} {array.shape}, wanted {np.dtype(dtype)} {shape}")
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # of a damaged header numpy raises whatever Python's parser does
         raise UserError(f"{path} is damaged ({error}): {prepare_again(path.parent)}") from None
     return array

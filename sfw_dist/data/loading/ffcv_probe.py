@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import platform
@@ -15,12 +16,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from sfw_dist.data.loading.augment import Augmentation, transform
 from sfw_dist.files import file_lock, write_json
 
 TIME_LIMIT = 120.0
 """Seconds until a probe that does not end counts as failed; it takes about five."""
+_JPEG_TOLERANCE = 16
+"""FFCV's decoder rounds more coarsely than Pillow's, usually by 1."""
 _REMEDY = "apt-get install pkg-config libopencv-dev libturbojpeg0-dev, then pip install 'sfw-dist[ffcv]'"
 
 
@@ -92,13 +96,19 @@ def _probe() -> str | None:
 
 
 def try_ffcv() -> None:
-    """Write a small beton, read it with every kind of augmentation, and compare with the reference.
+    """Write a small beton, read it with every kind of augmentation, and decode a JPEG; compare with the references.
 
     Raises:
         RuntimeError: FFCV has read something else.
     """
-    from sfw_dist.data.loading.ffcv import FFCVBackend, write_beton
+    from sfw_dist.data.loading.ffcv import FFCVBackend, decode_jpeg, write_beton
 
+    jpeg = io.BytesIO()
+    ramp = np.linspace(0, 255, 16 * 24 * 3).reshape(16, 24, 3).astype(np.uint8)
+    Image.fromarray(ramp).save(jpeg, "JPEG", quality=95)
+    decoded = decode_jpeg(jpeg.getvalue(), 16, 24)
+    if decoded is None or np.abs(decoded.astype(int) - np.asarray(Image.open(jpeg))).max() > _JPEG_TOLERANCE:
+        raise RuntimeError("FFCV decodes another JPEG than was written")
     images = np.random.default_rng(0).integers(0, 256, (7, 6, 5, 3), dtype=np.uint8)
     ids = np.arange(7)
     with tempfile.TemporaryDirectory() as folder:
