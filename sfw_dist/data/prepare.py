@@ -15,7 +15,6 @@ from sfw_dist.data.datasets.csv_set import Table
 from sfw_dist.data.datasets.own_sets import folder_set, function_set, table_set, values_set
 from sfw_dist.data.datasets.raw import RawData, RawPart
 from sfw_dist.data.datasets.registry import DATASETS, Dataset
-from sfw_dist.data.image_writer import JOURNAL
 from sfw_dist.data.jpeg import QUALITY
 from sfw_dist.data.manifest import (
     MANIFEST,
@@ -39,6 +38,7 @@ from sfw_dist.data.write_parts import (
     write_betons,
     write_parts,
 )
+from sfw_dist.data.writing.image_writer import JOURNAL
 from sfw_dist.errors import UserError, named
 from sfw_dist.files import REFUSED, file_lock, make_folder, remedy_of
 

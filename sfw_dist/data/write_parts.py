@@ -15,16 +15,6 @@ from numpy.typing import NDArray
 from sfw_dist.data.datasets.raw import ImageFiles, ImageFormat, Items, RawData, RawPart
 from sfw_dist.data.datasets.registry import Dataset
 from sfw_dist.data.decode import file_format, read_chunks, read_item
-from sfw_dist.data.disk_cost import tell_disk_cost
-from sfw_dist.data.image_writer import (
-    CHUNK_BYTES,
-    CHUNK_SAMPLES,
-    Written,
-    finish_images,
-    finish_jpegs,
-    path_identities,
-    write_images,
-)
 from sfw_dist.data.jpeg import QUALITY
 from sfw_dist.data.labels import number_labels
 from sfw_dist.data.manifest import (
@@ -41,6 +31,16 @@ from sfw_dist.data.manifest import (
     size_text,
 )
 from sfw_dist.data.sampler import Ids, split_validation
+from sfw_dist.data.writing.disk_cost import tell_disk_cost
+from sfw_dist.data.writing.image_writer import (
+    CHUNK_BYTES,
+    CHUNK_SAMPLES,
+    Written,
+    finish_images,
+    finish_jpegs,
+    path_identities,
+    write_images,
+)
 from sfw_dist.errors import UserError, named
 from sfw_dist.files import replacing, write_json
 

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from sfw_dist.config import DataConfig
-from sfw_dist.data import image_writer
 from sfw_dist.data.datasets import registry
 from sfw_dist.data.datasets.array_sets import mnist_reader
 from sfw_dist.data.datasets.registry import DATASETS
+from sfw_dist.data.writing import image_writer
 from tests.support.downloads import forbidden
 from tests.support.raw_data import WNIDS, idx_bytes, save_image
 

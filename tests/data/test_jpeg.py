@@ -21,7 +21,6 @@ from PIL import Image
 
 import sfw_dist.data.prepare as preparing
 from sfw_dist.config import DataConfig
-from sfw_dist.data import image_writer, jpeg_writer
 from sfw_dist.data.__main__ import main
 from sfw_dist.data.loading import build_loader, open_loader
 from sfw_dist.data.loading import loader as loading
@@ -31,6 +30,7 @@ from sfw_dist.data.manifest import read_manifest
 from sfw_dist.data.prepare import prepare, verify, write
 from sfw_dist.data.sampler import TrainingSampler
 from sfw_dist.data.write_parts import Options
+from sfw_dist.data.writing import image_writer, jpeg_store
 from sfw_dist.errors import RankError, UserError
 from tests.support.downloads import one_line
 from tests.support.loaders import AUGMENTATIONS, SLOW_FFCV, BackendName, epoch_of, same
@@ -241,7 +241,7 @@ def test_damaged_tables_are_found_at_opening(
 def test_an_interrupted_preparation_continues(photos: Path, flowers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails when hours of encoding are done again, or what they left is not what one call makes."""
     monkeypatch.setattr(image_writer, "CHUNK_SAMPLES", 5)
-    encode, made = jpeg_writer.JpegStore.write, []
+    encode, made = jpeg_store.JpegStore.write, []
 
     def write_some(store: Any, file: Any, chunk: range, samples: Any) -> Any:
         if len(made) == 3:
@@ -250,13 +250,13 @@ def test_an_interrupted_preparation_continues(photos: Path, flowers: Path, monke
         return encode(store, file, chunk, samples)
 
     again = partial(prepare, photos, flowers, name="again", options=OPTIONS)
-    monkeypatch.setattr(jpeg_writer.JpegStore, "write", write_some)
+    monkeypatch.setattr(jpeg_store.JpegStore, "write", write_some)
     with pytest.raises(KeyboardInterrupt):
         again()
     place = int(stored(flowers).table["address"][7]) + 500
     flip_byte(flowers / ".again.unfinished" / "train.beton", at=place)  # the second chunk, by a disk that lost power
     made.clear()
-    monkeypatch.setattr(jpeg_writer.JpegStore, "write", lambda *args: made.append(args[2]) or encode(*args))
+    monkeypatch.setattr(jpeg_store.JpegStore, "write", lambda *args: made.append(args[2]) or encode(*args))
     again()
     assert [chunk.start for chunk in made] == [5, 10, 15, 20, 0, 5]
     assert (stored(flowers, "again").beton == stored(flowers).beton) is True  # no listing of the bytes

@@ -17,12 +17,13 @@ import torch
 from PIL import Image
 
 from sfw_dist.config import DataConfig
-from sfw_dist.data import Options, image_writer, write
+from sfw_dist.data import Options, write
 from sfw_dist.data.__main__ import main
 from sfw_dist.data.datasets.own_sets import read_values
 from sfw_dist.data.loading import dataset_info, open_loader, rank_sampler
 from sfw_dist.data.manifest import read_manifest
 from sfw_dist.data.prepare import prepare, verify
+from sfw_dist.data.writing import image_writer
 from sfw_dist.errors import UserError
 from tests.support.downloads import error_of
 from tests.support.raw_data import save_image

@@ -15,8 +15,8 @@ import numpy as np
 from sfw_dist.data.datasets.progress_bar import progress_bar
 from sfw_dist.data.datasets.raw import ImageFiles, ImageFormat, Items
 from sfw_dist.data.decode import Sample, read_chunks
-from sfw_dist.data.jpeg_writer import JpegStore
 from sfw_dist.data.sampler import Identities, Ids, identity
+from sfw_dist.data.writing.jpeg_store import JpegStore
 
 CHUNK_BYTES = 32 << 20
 """Images in a chunk; a few chunks are in memory at once."""

@@ -25,7 +25,7 @@ CHUNK_BYTES = 32 << 20
 
 
 class JpegStore:
-    """The JPEGs of one part, of which 20 bytes a sample are in memory (see :mod:`sfw_dist.data.image_writer`).
+    """The JPEGs of one part, of which 20 bytes a sample are in memory (see :mod:`sfw_dist.data.writing.image_writer`).
 
     Args:
         form: of the images.
