@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sfw_dist.data.jpeg import JPEG_ROW
 from sfw_dist.data.loading.augment import Augmentation
 from sfw_dist.data.loading.ffcv import (
     FFCVBackend,
@@ -30,7 +29,7 @@ from sfw_dist.data.loading.ffcv import (
     write_beton,
     write_jpeg_tables,
 )
-from sfw_dist.data.loading.jpeg import JpegFile, jpeg_params
+from sfw_dist.data.loading.jpeg import JPEG_ROW, JpegFile, jpeg_params
 from sfw_dist.files import write_json
 
 SIDE = 8

@@ -11,13 +11,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sfw_dist.data.datasets.raw import ImageFormat
-from sfw_dist.data.pixels import MOST_ELONGATED, covering_sides, middle_box, stays_whole
+from sfw_dist.data.pixels import JPEG_HEADER_BYTES, middle_box, stays_whole
 
 QUALITY = 90
 """Of what is encoded, by default; FFCV's default, too."""
-JPEG_ROW = np.dtype([("address", "<u8"), ("bytes", "<u4"), ("crc", "<u4"), ("height", "<u2"), ("width", "<u2")])
-"""A sample's place in the beton, the length and the CRC-32 of its JPEG, and the size of its image."""
-_HEADER_BYTES = 1 << 16
 
 
 class Jpeg(NamedTuple):
@@ -28,17 +25,6 @@ class Jpeg(NamedTuple):
     width: int
     values: NDArray[np.int64]
     """How often each value occurs in each channel of its middle, as evaluation sees it: ``(3, 256)``."""
-
-
-def largest_jpeg(image_shape: tuple[int, int, int]) -> int:
-    """Most bytes of a stored JPEG, of which batches of this shape are made: no more than its pixels would take."""
-    return MOST_ELONGATED * covering_bytes(image_shape) + _HEADER_BYTES
-
-
-def covering_bytes(image_shape: tuple[int, int, int]) -> int:
-    """Bytes of the pixels of a stored image that is no longer than wide."""
-    high, wide = covering_sides(*image_shape[1:])
-    return 3 * high * wide
 
 
 def kept_jpeg(path: Path, form: ImageFormat) -> Jpeg | None:
@@ -60,7 +46,7 @@ def kept_jpeg(path: Path, form: ImageFormat) -> Jpeg | None:
     if not (plain and fits and stays_whole(height, width, form)):
         return None
     content = path.read_bytes()
-    return _decoded(content, height, width, form) if len(content) <= 3 * height * width + _HEADER_BYTES else None
+    return _decoded(content, height, width, form) if len(content) <= 3 * height * width + JPEG_HEADER_BYTES else None
 
 
 def encoded(pixels: NDArray[np.uint8], form: ImageFormat) -> Jpeg:

@@ -60,7 +60,7 @@ def beton_file(part: Part) -> str:
 
 
 def jpegs_file(part: Part) -> str:
-    """Name of the file of where each JPEG lies in the beton, see :data:`sfw_dist.data.jpeg.JPEG_ROW`."""
+    """Name of the file of where each JPEG lies in the beton, see :data:`sfw_dist.data.loading.jpeg.JPEG_ROW`."""
     return f"{part}_jpegs.npy"
 
 

@@ -15,6 +15,8 @@ MOST_ELONGATED = 8
 """Sides of a longer image are cut to this many times what is wanted, around the centre, before it is scaled."""
 MARGIN = Fraction(8, 7)
 """Whole images are stored this much larger than batches are: 256 pixels for 224, as in the usual way to evaluate."""
+JPEG_HEADER_BYTES = 1 << 16
+"""What a JPEG may have besides what its pixels would take."""
 GREY_MODES = frozenset(("1", "L", "LA", "La", "I", "F"))
 """Pillow's modes of images with one brightness, besides those of 16 bits."""
 _MOST_USUAL_CHANNELS = 4
@@ -167,6 +169,17 @@ def covering_sides(height: int, width: int) -> tuple[int, int]:
     """
     numerator, denominator = MARGIN.as_integer_ratio()
     return -(-height * numerator // denominator), -(-width * numerator // denominator)
+
+
+def largest_jpeg(image_shape: tuple[int, int, int]) -> int:
+    """Most bytes of a stored JPEG, of which batches of this shape are made: no more than its pixels would take."""
+    return MOST_ELONGATED * covering_bytes(image_shape) + JPEG_HEADER_BYTES
+
+
+def covering_bytes(image_shape: tuple[int, int, int]) -> int:
+    """Bytes of the pixels of a stored image that is no longer than wide."""
+    high, wide = covering_sides(*image_shape[1:])
+    return 3 * high * wide
 
 
 def stays_whole(height: int, width: int, form: ImageFormat) -> bool:

@@ -32,13 +32,13 @@ from sfw_dist.data.source import source_changes, write_source
 from sfw_dist.data.write_parts import (
     BetonWriter,
     Options,
-    StoredImages,
     channel_statistics,
     statistics_of_counts,
     write_betons,
     write_parts,
 )
 from sfw_dist.data.writing.image_writer import JOURNAL
+from sfw_dist.data.writing.stored_images import StoredImages
 from sfw_dist.errors import UserError, named
 from sfw_dist.files import REFUSED, file_lock, make_folder, remedy_of
 

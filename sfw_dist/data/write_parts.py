@@ -41,10 +41,11 @@ from sfw_dist.data.writing.image_writer import (
     path_identities,
     write_images,
 )
+from sfw_dist.data.writing.stored_images import StoredImages
 from sfw_dist.errors import UserError, named
 from sfw_dist.files import replacing, write_json
 
-BetonWriter = Callable[[BinaryIO, "StoredImages", Ids], None]
+BetonWriter = Callable[[BinaryIO, StoredImages, Ids], None]
 """Writes images and labels to a file in FFCV's format."""
 _TEST_SEED = 1
 """Of the choice of test samples; a run's validation samples are chosen by the run's seed."""
@@ -273,27 +274,6 @@ def _write_part(
 def _place(path: Path, root: Path) -> str:
     """An image file as a path from the data root; of one that lies elsewhere the whole path."""
     return str(path.relative_to(root) if path.is_relative_to(root) else path.absolute())
-
-
-class StoredImages:
-    """The images of a ``.npy``, read a few at a time: the pages of a memory map would count as memory of this process.
-
-    Args:
-        path: of the file, uint8 ``(n, height, width, channels)``.
-    """
-
-    def __init__(self, path: Path) -> None:
-        images = np.load(path, mmap_mode="r", allow_pickle=False)
-        self._path, self._start, self.shape = path, images.offset, images.shape
-
-    def __len__(self) -> int:
-        return int(self.shape[0])
-
-    def __getitem__(self, rows: slice) -> NDArray[np.uint8]:
-        start, stop, _ = rows.indices(len(self))
-        size = int(np.prod(self.shape[1:]))
-        images = np.fromfile(self._path, np.uint8, (stop - start) * size, offset=self._start + start * size)
-        return images.reshape(-1, *self.shape[1:])
 
 
 def write_betons(folder: Path, write_beton: BetonWriter) -> dict[str, FileRecord]:

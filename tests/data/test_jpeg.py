@@ -30,7 +30,7 @@ from sfw_dist.data.manifest import read_manifest
 from sfw_dist.data.prepare import prepare, verify, write
 from sfw_dist.data.sampler import TrainingSampler
 from sfw_dist.data.write_parts import Options
-from sfw_dist.data.writing import image_writer, jpeg_store
+from sfw_dist.data.writing import disk_cost, image_writer, jpeg_store
 from sfw_dist.errors import RankError, UserError
 from tests.support.downloads import one_line
 from tests.support.loaders import AUGMENTATIONS, SLOW_FFCV, BackendName, epoch_of, same
@@ -304,6 +304,7 @@ def test_the_disk_cost_is_told_before_and_refused(
 ) -> None:
     """Fails when a disk is filled for hours until it is full."""
     raw = partial(prepare, photos, tmp_path, name="flowers", options=Options(size=(32, 32)))
+    monkeypatch.setattr(disk_cost, "LEAST", 100_000)
     needed = 2 * 32 * 32 * 32 * 3
     with (
         disk_of(monkeypatch, needed - 1),
@@ -316,6 +317,9 @@ def test_the_disk_cost_is_told_before_and_refused(
     assert "flowers: 32 images for 32×32 pixels take 196.6 kB as pixels, half of it for FFCV; 196.6" in (
         capsys.readouterr().err
     )
+    capsys.readouterr()
+    prepare(photos, tmp_path, name="flowers", options=OPTIONS, again=True)
+    assert capsys.readouterr().err == ""  # little
     with disk_of(monkeypatch, 20_000), pytest.raises(UserError, match=r"take 4\d\.\d kB as JPEGs, .*free some space"):
         prepare(photos, tmp_path, name="jpegs", options=OPTIONS)
 

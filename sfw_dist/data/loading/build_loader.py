@@ -12,13 +12,12 @@ import numpy as np
 import torch
 from numpy.typing import DTypeLike, NDArray
 
-from sfw_dist.data.jpeg import JPEG_ROW
 from sfw_dist.data.loading.augment import Augmentation, SampleParams
 from sfw_dist.data.loading.backend import Backend
 from sfw_dist.data.loading.ffcv_probe import ffcv_installed, ffcv_problem
 from sfw_dist.data.loading.folder import FolderBackend
 from sfw_dist.data.loading.gpu import GPUBackend
-from sfw_dist.data.loading.jpeg import JpegBackend, JpegFile, jpeg_params
+from sfw_dist.data.loading.jpeg import JPEG_ROW, JpegBackend, JpegFile, jpeg_params
 from sfw_dist.data.loading.loader import Loader, ShardedLoader
 from sfw_dist.data.loading.memmap import MemmapBackend
 from sfw_dist.data.loading.prefetch import loader_threads

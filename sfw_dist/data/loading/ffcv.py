@@ -19,17 +19,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sfw_dist.data.jpeg import largest_jpeg
 from sfw_dist.data.loading.augment import SampleParams
 from sfw_dist.data.loading.augment_numba import transform_sample
 from sfw_dist.data.loading.backend import Batch
 from sfw_dist.data.loading.jpeg import JpegFile
 from sfw_dist.data.manifest import prepare_again
+from sfw_dist.data.pixels import largest_jpeg
 from sfw_dist.data.sampler import Ids
 from sfw_dist.errors import UserError, needs_extra
 
 if TYPE_CHECKING:
-    from sfw_dist.data.write_parts import StoredImages
+    from sfw_dist.data.writing.stored_images import StoredImages
 
 BLOCK = 1 << 16
 """Samples whose rows of the tables are in memory at once."""
@@ -201,7 +201,7 @@ def write_jpeg_tables(file: BinaryIO, table: NDArray[Any], labels: Ids, image_sh
 
     Args:
         file: open for writing bytes; its JPEGs lie as `jpeg_pages` says, for as many samples or more.
-        table: of them, see :data:`~sfw_dist.data.jpeg.JPEG_ROW`.
+        table: of them, see :data:`~sfw_dist.data.loading.jpeg.JPEG_ROW`.
         labels: ``(n,)``.
         image_shape: ``(channels, height, width)`` of the batches.
     """

@@ -19,13 +19,16 @@ from sfw_dist.data.loading.backend import Batch
 from sfw_dist.data.pixels import middle_box
 from sfw_dist.data.sampler import Ids
 
+JPEG_ROW = np.dtype([("address", "<u8"), ("bytes", "<u4"), ("crc", "<u4"), ("height", "<u2"), ("width", "<u2")])
+"""A sample's place in the beton, the length and the CRC-32 of its JPEG, and the size of its image."""
+
 
 class JpegFile:
     """The JPEGs of one part, in a memory map that the processes of a machine share.
 
     Args:
         path: of the beton.
-        table: where each lies, see :data:`~sfw_dist.data.jpeg.JPEG_ROW`.
+        table: where each lies, see :data:`~sfw_dist.data.loading.jpeg.JPEG_ROW`.
     """
 
     def __init__(self, path: Path, table: NDArray[Any]) -> None:

@@ -9,9 +9,12 @@ from pathlib import Path
 
 from sfw_dist.data.datasets.raw import ImageFiles, ImageFormat, Items
 from sfw_dist.data.decode import read_chunks
-from sfw_dist.data.jpeg import Jpeg, covering_bytes
+from sfw_dist.data.jpeg import Jpeg
+from sfw_dist.data.pixels import covering_bytes
 from sfw_dist.errors import UserError
 
+LEAST = 100_000_000
+"""Less is not worth a line."""
 SAMPLES = 32
 """Images of a part that are encoded to estimate what all take."""
 
@@ -19,7 +22,7 @@ SAMPLES = 32
 def tell_disk_cost(
     name: str, folder: Path, parts: Sequence[ImageFiles | Items], form: ImageFormat, *, betons: bool
 ) -> None:
-    """Print on stderr what will be written, and what is free.
+    """Print on stderr what will be written, if it is much, and what is free.
 
     Args:
         name: of the data set.
@@ -45,7 +48,8 @@ def tell_disk_cost(
     text = f"{name}: {total:,} images for {form.width}×{form.height} pixels take {_size(wanted)} {what}"
     if wanted > free:
         raise UserError(f"{text}, and {_size(free)} are free in {folder.parent}: {remedy}")
-    print(f"{text}; {_size(free)} are free", file=sys.stderr)
+    if wanted >= LEAST:
+        print(f"{text}; {_size(free)} are free", file=sys.stderr)
 
 
 def _length(part: ImageFiles | Items) -> int:

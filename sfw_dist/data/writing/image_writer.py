@@ -163,7 +163,7 @@ def finish_jpegs(path: Path, table: Path, written: Written, labels: Ids) -> None
 
     Args:
         path: of the beton.
-        table: file of the table of :data:`~sfw_dist.data.jpeg.JPEG_ROW`.
+        table: file of the table of :data:`~sfw_dist.data.loading.jpeg.JPEG_ROW`.
         written: what `write_images` returned.
         labels: of the good samples.
     """

@@ -13,7 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sfw_dist.data.datasets.raw import ImageFormat
-from sfw_dist.data.jpeg import JPEG_ROW, Jpeg, covering_bytes
+from sfw_dist.data.jpeg import Jpeg
+from sfw_dist.data.loading.jpeg import JPEG_ROW
+from sfw_dist.data.pixels import covering_bytes
 from sfw_dist.data.sampler import Ids
 from sfw_dist.files import replacing
 
@@ -85,7 +87,7 @@ class JpegStore:
 
         Args:
             beton: that was written.
-            table_file: for the table of :data:`~sfw_dist.data.jpeg.JPEG_ROW`.
+            table_file: for the table of :data:`~sfw_dist.data.loading.jpeg.JPEG_ROW`.
             good: the samples to keep, ascending.
             labels: of the good ones.
         """
