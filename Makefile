@@ -82,7 +82,7 @@ format: setup
 docs: setup
 	NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict
 
-BENCHMARKS := step vertex_codec balance loader training scaling.model
+BENCHMARKS := step vertex_codec balance loader loader_jpeg loader_memory training scaling.model
 # These make network namespaces: as root, or with sudo.
 HOST_BENCHMARKS := hosts.step
 

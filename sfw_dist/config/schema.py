@@ -34,7 +34,8 @@ class DataConfig:
     """Folder that holds the prepared data sets; made if it is missing."""
     backend: Literal["auto", "ffcv", "ram", "gpu", "folder"] = "auto"
     """What reads the samples, all alike: ffcv, ram (a shared memory map, a compiled kernel), gpu (the whole set
-    on the device), folder (the image files). auto: ffcv where it passes a probe, else ram."""
+    on the device), folder (the image files). auto: ffcv where it passes a probe, else ram. Sets that are stored as
+    JPEGs take ffcv or ram, whose decoders round differently."""
     batch_size: int = 128
     """Global training batch, split evenly over the ranks."""
     eval_batch_size: int = 256

@@ -35,6 +35,7 @@ from sfw_dist.data.writing.disk_cost import tell_disk_cost
 from sfw_dist.data.writing.image_writer import (
     CHUNK_BYTES,
     CHUNK_SAMPLES,
+    JOURNAL,
     Written,
     finish_images,
     finish_jpegs,
@@ -107,8 +108,11 @@ def write_parts(folder: Path, dataset: Dataset, raw: RawData, options: Options, 
     to_read = {part: data.images for part, data in parts.items() if isinstance(data.images, ImageFiles | Items)}
     if form.jpeg_quality and len(to_read) < len(parts):
         raise UserError(f"{dataset.name} does not come as image files, --store jpeg is refused: leave it out")
+    file_of, other = (beton_file, images_file) if form.jpeg_quality else (images_file, beton_file)
+    for name in map(other, PARTS):  # left by a call with the other store, which was interrupted
+        (folder / name).unlink(missing_ok=True)
+        (folder / f"{name}{JOURNAL}").unlink(missing_ok=True)
     tell_disk_cost(dataset.name, folder, list(to_read.values()), form, betons=betons)
-    file_of = beton_file if form.jpeg_quality else images_file
     written = {
         part: write_images(folder / file_of(part), images, form, f"reading {part}") for part, images in to_read.items()
     }

@@ -264,6 +264,23 @@ def test_an_interrupted_preparation_continues(photos: Path, flowers: Path, monke
     assert (first.mean, first.std, first.content) == (second.mean, second.std, second.content)
 
 
+def test_what_the_other_store_has_left_is_removed(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails when the pixels of an interrupted call, which fill the disk, come to lie beside the JPEGs."""
+
+    def interrupt(images: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(image_writer._PixelStore, "write", lambda *args: interrupt(args))
+        with pytest.raises(KeyboardInterrupt):
+            prepare(photos, tmp_path, name="flowers", options=Options(size=(32, 32)))
+    assert list((tmp_path / ".flowers.unfinished").iterdir())
+    folder = prepare(photos, tmp_path, name="flowers", options=OPTIONS)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(["manifest.json", *read_manifest(folder).files])
+
+
 def test_bad_files_are_named_and_left_out(photos: Path, tmp_path: Path) -> None:
     """Fails when a JPEG that ends in the middle is stored, or a sample behind it has its label."""
     shutil.copytree(photos, tmp_path / "photos")
