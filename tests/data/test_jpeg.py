@@ -178,6 +178,15 @@ def test_ranks_threads_and_blocks_yield_the_same_bits(config: DataConfig, monkey
         assert same(share, [(images[rank::2], labels[rank::2]) for images, labels in one])
 
 
+def test_a_staged_copy_is_read(config: DataConfig, tmp_path: Path) -> None:
+    """Fails when a node's own disk holds a part of what is read, or the set is read over the network all the same."""
+    stage = tmp_path / "disk"
+    loader = open_loader(replace(config, stage_dir=str(stage)), "test", seed=0)
+    assert same(list(loader), list(open_loader(config, "test", seed=0)))
+    (copy,) = stage.iterdir()
+    assert {"test.beton", "test_jpegs.npy"} <= {path.name for path in copy.iterdir()}
+
+
 @pytest.mark.slow
 def test_stock_ffcv_reads_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails when the beton is none for FFCV's own loader, which reads whole pages here, of three JPEGs each."""
