@@ -43,16 +43,14 @@ class DataRecord:
         return asdict(self)
 
     def metadata(self) -> dict[str, str]:
-        """Texts for the metadata of a safetensors file: each value as JSON."""
-        return {f"data.{key}": json.dumps(value) for key, value in self.json().items()}
+        """For the metadata of a safetensors file: one entry, for safetensors writes several in any order."""
+        return {"data": json.dumps(self.json())}
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str] | None) -> DataRecord | None:
         """Read what `metadata` has made; ``None`` if it is not there, as in files of earlier versions."""
-        found = {key.removeprefix("data."): value for key, value in (metadata or {}).items() if key.startswith("data.")}
-        if not found:
-            return None
-        return cls.from_json("{" + ",".join(f"{json.dumps(key)}:{value}" for key, value in found.items()) + "}")
+        text = (metadata or {}).get("data")
+        return None if text is None else cls.from_json(text)
 
     def difference(self, before: DataRecord) -> str | None:
         """How the data differ from what they were; ``None`` if they do not, whatever they are called.
