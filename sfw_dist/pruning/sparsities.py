@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from decimal import ROUND_HALF_UP, Decimal, InvalidOperation
 
+import numpy as np
+
 from sfw_dist.errors import UserError
 
 
@@ -27,7 +29,10 @@ def parse_sparsities(text: str) -> list[float]:
 
 
 def check_sparsity(sparsity: float) -> None:
-    """Raise :class:`UserError` for a sparsity outside [0, 1)."""
+    """Raise :class:`UserError` for a sparsity outside [0, 1), or none that is a plain number."""
+    # Of other kinds the decimal digits, by which pieces are counted, are not known.
+    if isinstance(sparsity, bool) or not isinstance(sparsity, int | float | np.floating | np.integer):
+        raise UserError(f"sparsity must be a number, got {sparsity!r}: write float({sparsity!r}), or 0.9 for 90 %")
     if 0 <= sparsity < 1:
         return
     remedy = "it is the fraction to remove"

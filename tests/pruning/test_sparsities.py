@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+from typing import Any
+
 import pytest
+import torch
 
 from sfw_dist.errors import UserError
 from sfw_dist.pruning import (
@@ -57,9 +61,13 @@ def test_bad_sparsities_are_told_piece_by_piece(piece: str) -> None:
         (-0.1, "got -0.1"),
         (float("nan"), "got nan"),
         (float("inf"), "got inf"),
+        (torch.tensor(0.9), "got tensor(0.9000): write float(tensor(0.9000))"),
+        (Fraction(9, 10), "got Fraction(9, 10)"),
+        (False, "got False"),
+        ("0.9", "got '0.9'"),
     ],
 )
-def test_a_sparsity_out_of_range_names_value_and_remedy(sparsity: float, told: str) -> None:
+def test_a_sparsity_that_is_none_names_value_and_remedy(sparsity: Any, told: str) -> None:
     """90 read as "keep nothing" would write a network of zeros over the user's model."""
     model = small_net()
     with pytest.raises(UserError, match="sparsity") as caught:
