@@ -132,15 +132,14 @@ def sweep(
 def _checked_sparsities(sparsities: Sequence[float] | None, options: PruningOptions) -> list[float]:
     if sparsities is None:
         return options.default_sparsities((0.0, *PAPER_SPARSITIES))
-    try:
-        found = [float(sparsity) for sparsity in sparsities]
-    except (TypeError, ValueError):
-        raise UserError(f"sparsities are {sparsities!r}: give a list of numbers, as [0, 0.5, 0.9]") from None
-    if not found:
+    if isinstance(sparsities, str) or not isinstance(sparsities, Iterable):
+        raise UserError(f"sparsities are {sparsities!r}: give a list of numbers, as [0, 0.5, 0.9]")
+    given = list(sparsities)
+    if not given:
         raise UserError("sparsities are empty: give at least one, as [0.9]")
-    for sparsity in found:
+    for sparsity in given:
         options.check_sparsity(sparsity)
-    return found
+    return [float(str(sparsity)) for sparsity in given]  # of numpy's float32 the number that was written
 
 
 def _verify_same(model: nn.Module, arguments: Sequence[object], ranks: RankGroup, device: torch.device) -> None:

@@ -321,6 +321,7 @@ def test_a_metric_that_gives_no_numbers_is_told_in_one_line(metric: Callable[...
         ([], "sparsities are empty"),
         (0.5, r"sparsities are 0.5: give a list of numbers, as \[0, 0.5, 0.9\]"),
         ("0.5,0.9", "sparsities are '0.5,0.9': give a list"),
+        (torch.tensor([0.9]), r"sparsity must be a number, got tensor\(0.9000\)"),
         ([0.5, 90], r"sparsity must be in \[0, 1\), got 90"),
     ],
 )
