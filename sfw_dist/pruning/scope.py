@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Literal
 
@@ -11,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
 from sfw_dist.distributed.dtensor import reshard
-from sfw_dist.errors import UserError
+from sfw_dist.errors import UserError, named
 
 Scope = Literal["weights", "all"]
 """``weights``: those of linear, convolution, transposed convolution and attention layers; ``all``: every parameter."""
@@ -30,7 +31,8 @@ def prunable_parameters(model: nn.Module, scope: Scope) -> dict[str, nn.Paramete
 
     Args:
         model: the network; a parameter that several modules share appears once, under its first name. Of FSDP2, its
-            parameters become shards again, if a forward pass has left them whole.
+            parameters become shards again, if a forward pass has left them whole. Of "weights", layers that compute
+            theirs from other tensors are warned of.
         scope: which parameters.
 
     Returns:
@@ -48,6 +50,12 @@ def prunable_parameters(model: nn.Module, scope: Scope) -> dict[str, nn.Paramete
         ['0.weight', '0.bias', '1.weight', '1.bias']
     """
     reshard(model)
+    if scope == "weights" and (computed := _computed_weights(model)):
+        warnings.warn(
+            f"not pruned, because {named(computed)} compute their weight from other tensors: remove "
+            "that first (in torch.nn.utils: parametrize.remove_parametrizations, remove_weight_norm, prune.remove)",
+            stacklevel=3,
+        )
     owners = dict(weights(model))
     parameters = {name: p for name, p in model.named_parameters() if scope == "all" or name in owners}
     for name, parameter in model.named_parameters():
@@ -81,6 +89,16 @@ def weights(model: nn.Module, *, forward: bool = False) -> Iterator[tuple[str, n
             own = dict(module.named_parameters(recurse=False))
             attributes = _ATTENTION_WEIGHTS if isinstance(module, nn.MultiheadAttention) else ("weight",)
             yield from ((names[own[key]], module) for key in attributes if key in own)
+
+
+def _computed_weights(model: nn.Module) -> list[str]:
+    """The layers that compute their weight, as under ``weight_norm`` or ``torch.nn.utils.prune``, by name."""
+    with_own = {layer for _, layer in weights(model)}
+    return [
+        name or type(layer).__name__
+        for name, layer in model.named_modules()
+        if (isinstance(layer, _FORWARD_LAYERS) or _is_transposed(layer)) and layer not in with_own
+    ]
 
 
 def _is_transposed(module: nn.Module) -> bool:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.nn.utils import prune as torch_prune
 
 from sfw_dist.errors import UserError
 from sfw_dist.pruning import (
@@ -86,7 +87,8 @@ def test_looking_for_weights_computes_none() -> None:
     """Fails when a spectrally normalised weight is read to leave it out: in training mode that changes its buffers."""
     model = nn.Sequential(parametrizations.spectral_norm(nn.Linear(4, 4)), nn.Linear(4, 4))
     before = copy.deepcopy(model.state_dict())
-    assert list(compute_masks(model, 0.5)) == ["1.weight"]
+    with pytest.warns(UserWarning, match="not pruned"):
+        assert list(compute_masks(model, 0.5)) == ["1.weight"]
     assert list(count_flops(model.eval(), torch.zeros(1, 4))) == ["1.weight", "0"]
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
@@ -160,3 +162,22 @@ def test_complex_weights_are_pruned_by_magnitude_and_have_no_low_rank() -> None:
     )
     with pytest.raises(UserError, match=r"^1.weight is torch.complex64, and low rank takes real ones"):
         prune(model, 0.5, granularity="rank")
+
+
+@pytest.mark.parametrize(
+    "computed",
+    [
+        parametrizations.weight_norm,
+        torch.nn.utils.weight_norm,
+        parametrizations.orthogonal,
+        lambda layer: torch_prune.random_unstructured(layer, "weight", 0.5),
+    ],
+    ids=["weight_norm", "old weight_norm", "orthogonal", "torch's prune"],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
+def test_layers_that_compute_their_weight_are_named(computed: Callable[[nn.Module], nn.Module]) -> None:
+    """Fails when most of a network stays dense at 90 % without a word."""
+    model = nn.Sequential(computed(nn.Linear(4, 4)), nn.Linear(4, 4))
+    with pytest.warns(UserWarning, match="not pruned, because 0 compute their weight"):
+        masks = prune(model, 0.5)
+    assert list(masks) == ["1.weight"]
