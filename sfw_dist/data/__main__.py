@@ -79,7 +79,9 @@ def _parser() -> argparse.ArgumentParser:
 def _add_prepare_options(parser: argparse.ArgumentParser) -> None:
     known = ", ".join(sorted(DATASETS))
     parser.add_argument("source", metavar="SOURCE", help=f"a known set ({known}), a folder, or package.module:function")
-    parser.add_argument("--name", help="of the data set (default: the folder's or the function's)")
+    parser.add_argument(
+        "--name", help="of the data set (default: that of the folder; of my_data:flowers it is my_data.flowers)"
+    )
     parser.add_argument(
         "--size",
         type=_size,
@@ -173,10 +175,15 @@ def _prepare(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps({"folder": str(folder)} | asdict(manifest)))
     else:
+        channels, height, width = manifest.image_shape
         counts = ", ".join(f"{count} {part}" for part, count in manifest.counts.items())
         skipped = f", {len(manifest.skipped)} skipped" if manifest.skipped else ""
         left_out = f", {len(manifest.left_out)} left out" if manifest.left_out else ""
         print(f"{folder}: {counts} samples{skipped}{left_out}{'' if manifest.has_betons else ', without FFCV'}")
+        print(
+            f"{height}×{width} pixels (height×width), {channels} channel(s); {len(manifest.classes)} class(es): "
+            f"{named(manifest.classes)}"
+        )
         for text, files in (("skipped as unusable", manifest.skipped), ("left out as no images", manifest.left_out)):
             if files:
                 print(f"{text}: {named(files)}")

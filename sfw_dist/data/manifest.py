@@ -245,9 +245,10 @@ def _remedy(folder: Path, options: Sequence[str]) -> str:
         return f"run {shlex.join(command)}"
     if folder.is_dir():
         return "write it again as it was written"
+    there = {path.parent.name for path in folder.parent.glob(f"*/{MANIFEST}")}
     return (
         f"prepare it with python -m sfw_dist.data prepare SOURCE --name {folder.name} --root {folder.parent}, or take "
-        f"one of {', '.join(sorted(DATASETS))}"
+        f"one of {', '.join(sorted(there | set(DATASETS)))}"
     )
 
 

@@ -139,7 +139,7 @@ def fitted(pixels: NDArray[np.uint8], form: ImageFormat) -> NDArray[np.uint8]:
     if (height, width) == (form.height, form.width):
         return pixels
     if not form.fit:
-        raise ValueError(f"{width}×{height} pixels, wanted {form.width}×{form.height}")
+        raise ValueError(f"{height}×{width} pixels, wanted {form.height}×{form.width}")
     high, wide = covering_sides(form.height, form.width) if form.jpeg_quality else (form.height, form.width)
     scale = max(high / height, wide / width)
     pixels = pixels[_not_elongated(height, width, (high, wide), scale)]

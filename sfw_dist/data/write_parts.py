@@ -228,7 +228,9 @@ def _good_labels(part: RawPart, written: Written | None) -> list[Any]:
 
 def _bad_samples(bad: Sequence[str], form: ImageFormat, *, scalable: bool) -> str:
     scalable = scalable and any("pixels, wanted" in reason for reason in bad)
-    scaled = f", scale them with --size {size_text((form.height, form.width))}" if scalable else ""
+    scaled = (
+        f", bring all to one size with --size N (of {size_text((form.height, form.width))}, say)" if scalable else ""
+    )
     remedy = f"replace them{scaled}, or leave them out with --skip-bad"
     return f"{len(bad)} image(s) cannot be used: {named(bad)}; {remedy}"
 

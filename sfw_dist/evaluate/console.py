@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from sfw_dist.errors import named
+
 
 def print_sweep(results: Sequence[Mapping[str, Any]]) -> None:
     """Print one line for each sparsity."""
@@ -21,7 +23,10 @@ def print_sweep(results: Sequence[Mapping[str, Any]]) -> None:
         table.add_row(
             f"{result['sparsity']:.4g}", _percent(result["top1"]), top5, loss, *again, kept, _speed_up(result)
         )
-    Console().print(table)
+    _console().print(table)
+    for result in results:
+        if result["dead_layers"]:
+            print(f"note: at {result['sparsity']:.4g} nothing is left of {named(result['dead_layers'])}")
 
 
 def print_search(result: Mapping[str, Any]) -> None:
@@ -30,13 +35,16 @@ def print_search(result: Mapping[str, Any]) -> None:
     for row in result["searched"]:
         top1, loss, within = _percent(row["top1"]), _loss(row["loss"]), "yes" if row["within"] else "no"
         table.add_row(f"{row['sparsity']:.3f}", top1, f"{row['drop']:.2f}", loss, within)
-    Console().print(table)
+    _console().print(table)
     test = result["test"]
     how = "BatchNorm recalibrated" if result["bn_recalibrated"] else "BatchNorm as trained"
     print(
         f"sparsity {result['sparsity']:.3f} ({result['parameters_kept']:,} parameters kept, theoretical speed-up "
-        f"{_speed_up(result)}): test top-1 {_percent(test['top1'])} % on {test['samples']:,} images, {how}"
+        f"{_speed_up(result)}): test top-1 {_percent(test['top1'])} % on {test['samples']:,} images, dense "
+        f"{_percent(result['test_dense']['top1'])} %, {how}"
     )
+    images = result["validation"]["samples"]
+    print(f"note: it was chosen on {images:,} validation images, each of them {100 / images:.2f} points")
     below = [
         f"{row['sparsity']:g}"
         for row in result["searched"]
@@ -46,6 +54,12 @@ def print_search(result: Mapping[str, Any]) -> None:
         print(f"note: accuracy does not fall steadily: {', '.join(below)} lost more than {result['max_drop']:g} points")
     if result["sparsity"] == result["searched"][-1]["sparsity"]:
         print("note: the search goes no higher")
+
+
+def _console() -> Console:
+    """The terminal; in a file or a pipe, lines wide enough for the headers."""
+    console = Console()
+    return console if console.is_terminal else Console(width=120)
 
 
 def _percent(fraction: float) -> str:

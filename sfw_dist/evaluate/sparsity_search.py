@@ -74,7 +74,7 @@ def search_run(
 ) -> dict[str, Any]:
     """Search on validation images, then measure the network that was found on the test images, once. Collective.
 
-    The dense network is measured on validation images, too, and all of them with BatchNorm recalibrated if that is on.
+    The dense network is measured too, on both, and all of them with BatchNorm recalibrated if that is on.
     Writes ``prune/max_drop_<points>.json``, with every sparsity that was tried.
 
     Args:
@@ -102,20 +102,21 @@ def search_run(
             make_folder(run.prune)
         measured = _Measured(models, points)
         sparsity = search(measured.within) / PER_ONE
-        pruning = models.at(sparsity)
-        statistics = models.recalibrated([pruning])
-        test = models.measure("test", [pruning], [statistics])[0][0]
+        prunings = [models.at(0.0), pruning := models.at(sparsity)]
+        statistics = models.recalibrated(prunings)
+        (dense,), (test,) = models.measure("test", prunings, [[found] for found in statistics])
         result = {
             "max_drop": points,
             "resolution": 1 / PER_ONE,
             **models.describe(sparsity, pruning),
             "validation": measured.row(round(sparsity * PER_ONE)),
             "test": accuracy(test),
+            "test_dense": accuracy(dense),
             "searched": measured.rows(),
         }
         if world.main:
             if export:
-                models.export(pruning, statistics[0], path.with_suffix(".safetensors"))
+                models.export(pruning, statistics[1], path.with_suffix(".safetensors"))
             write_json(path, result)
     barrier(world)
     return result

@@ -222,4 +222,4 @@ def test_another_name_of_the_training_folder_is_told(tmp_path: Path) -> None:
         save_image(folder / part / "a" / "x.png", 1)
     assert f"rename {folder}/Training to {folder}/train" in error_of(lambda: prepare("imagefolder", tmp_path))
     shutil.move(folder / "Training", folder / "pictures")
-    assert "(there are pictures, val)" in error_of(lambda: prepare("imagefolder", tmp_path))
+    assert "if pictures, val are classes" in error_of(lambda: prepare("imagefolder", tmp_path))

@@ -192,7 +192,7 @@ def test_bad_items_are_named_and_left_out(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(image_writer, "CHUNK_SAMPLES", 5)
         message = error_of(lambda: write(tmp_path, "own", Squares(17, make), Squares(6)))
-        for told in ("3 image(s)", "train sample 3 (KeyError: 'lost')", "train sample 7 (5×4 pixels, wanted 6×4)"):
+        for told in ("3 image(s)", "train sample 3 (KeyError: 'lost')", "train sample 7 (4×5 pixels, wanted 4×6)"):
             assert told in message
         folder = write(tmp_path, "own", Squares(17, make), Squares(6), options=Options(skip_bad=True))
     kept = [i for i in range(17) if i not in (3, 7, 12)]
@@ -285,7 +285,7 @@ def test_train_and_test_folders_of_one_s_own(tmp_path: Path, capsys: pytest.Capt
     assert read_manifest(tmp_path / "p6").image_shape == (1, 6, 4)
     capsys.readouterr()
     assert main(["prepare", str(photos), "--name", "p", "--root", str(tmp_path)]) == 2
-    assert "20×16 pixels, wanted 8×8" in (error := capsys.readouterr().err) and "--size 8," in error
+    assert "16×20 pixels, wanted 8×8" in (error := capsys.readouterr().err) and "--size N" in error
 
 
 def test_a_killed_process_is_one_line(tmp_path: Path) -> None:

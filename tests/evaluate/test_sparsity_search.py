@@ -98,7 +98,7 @@ def test_the_file_holds_the_search_and_one_test_accuracy(run: RunFolder, monkeyp
 
     def noted(self: PrunedModels, split: str, prunings: list[object], statistics: list[object]) -> object:
         splits.append(split)
-        assert split == "validation" or len(prunings) == 1
+        assert split == "validation" or len(prunings) == 2, "the dense network and the one that was found"
         return measure(self, split, prunings, statistics)  # type: ignore[arg-type]
 
     monkeypatch.setattr(PrunedModels, "measure", noted)
@@ -114,7 +114,8 @@ def test_the_file_holds_the_search_and_one_test_accuracy(run: RunFolder, monkeyp
     assert not rows[round(found + 0.001, 3)]["within"] and result["bn_recalibrated"]
     assert rows[0.0]["drop"] == 0 and {row["samples"] for row in rows.values()} == {136}
 
-    (alone,) = sweep_run(run, ONE_PROCESS, sparsities=[found], export=True)
+    dense, alone = sweep_run(run, ONE_PROCESS, sparsities=[0.0, found], export=True)
+    assert dense["top1_recalibrated"] == result["test_dense"]["top1"]
     assert (alone["top1_recalibrated"], alone["samples"]) == (result["test"]["top1"], result["test"]["samples"])
     assert alone["parameters_kept"] == result["parameters_kept"]
     exported, same = (load_file(path.with_suffix(".safetensors")) for path in (path, run.prune / f"s{found:.4f}.json"))

@@ -11,7 +11,7 @@ from sfw_dist.data.datasets.array_sets import Reader, raw_folder, unpacked
 from sfw_dist.data.datasets.download import Remote
 from sfw_dist.data.datasets.image_listing import Listing, list_classes, list_images
 from sfw_dist.data.datasets.raw import ImageFiles, RawData, RawPart
-from sfw_dist.errors import UserError
+from sfw_dist.errors import UserError, named
 
 TEST_FOLDERS = ("test", "val", "valid", "validation")
 """Where the test part of an ``imagefolder`` is looked for."""
@@ -186,8 +186,12 @@ def _where_images_are(part: Path) -> str:
     for place in (root / folder.name, raw, root):
         if (place / part.name).is_dir():
             return f"move {part.name} and the folder of test images from {place} to {folder}"
-    there = f" (there are {', '.join(path.name for path in inside)})" if inside else ""
-    return f"put images into {folder}/train/CLASS and {folder}/val/CLASS{there}"
+    if inside:
+        return (
+            f"if {named([path.name for path in inside])} are classes, split a test part off with --test-fraction 0.2; "
+            f"else put images into {folder}/train/CLASS and {folder}/val/CLASS"
+        )
+    return f"put images into {folder}/train/CLASS and {folder}/val/CLASS"
 
 
 def listed(base: Path, train: Samples, test: Samples | None, classes: tuple[str, ...]) -> RawData:
