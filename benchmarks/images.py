@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
+from sfw_dist.data.options import Options
 from sfw_dist.data.prepare import prepare
-from sfw_dist.data.write_parts import Options
 
 MEAN, STD = (0.48, 0.45, 0.40), (0.28, 0.27, 0.28)
 

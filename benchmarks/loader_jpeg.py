@@ -31,8 +31,8 @@ from torchvision.transforms import v2
 
 from sfw_dist.config import DataConfig
 from sfw_dist.data.loading import open_loader
+from sfw_dist.data.options import Options
 from sfw_dist.data.prepare import prepare
-from sfw_dist.data.write_parts import Options
 from sfw_dist.files import write_json
 
 SIDE, LEAST = 224, 0.25

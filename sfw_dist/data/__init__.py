@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sfw_dist.data.datasets.csv_set import Table
+    from sfw_dist.data.options import Options
     from sfw_dist.data.prepare import write
-    from sfw_dist.data.write_parts import Options
 
 __all__ = ["Options", "Table", "write"]
 
@@ -19,6 +19,6 @@ def __getattr__(name: str) -> Any:
     from sfw_dist.errors import needs_extra
 
     with needs_extra(f"sfw_dist.data.{name}", "train"):
-        from sfw_dist.data import prepare, write_parts
+        from sfw_dist.data import options, prepare
         from sfw_dist.data.datasets import csv_set
-    return {"Options": write_parts.Options, "Table": csv_set.Table, "write": prepare.write}[name]
+    return {"Options": options.Options, "Table": csv_set.Table, "write": prepare.write}[name]

@@ -15,8 +15,8 @@ with command_imports("sfw_dist.data", "train"):
     from sfw_dist.data.datasets.csv_set import Table
     from sfw_dist.data.datasets.registry import DATASETS
     from sfw_dist.data.manifest import read_manifest, set_folder
+    from sfw_dist.data.options import Options
     from sfw_dist.data.prepare import prepare, verify
-    from sfw_dist.data.write_parts import Options
     from sfw_dist.files import user_path
 
 EXAMPLES = """\

@@ -102,7 +102,8 @@ def read_item(items: Items, index: int, form: ImageFormat | None) -> Sample:
         image, label = _image_and_label(items.dataset[index])
         pixels = _pixels(image, form or format_of(image))
         stored = encoded(pixels, form) if form and form.jpeg_quality else pixels
-        return Sample(stored, _plain_label(label), identity(pixels.tobytes()))
+        stored = stored.copy() if isinstance(stored, np.ndarray) else stored  # some fill one buffer again and again
+        return Sample(stored, _named_label(label, items.names), identity(pixels.tobytes()))
     except Exception as error:  # it is the user's code
         return Sample(_reason(error))
 
@@ -129,6 +130,15 @@ def _plain_label(label: Any) -> int | str:
     if isinstance(label, str) or (isinstance(label, int) and not isinstance(label, bool)):
         return label
     raise ValueError(f"its label is {label!r}: give an integer or a text")
+
+
+def _named_label(label: Any, names: tuple[str, ...] | None) -> int | str:
+    plain = _plain_label(label)
+    if names is None or isinstance(plain, str):
+        return plain
+    if not 0 <= plain < len(names):
+        raise ValueError(f"its label is {plain}, of {len(names)} classes: mend it")
+    return names[plain]
 
 
 def format_of(image: Any) -> ImageFormat:

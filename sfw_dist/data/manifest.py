@@ -39,8 +39,9 @@ def set_folder(root: Path | str, name: str) -> Path:
         UserError: the name is no plain folder name.
     """
     plain = name.replace(":", ".")
-    if plain in ("", "raw") or plain.startswith(".") or Path(plain).name != plain or not plain.isprintable():
-        raise UserError(f"data set {name!r} is no plain folder name: write letters, digits, '_', '-' and '.'")
+    simple = Path(plain).name == plain and plain.isprintable() and len(plain) <= 100
+    if not simple or plain in ("", "raw") or plain.startswith("."):
+        raise UserError(f"data set {name!r} is no plain folder name: write up to 100 letters, digits, '_', '-', '.'")
     return Path(root) / plain
 
 
@@ -166,6 +167,9 @@ def read_manifest(folder: Path) -> Manifest:
             fields[key] = tuple(fields.get(key, ()))
         fields["std"] = tuple(std if std > LEAST_STD else 1.0 for std in fields["std"])
         fields["files"] = {name: FileRecord(**record) for name, record in fields["files"].items()}
+        numbers = [*fields["image_shape"], *fields["mean"], *fields["std"], *(fields["counts"][part] for part in PARTS)]
+        if not all(isinstance(number, int | float) for number in numbers):
+            raise ValueError("counts, shape, mean or std are no numbers")
         return Manifest(**fields)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"data set {folder.name!r} is not prepared in {folder}: {prepare_command(folder)}") from None

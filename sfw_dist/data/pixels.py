@@ -114,9 +114,9 @@ def with_channels(values: NDArray[Any]) -> NDArray[Any]:
     Raises:
         ValueError: it has not two or three axes, or its channels seem to come first.
     """
-    if values.ndim == 2:
+    if values.ndim == 2 and values.size:
         return values[..., np.newaxis]
-    if values.ndim != 3 or 0 in values.shape:
+    if values.ndim != 3 or not values.size:
         raise ValueError(f"an array of shape {values.shape}, wanted (height, width) or (height, width, channels)")
     if values.shape[0] in (1, 3) and values.shape[2] > _MOST_USUAL_CHANNELS:
         raise ValueError(f"an array of shape {values.shape} seems to have its channels first: put them last")

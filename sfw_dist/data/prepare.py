@@ -15,7 +15,6 @@ from sfw_dist.data.datasets.csv_set import Table
 from sfw_dist.data.datasets.own_sets import folder_set, function_set, table_set, values_set
 from sfw_dist.data.datasets.raw import RawData, RawPart
 from sfw_dist.data.datasets.registry import DATASETS, Dataset
-from sfw_dist.data.jpeg import QUALITY
 from sfw_dist.data.manifest import (
     MANIFEST,
     Manifest,
@@ -28,19 +27,21 @@ from sfw_dist.data.manifest import (
     set_folder,
     size_text,
 )
+from sfw_dist.data.options import Options, check_options
 from sfw_dist.data.source import source_changes, write_source
-from sfw_dist.data.write_parts import (
+from sfw_dist.data.writing.image_writer import JOURNAL
+from sfw_dist.data.writing.parts import (
     BetonWriter,
-    Options,
     channel_statistics,
     statistics_of_counts,
     write_betons,
     write_parts,
 )
-from sfw_dist.data.writing.image_writer import JOURNAL
 from sfw_dist.data.writing.stored_images import StoredImages
 from sfw_dist.errors import UserError, named
 from sfw_dist.files import REFUSED, file_lock, make_folder, remedy_of
+
+_EXISTS = "choose another name, or replace it with again=True"
 
 
 def prepare(
@@ -121,7 +122,7 @@ def write(
     """
     folder = set_folder(root, name)
     if folder.exists() and not again:
-        raise UserError(f"{folder} exists: choose another name, or replace it with again=True")
+        raise UserError(f"{folder} exists: {_EXISTS}")
     _check_own_name(name)
     parts = {"train": train, "test": test, "classes": classes}
     return _prepare(values_set(name, parts), Path(root), options or Options(), again=again)
@@ -195,7 +196,7 @@ def verify(name: str, root: Path | str) -> list[str]:
 
 def _prepare(dataset: Dataset, root: Path, options: Options, *, again: bool, check_source: bool = False) -> Path:
     folder = set_folder(root, dataset.name)
-    _check_options(dataset, options)
+    check_options(dataset, options, has_ffcv=_beton_writer() is not None)
     manifest = None if again else _intact_manifest(folder)
     if manifest:
         _check_same(folder, manifest, dataset, options)
@@ -209,6 +210,10 @@ def _prepare(dataset: Dataset, root: Path, options: Options, *, again: bool, che
         make_folder(root)
         with file_lock(root / f".{dataset.name}.lock"):
             manifest = None if again else _intact_manifest(folder)  # whoever held the lock may have made the folder
+            if manifest and dataset.arguments is None:
+                raise UserError(f"{folder} was written by another process meanwhile: {_EXISTS}")
+            if manifest:
+                _check_same(folder, manifest, dataset, options)
             if manifest is None:
                 _make_folder(folder, dataset, options)
             elif not manifest.has_betons:
@@ -218,41 +223,6 @@ def _prepare(dataset: Dataset, root: Path, options: Options, *, again: bool, che
             return folder  # all that is missing are betons, and others own the folder
         raise UserError(f"cannot prepare {folder} ({error}): {remedy_of(error, 'choose another root')}") from error
     return folder
-
-
-def _check_options(dataset: Dataset, options: Options) -> None:
-    for side in options.size or ():
-        if side < 1:
-            raise UserError(f"size must be at least 1, got {side}: write 64")
-    if dataset.image_shape is not None and not dataset.any_size:
-        _, height, width = dataset.image_shape
-        for option, value in (("size", options.size), ("channels", options.channels)):
-            if value is not None:
-                raise UserError(
-                    f"the images of {dataset.name} are {height}×{width}, {option} {value} is refused: leave it out"
-                )
-    if options.channels not in (None, 1, 3):
-        raise UserError(f"channels must be 1 (grey) or 3 (colours), got {options.channels}: write 1 or 3")
-    if options.store == "jpeg":
-        _check_jpeg_options(dataset, options)
-    elif options.jpeg_quality is not None:
-        raise UserError("--jpeg-quality is only for --store jpeg: write both, or leave it out")
-    if not 0 <= options.test_fraction < 1:
-        raise UserError(f"--test-fraction must be in [0, 1), got {options.test_fraction:g}: write 0.2 for 20 %")
-    for std in options.std or ():
-        if not 0 < std < float("inf"):
-            raise UserError(f"--std must be positive, got {std:g}: write 1 for a constant channel")
-
-
-def _check_jpeg_options(dataset: Dataset, options: Options) -> None:
-    if _beton_writer() is None:
-        raise UserError("--store jpeg needs FFCV, which cannot be imported: pip install 'sfw-dist[ffcv]'")
-    if options.size is None and (dataset.any_size or dataset.image_shape is None):
-        raise UserError("--store jpeg needs the size of the images that the network gets: write --size 224")
-    if options.channels == 1 or (dataset.image_shape or (3,))[0] != 3:
-        raise UserError(f"--store jpeg stores colours, {dataset.name} has grey images: leave it out")
-    if not 1 <= (options.jpeg_quality or QUALITY) <= 95:
-        raise UserError(f"--jpeg-quality must be in [1, 95], got {options.jpeg_quality}: write 90")
 
 
 def _check_same(folder: Path, manifest: Manifest, dataset: Dataset, options: Options) -> None:
@@ -267,24 +237,10 @@ def _check_same(folder: Path, manifest: Manifest, dataset: Dataset, options: Opt
         held, wanted = size_text(manifest.image_shape[1:]), size_text(options.size)
         raise UserError(f"{folder} holds images of size {held}, not of size {wanted}: {remedy}")
     stored = dict(zip(before[len(base) :: 2], before[len(base) + 1 :: 2], strict=True))
-    for option, value in _arguments(options).items():
+    for option, value in options.arguments().items():
         if option != "--size" and stored.get(option) != value:
             was = f"{option} {stored[option]}" if option in stored else f"no {option}"
             raise UserError(f"{folder} was prepared with {was}, not with {option} {value}: {remedy}")
-
-
-def _arguments(options: Options) -> dict[str, str]:
-    """The options of the command ``prepare`` that say the same."""
-    numbers = {
-        "--size": None if options.size is None else size_text(options.size),
-        "--channels": options.channels,
-        "--test-fraction": options.test_fraction or None,
-        "--mean": None if options.mean is None else ",".join(map(repr, options.mean)),
-        "--std": None if options.std is None else ",".join(map(repr, options.std)),
-        "--store": None if options.store == "raw" else options.store,
-        "--jpeg-quality": options.jpeg_quality,
-    }
-    return {option: str(value) for option, value in numbers.items() if value is not None}
 
 
 def _intact_manifest(folder: Path) -> Manifest | None:
@@ -358,7 +314,7 @@ def _fill_folder(folder: Path, dataset: Dataset, options: Options) -> None:
         skipped=parts.skipped,
         left_out=raw.left_out,
         notes=(*parts.notes, *constant),
-        arguments=dataset.made_from and (*dataset.made_from, *chain.from_iterable(_arguments(options).items())),
+        arguments=dataset.made_from and (*dataset.made_from, *chain.from_iterable(options.arguments().items())),
         form={"fit": parts.form.fit, "to_grey": parts.form.to_grey},
         store=options.store,
     )

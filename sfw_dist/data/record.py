@@ -33,9 +33,10 @@ class DataRecord:
         """
         fields = json.loads(text)
         try:
+            dict(fields["counts"])
             lists = {key: tuple(fields[key]) for key in ("classes", "image_shape", "mean", "std")}
             return cls(**(fields | lists))
-        except (TypeError, KeyError) as error:
+        except (TypeError, KeyError, ValueError) as error:
             raise ValueError(f"no record of data: {error}") from None
 
     def json(self) -> dict[str, Any]:

@@ -20,9 +20,9 @@ from sfw_dist.data.datasets.array_sets import read_digits
 from sfw_dist.data.loading import open_loader
 from sfw_dist.data.loading.augment import Augmentation
 from sfw_dist.data.loading.gpu import GPUBackend
+from sfw_dist.data.options import Options
 from sfw_dist.data.prepare import prepare
 from sfw_dist.data.sampler import TrainingSampler
-from sfw_dist.data.write_parts import Options
 from sfw_dist.errors import UserError
 from tests.support.loaders import (
     AUGMENTATIONS,

@@ -29,7 +29,14 @@ def table(photos: Path, text: str, split: str | None = "split") -> Table:
 
 def test_lines_are_samples(photos: Path, tmp_path: Path) -> None:
     """Fails when labels and images are joined by order instead of by line, or what is not listed is taken."""
-    lines = ["\ufefffile,species,split", "deep/3.png, rose ,train", "deep/1.png,lily,train", 'deep/2.png,"rose",VAL']
+    lines = [
+        "\ufefffile,species,split",
+        "deep/3.png, rose ,train",
+        "deep/1.png,lily,train",
+        " ,",
+        "",
+        'deep/2.png,"rose",VAL',
+    ]
     folder = prepare(photos, tmp_path, name="own", table=table(photos, "\r\n".join(lines) + "\r\n"))
     manifest = read_manifest(folder)
     assert manifest.classes == ("lily", "rose") and manifest.image_shape == (1, 4, 6)
@@ -57,6 +64,10 @@ def test_numbers_are_sorted_as_numbers_and_a_part_is_split_off(photos: Path, tmp
         ("file,species,split\na.png,x\n", "labels.csv:2: split is ''"),
         ("file,species,split\na.png,x,dev\n", "split is 'dev': write train or test"),
         ("file,species,split\na.png,x,train\n", "no line for test"),
+        ("file,species,split,species\na.png,x,train,y\n", "has 2 columns 'species'"),
+        ("file,species,split\na.png,x, y,train\n", "labels.csv:2: more fields than columns"),
+        ("file,species,split\na.png,x,train\nb/../a.png,x,train\n", "labels.csv:3: b/../a.png is in line 2 too"),
+        ("file,species,split\na\0.png,x,train\n", "labels.csv:2: no path"),
         ("file,species,split\na.png,x,train\nb.png,y,test\n", "labels.csv:3: no training image has the class 'y'"),
         ("file,species,split\ndeep/0.png,x,train\nno.png,x,test\n", "no.png (missing)"),
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -172,3 +174,38 @@ def test_an_elongated_image_is_cut_before_it_is_scaled(tmp_path: Path, monkeypat
         Image.fromarray(array).save(tmp_path / f"{name}.png")
         assert (decode_image(tmp_path / f"{name}.png", RGB_64._replace(fit=True)) == 200).all()
     assert sizes == [(512, 64), (64, 512)]
+
+
+@pytest.mark.parametrize("left", ["fewer images", "half a line"])
+def test_what_was_left_makes_no_difference(tiny: Path, monkeypatch: pytest.MonkeyPatch, left: str) -> None:
+    """Fails when an interrupted call leaves bytes behind the last image, so that equal data have another hash."""
+    expected = read_manifest(prepare("tiny_imagenet", tiny)).content
+    unfinished = tiny / ".tiny_imagenet.unfinished"
+    shutil.rmtree(tiny / "tiny_imagenet")
+
+    def killed(*_: object) -> None:
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sfw_dist.data.writing.parts.finish_images", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            prepare("tiny_imagenet", tiny)
+    if left == "half a line":
+        journal = unfinished / "train_images.npy.journal"
+        journal.write_bytes(journal.read_bytes()[:-7])
+        decoded = []
+        try_decode = decoding._try_decode
+        monkeypatch.setattr(decoding, "_try_decode", lambda path, form: decoded.append(path) or try_decode(path, form))
+    else:
+        with (unfinished / "train_images.npy").open("ab") as file:
+            file.write(b"of more images")
+    assert read_manifest(prepare("tiny_imagenet", tiny)).content == expected
+    assert left != "half a line" or 0 < len(decoded) < 12
+
+
+def test_names_that_are_no_utf8_are_taken(tmp_path: Path) -> None:
+    """Fails when one file out of an old archive ends prepare in a traceback."""
+    for i, name in enumerate((b"train/a/caf\xe9.png", b"val/a/x.png")):
+        path = tmp_path / "raw" / "imagefolder" / os.fsdecode(name)
+        save_image(path, i, size=(8, 8))
+    assert read_manifest(prepare("imagefolder", tmp_path)).counts == {"train": 1, "test": 1}

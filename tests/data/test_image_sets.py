@@ -17,8 +17,8 @@ from sfw_dist.config import load_config
 from sfw_dist.data.datasets.download import Remote
 from sfw_dist.data.datasets.registry import TINY_IMAGENET
 from sfw_dist.data.manifest import read_manifest
+from sfw_dist.data.options import Options
 from sfw_dist.data.prepare import prepare, verify
-from sfw_dist.data.write_parts import Options
 from sfw_dist.evaluate.sweep import sweep_run
 from sfw_dist.train.run_folder import RunFolder
 from sfw_dist.train.trainer import train

@@ -27,9 +27,9 @@ from sfw_dist.data.loading import loader as loading
 from sfw_dist.data.loading.augment import Augmentation, transform
 from sfw_dist.data.loading.jpeg import jpeg_params
 from sfw_dist.data.manifest import read_manifest
+from sfw_dist.data.options import Options
 from sfw_dist.data.prepare import prepare, verify, write
 from sfw_dist.data.sampler import TrainingSampler
-from sfw_dist.data.write_parts import Options
 from sfw_dist.data.writing import disk_cost, image_writer, jpeg_store
 from sfw_dist.errors import RankError, UserError
 from tests.support.downloads import one_line

@@ -40,6 +40,9 @@ def flowers():
 def no_test():
     return {"train": (images(20), [i % 2 for i in range(20)])}
 
+def needs(size):
+    return {}
+
 def nothing():
     return [1, 2]
 """
@@ -102,6 +105,8 @@ def test_a_changed_function_is_noticed(module: str, tmp_path: Path, capsys: pyte
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
+        (["own_flowers:needs"], "missing a required argument: 'size'"),
+        (["own_flowers:flowers", "--mean", "nan,0,0,0,0"], "--mean must be in [0, 1], got nan"),
         (["own_flowers:no_test"], "no test part: give one, or split some off with --test-fraction 0.2"),
         (["own_flowers:nothing"], "returned a list"),
         (["own_flowers:absent"], "cannot import own_flowers:absent"),
@@ -246,6 +251,51 @@ def test_names_of_classes_are_those_of_the_data_set(tmp_path: Path) -> None:
         ("c", torchvision, ["x", "y"], ("x", "y")),
     ):
         assert read_manifest(write(tmp_path, name, own, own, classes=classes)).classes == expected
+
+
+def test_test_labels_are_of_the_classes_that_they_name(tmp_path: Path) -> None:
+    """Fails when the first class of a test part that lacks one is taken for the first training class."""
+    train, test = Squares(6, lambda i: (GREY, i % 3)), Squares(4, lambda i: (GREY, i % 2))
+    train.classes, test.classes = ["apple", "bird", "cat"], ["bird", "cat"]  # type: ignore[attr-defined]
+    folder = write(tmp_path, "own", train, test)
+    assert np.load(folder / "test_labels.npy").tolist() == [1, 2, 1, 2]
+    assert np.load(folder / "train_labels.npy").tolist() == [0, 1, 2] * 2
+    test.classes = ["bird", "dog"]  # type: ignore[attr-defined]
+    assert "'dog'" in error_of(lambda: write(tmp_path, "own", train, test, again=True))
+    for bad in ({"a": 0}, "ab", {"a", "b"}, ["a", 1]):
+        told = error_of(lambda bad=bad: write(tmp_path, "own", train, test, classes=bad, again=True))
+        assert "give a list of names" in told
+
+
+def test_an_item_that_is_filled_again_is_copied(tmp_path: Path) -> None:
+    """Fails when all images of a Dataset that reuses its buffer are the last one."""
+    buffer = np.zeros((4, 6), np.uint8)
+
+    def fill(i: int) -> Any:
+        buffer[...] = i
+        return buffer, i % 2
+
+    folder = write(tmp_path, "own", Squares(5, fill), Squares(2))
+    assert images_of(folder)[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("source", ["function", "values"])
+def test_who_waited_for_another_source_is_told(module: str, tmp_path: Path, source: str) -> None:
+    """Fails when two processes prepare one name at once, and the second reports the first's data as its own."""
+
+    def other_first(*args: object, **kwargs: object) -> bool:
+        monkeypatch.undo()
+        write(tmp_path, "own", Squares(4), Squares(2))
+        return True
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("sfw_dist.data.prepare.make_folder", other_first)
+        if source == "function":
+            message = error_of(lambda: prepare(f"{module}:flowers", tmp_path, name="own"))
+            assert "was prepared from values of Python, not from own_flowers:flowers" in message
+        else:
+            message = error_of(lambda: write(tmp_path, "own", Squares(6), Squares(2)))
+            assert "written by another process meanwhile" in message
 
 
 def test_a_folder_of_classes_is_split_by_names_of_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ import sfw_dist.data.prepare as preparing
 from sfw_dist.data.datasets.raw import RawData
 from sfw_dist.data.manifest import read_manifest
 from sfw_dist.data.prepare import prepare, verify
-from sfw_dist.data.write_parts import channel_statistics
+from sfw_dist.data.writing.parts import channel_statistics
 from sfw_dist.errors import UserError
 from tests.support.downloads import forbidden, one_line
 from tests.support.raw_data import (

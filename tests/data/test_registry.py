@@ -10,8 +10,8 @@ from typing import NoReturn
 import pytest
 
 from sfw_dist.data.datasets.registry import DATASETS
+from sfw_dist.data.options import Options
 from sfw_dist.data.prepare import prepare
-from sfw_dist.data.write_parts import Options
 from sfw_dist.errors import UserError
 from tests.support.downloads import error_of, one_line
 

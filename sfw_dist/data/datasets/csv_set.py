@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,7 @@ def read_table(folder: Path, table: Table) -> RawData:
     samples: dict[str, Samples] = {"train": [], "test": []}
     lines: dict[Path, int] = {}
     for number, image, label, split in _rows(table):
-        path = folder / image
+        path = Path(os.path.normpath(folder / image))
         if path in lines:
             raise UserError(f"{table.path}:{number}: {image} is in line {lines[path]} too: leave one line out")
         lines[path] = number
@@ -75,7 +76,13 @@ def _rows(table: Table) -> list[tuple[int, str, str, str]]:
             reader = csv.DictReader(file)
             names = _checked_columns(table, reader.fieldnames or [])
             for row in reader:
+                if not any(map(str.strip, filter(None, row.values() if None not in row else ["x"]))):
+                    continue  # a line of blanks
+                if None in row:
+                    raise UserError(f"{table.path}:{reader.line_num}: more fields than columns: quote what has a comma")
                 image, label = ((row[name] or "").strip() for name in names)
+                if "\0" in image:
+                    raise UserError(f"{table.path}:{reader.line_num}: no path ({image!r}): save it as CSV in UTF-8")
                 empty = table.image_column if not image else table.label_column if not label else ""
                 if empty:
                     raise UserError(f"{table.path}:{reader.line_num}: no {empty}: fill it in, or remove the line")
@@ -93,6 +100,8 @@ def _checked_columns(table: Table, there: Sequence[str]) -> tuple[str, str]:
             raise UserError(
                 f"{table.path} has no column {name!r}: choose one of {', '.join(there) or 'none'} by --{option}-column"
             )
+        if name is not None and list(there).count(name) > 1:
+            raise UserError(f"{table.path} has {list(there).count(name)} columns {name!r}: rename one")
     return table.image_column, table.label_column
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -87,6 +88,10 @@ def function_set(name: str, path: str) -> Dataset:
     file = getattr(sys.modules[path.partition(":")[0]], "__file__", None)
 
     def read(root: Path) -> RawData:
+        try:
+            inspect.signature(function).bind()
+        except TypeError as error:
+            raise UserError(f"{path}: {error}: {_REMEDY}") from None
         values = function()
         if not isinstance(values, Mapping):
             raise UserError(f"{path} returned a {type(values).__name__}: {_REMEDY}")
@@ -135,28 +140,37 @@ def read_values(described: str, parts: Mapping[str, Any]) -> RawData:
     notes = []
     if tests and (others or tests[0] != "test"):
         notes = [f"the test part is {tests[0]!r}{'; left alone: ' if others else ''}{', '.join(others)}"]
-    train = _part(described, "train", parts["train"])
-    test = _part(described, tests[0], parts[tests[0]]) if tests else None
-    classes = parts.get("classes")
-    if classes is None:
-        classes = _class_names(parts["train"])
-    return RawData(train, test, None if classes is None else tuple(map(str, classes)), notes=tuple(notes))
+    names = _names_of_classes(described, parts.get("classes"), parts["train"])
+    test_names = None if parts.get("classes") is not None or not tests else _class_names(parts[tests[0]])
+    differ = test_names is not None and names is not None and tuple(test_names) != names
+    train = _part(described, "train", parts["train"], names if differ else None)
+    test = _part(described, tests[0], parts[tests[0]], tuple(test_names or ()) if differ else None) if tests else None
+    return RawData(train, test, names, notes=tuple(notes))
 
 
-def _part(described: str, name: str, value: Any) -> RawPart:
+def _names_of_classes(described: str, given: Any, train: Any) -> tuple[str, ...] | None:
+    names = _class_names(train) if given is None else given
+    if names is None:
+        return None
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"classes of {described} are {names!r}: give a list of names, in the order of their numbers")
+    return tuple(names)
+
+
+def _part(described: str, name: str, value: Any, names: tuple[str, ...] | None) -> RawPart:
     if isinstance(value, Tensor | np.ndarray | str):
         raise UserError(f"{name} of {described} is a {type(value).__name__}: give the pair (images, labels)")
     if isinstance(value, tuple) and len(value) == 2 and all(isinstance(v, Tensor | np.ndarray | list) for v in value):
         images, labels = value
         if len(images) != len(labels):
             raise UserError(f"{name} of {described} has {len(images)} images and {len(labels)} labels: give as many")
-        return RawPart(Items(_Pairs(images, labels), name), None)
+        return RawPart(Items(_Pairs(images, labels), name, names), None)
     if not (hasattr(value, "__len__") and hasattr(value, "__getitem__")):
         raise UserError(
             f"{name} of {described} is a {type(value).__name__} without length or items: give a Dataset that has both, "
             "or the pair (images, labels)"
         )
-    return RawPart(Items(value, name), None)
+    return RawPart(Items(value, name, names), None)
 
 
 class _Pairs:

@@ -51,6 +51,8 @@ class Items(NamedTuple):
     dataset: MapDataset
     description: str
     """What messages call the part, such as ``train``."""
+    names: tuple[str, ...] | None = None
+    """Of the classes that its integer labels number; ``None``: the labels stand for themselves."""
 
 
 Images = NDArray[np.uint8] | ImageFiles | Items

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,7 +92,9 @@ def write_images(path: Path, images: ImageFiles | Items, form: ImageFormat, desc
     journal = path.with_name(path.name + JOURNAL)
     if files is None:
         journal.unlink(missing_ok=True)
-    prints = {chunk: _fingerprint(files[chunk.start : chunk.stop], form) if files else "" for chunk in chunks}
+    # Where chunks lie one behind the other depends on how many samples there are.
+    layout = (form, total if store.in_order else None)
+    prints = {chunk: _fingerprint(files[chunk.start : chunk.stop], layout) if files else "" for chunk in chunks}
     done = _done(path, journal, prints, store)
     left = [chunk for chunk in chunks if chunk.start not in done]
     labels: list[Any] = []
@@ -132,7 +135,7 @@ def write_images(path: Path, images: ImageFiles | Items, form: ImageFormat, desc
 def path_identities(images: ImageFiles) -> Identities:
     """What each image file is known by: its path from the folder of the raw data set."""
     paths = (path.relative_to(images.base) if path.is_relative_to(images.base) else path for path in images.paths)
-    return np.array([identity(path.as_posix().encode()) for path in paths], np.uint64)
+    return np.array([identity(os.fsencode(path.as_posix())) for path in paths], np.uint64)
 
 
 def finish_images(path: Path, form: ImageFormat, good: Sequence[int]) -> None:
@@ -190,7 +193,7 @@ class _PixelStore:
     in_order = False
 
     def __init__(self, form: ImageFormat, total: int) -> None:
-        self._form, self._header = form, _header(form, total)
+        self._form, self._total, self._header = form, total, _header(form, total)
         self.chunk_samples = CHUNK_BYTES // _row_bytes(form)
 
     def resume(self, file: BinaryIO, chunk: range, stored: Any) -> bool:
@@ -198,6 +201,7 @@ class _PixelStore:
         return zlib.crc32(file.read(len(chunk) * _row_bytes(self._form))) == stored
 
     def begin(self, file: BinaryIO) -> None:
+        file.truncate(len(self._header) + self._total * _row_bytes(self._form))  # an earlier call may have had more
         file.seek(0)
         file.write(self._header)
 
@@ -218,8 +222,7 @@ def _done(path: Path, journal: Path, prints: dict[range, str], store: _Store) ->
     """The chunks that an earlier call has written, of the same files, and that are as they were written."""
     found: dict[int, _Record] = {}
     try:
-        lines = [_Record(*json.loads(line)) for line in journal.read_text().splitlines()]
-        records = {record.start: record for record in lines}
+        records = {record.start: record for line in journal.read_bytes().splitlines() if (record := _read_record(line))}
         with path.open("rb") as file:
             for chunk, fingerprint in prints.items():
                 record = records.get(chunk.start)
@@ -233,16 +236,24 @@ def _done(path: Path, journal: Path, prints: dict[range, str], store: _Store) ->
     return found
 
 
-def _fingerprint(paths: Sequence[Path], form: ImageFormat) -> str:
+def _read_record(line: bytes) -> _Record | None:
+    """``None`` for half a line, which a full disk or a kill has left."""
+    try:
+        return _Record(*json.loads(line))
+    except (ValueError, TypeError):
+        return None
+
+
+def _fingerprint(paths: Sequence[Path], layout: object) -> str:
     """A hash that changes when a file of the chunk is replaced, or another one is meant."""
     states = [(str(path), *_state(path)) for path in paths]
-    return hashlib.sha256(repr((form, states)).encode()).hexdigest()
+    return hashlib.sha256(repr((layout, states)).encode()).hexdigest()
 
 
 def _state(path: Path) -> tuple[int, int]:
     try:
         status = path.stat()
-    except OSError:
+    except (OSError, ValueError):  # a name with a NUL
         return -1, -1
     return status.st_size, status.st_mtime_ns
 

@@ -59,7 +59,8 @@ class JpegStore:
         return True
 
     def begin(self, file: BinaryIO) -> None:
-        """Nothing: the tables at the beginning are written last, by `finish`."""
+        """Forget what an earlier call has written behind the chunks that are kept; `finish` writes the tables."""
+        file.truncate(self._end)
 
     def write(self, file: BinaryIO, chunk: range, samples: Sequence[Sample]) -> Any:
         rows, values, end = np.zeros(len(chunk), JPEG_ROW), np.zeros_like(self.values), self._end

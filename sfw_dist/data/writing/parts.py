@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +29,7 @@ from sfw_dist.data.manifest import (
     labels_file,
     size_text,
 )
+from sfw_dist.data.options import Options
 from sfw_dist.data.sampler import Ids, split_validation
 from sfw_dist.data.writing.disk_cost import tell_disk_cost
 from sfw_dist.data.writing.image_writer import (
@@ -50,27 +50,6 @@ BetonWriter = Callable[[BinaryIO, StoredImages, Ids], None]
 """Writes images and labels to a file in FFCV's format."""
 _TEST_SEED = 1
 """Of the choice of test samples; a run's validation samples are chosen by the run's seed."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a data set is prepared, as far as its raw data leaves that open."""
-
-    size: tuple[int, int] | None = None
-    """Height and width to which images are scaled and cropped; ``None``: all have one size."""
-    channels: int | None = None
-    """1 for grey, 3 for colours; ``None``: as the first training image has."""
-    test_fraction: float = 0.0
-    """Part of every class that is split off to test on, where there is no test part."""
-    mean: tuple[float, ...] | None = None
-    """Per channel, in units of [0, 1], instead of that of the training images; likewise ``std``."""
-    std: tuple[float, ...] | None = None
-    skip_bad: bool = False
-    """Leave out samples that cannot be used."""
-    store: Literal["raw", "jpeg"] = "raw"
-    """Pixels; or whole images as JPEGs, of which the loader takes boxes, for sets too large for pixels."""
-    jpeg_quality: int | None = None
-    """Of images that are encoded; ``None``: 90. A JPEG that need not shrink is stored as it is."""
 
 
 class Parts(NamedTuple):
@@ -211,7 +190,8 @@ def _scan(items: Items, form: ImageFormat) -> tuple[Ids, NDArray[np.uint64]]:
 def _subset(part: RawPart, ids: Ids, name: str) -> RawPart:
     images, labels = part
     if isinstance(images, Items):
-        return RawPart(Items(torch.utils.data.Subset(images.dataset, ids.tolist()), name), None)  # type: ignore[arg-type]
+        chosen: Any = torch.utils.data.Subset(images.dataset, ids.tolist())  # type: ignore[arg-type]
+        return RawPart(images._replace(dataset=chosen, description=name), None)
     assert isinstance(images, ImageFiles) and labels is not None
     paths = tuple(images.paths[i] for i in ids)
     return RawPart(images._replace(paths=paths), np.asarray(labels)[ids])
