@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from sfw_dist.deploy.layers import Layer, is_layer
-from sfw_dist.errors import needs_extra
+from sfw_dist.errors import UserError, needs_extra
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,12 @@ class ChannelGraph:
     """The channels of a network.
 
     Args:
-        model: its layers become narrower when groups are removed.
+        model: its layers become narrower when groups are removed; no parameter stays frozen.
         example: an input.
 
     Raises:
         MissingExtraError: torch-pruning is not installed.
+        UserError: it fails on this network.
     """
 
     def __init__(self, model: nn.Module, example: Tensor) -> None:
@@ -64,15 +65,23 @@ class ChannelGraph:
         self._dummies = torch_pruning.ops
         self._graph = torch_pruning.DependencyGraph()
         self._graph.REGISTERED_PRUNERS[torch_pruning.ops.OPTYPE.CONV] = _grouped_pruner(torch_pruning)
-        with torch.enable_grad():
-            self._graph.build_dependency(
-                model,
-                example,
-                forward_fn=lambda model, example: model(example),
-                # So every output is an operation of its own, and no layer is mistaken for one that nothing follows.
-                output_transform=lambda out: [x * 1 for x in tree_leaves(out) if isinstance(x, Tensor) and x.grad_fn],
-                verbose=False,
-            )
+        try:
+            with torch.enable_grad():
+                self._graph.build_dependency(
+                    model.requires_grad_(),
+                    example,
+                    forward_fn=lambda model, example: model(example),
+                    # So every output is an operation of its own, and no layer is taken for one that nothing follows.
+                    output_transform=lambda out: [
+                        x * 1 for x in tree_leaves(out) if isinstance(x, Tensor) and x.grad_fn
+                    ],
+                    verbose=False,
+                )
+        except Exception as error:  # it fails in ways of many types where it does not know an operation
+            raise UserError(
+                f"torch-pruning does not follow {type(model).__name__} ({type(error).__name__}: {error}): compact "
+                "cannot make it narrower"
+            ) from error
 
     def layers(self) -> list[Layer]:
         """Those that the network's outputs depend on."""
@@ -84,7 +93,6 @@ class ChannelGraph:
 
     def is_operation(self, module: nn.Module | nn.Parameter) -> bool:
         """Whether it stands for an operation without parameters; these are taken to treat each channel alone."""
-        # Not by names that begin with an underscore: torch-pruning's type of everything it does not know is ELEMENTWISE.
         kinds = self._dummies.OPTYPE
         return self._dummies.module2type(module) in {
             *(kinds.CONCAT, kinds.SPLIT, kinds.ELEMENTWISE, kinds.RESHAPE),
@@ -111,8 +119,8 @@ class ChannelGraph:
 def _grouped_pruner(torch_pruning: Any) -> Any:
     """torch-pruning's for convolutions; that one removes the same input channels of every group."""
 
-    class GroupedConvPruner(torch_pruning.pruner.function.ConvPruner):  # type: ignore[misc]
-        def prune_in_channels(self, layer: Layer, idxs: list[int]) -> nn.Module:
+    class GroupedConvPruner(torch_pruning.pruner.function.ConvPruner):
+        def prune_in_channels(self, layer: Any, idxs: list[int]) -> nn.Module:
             if layer.groups == 1:
                 return super().prune_in_channels(layer, idxs)
             out, of_group, *kernel = layer.weight.shape

@@ -71,7 +71,8 @@ def compact(
         model: the network, pruned or not; it does not change. Recalibrate it before.
         pruning: what :func:`prune` returned, of any granularity, or a sparsity for granularity "filter". With masks,
             whole filters of zeros go, and what depends on nothing but these.
-        example: ``(batch, ...)``, an input on the model's device, of the size that the network will get.
+        example: ``(batch, ...)``, an input on the model's device, of the size that the network will get; its first two
+            samples are used.
         zero_bias: first set bias and the following BatchNorm's γ and β of dead channels to zero, because some networks
             (depthwise convolutions behind a constant, as in MobileNet) lose little otherwise. That makes another
             network: ``max_difference`` and the checks compare with it, and you must recalibrate and measure it anew.
@@ -89,6 +90,7 @@ def compact(
         (Linear(in_features=8, out_features=3, bias=True), {'0': 3}, (68, 35))
     """
     _check(model, keep)
+    example = example[:2]
     pruned = copy.deepcopy(model)
     if isinstance(pruning, Pruning):
         pruning.apply_to(pruned)
@@ -168,7 +170,8 @@ class _Exact:
 def _factored(pruned: nn.Module, pruning: LowRank, example: Tensor) -> tuple[nn.Module, dict[str, str]]:
     """The network with two layers for each weight of low rank, and the weights for which that is not so."""
     small = copy.deepcopy(pruned)
-    kept = factor(small, pruning)
+    with evaluation_mode(small):
+        kept = factor(small, pruning, example)
     reference = copy.deepcopy(pruned).double().eval()
     for name, parameter in reference.named_parameters():
         if name not in kept and name in pruning.ranks and (pair := pruning.pair(name)) is not None:
@@ -213,14 +216,13 @@ def _restore(small: nn.Module, like: nn.Module) -> None:
     for name, module in small.named_modules():
         theirs = modules[name]
         module.training = theirs.training
-        for key, parameter in module._parameters.items():
-            # A bias that is new is as the weight.
-            same = (
-                theirs._parameters.get(key) if theirs._parameters.get(key) is not None else theirs._parameters["weight"]
-            )
-            if parameter is not None and same is not None:
-                parameter.data = parameter.data.to(same.dtype)
-                parameter.requires_grad_(same.requires_grad)
+        for key, parameter in module.named_parameters(recurse=False):
+            same = theirs._parameters[key]
+            if same is None:  # a bias that is new
+                same = theirs._parameters["weight"]
+            assert same is not None
+            parameter.data = parameter.data.to(same.dtype)
+            parameter.requires_grad_(same.requires_grad)
         for key, buffer in module._buffers.items():
             if buffer is not None and theirs._buffers[key] is not None:
                 module._buffers[key] = buffer.to(theirs._buffers[key].dtype)
@@ -232,7 +234,9 @@ def _double(example: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _outputs(model: nn.Module, example: Tensor) -> list[Tensor]:
-    return [output for output in tree_leaves(model(example)) if isinstance(output, Tensor)]
+    return [
+        output for output in tree_leaves(model(example)) if isinstance(output, Tensor) and output.is_floating_point()
+    ]
 
 
 def _parameters(model: nn.Module) -> int:

@@ -10,7 +10,7 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
 
 
-def is_layer(module: nn.Module) -> TypeGuard[Layer]:
+def is_layer(module: object) -> TypeGuard[Layer]:
     """Whether it is a convolution or linear layer that multiplies by its own weight exactly as torch's layers do.
 
     A subclass with another forward (weights that are standardised, padding that depends on the size) and a weight that
@@ -49,8 +49,9 @@ def pads_zeros(layer: Layer) -> bool:
     """Whether a constant channel counts for less at the borders of its output."""
     if isinstance(layer, nn.Linear) or layer.padding_mode != "zeros" or layer.padding == "valid":
         return False
-    widths = layer.kernel_size if layer.padding == "same" else [2 * width + 1 for width in layer.padding]
-    return any(int(width) > 1 for width in widths)
+    if layer.padding == "same":
+        return any(width > 1 for width in layer.kernel_size)
+    return any(width != 0 for width in layer.padding)
 
 
 def tap_sums(layer: Layer) -> Tensor:

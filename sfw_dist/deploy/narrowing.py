@@ -57,7 +57,7 @@ class Narrowing:
         self._names |= {parameter: name for name, parameter in model.named_parameters()}
         self._shared = _with_shared_parameters(model)
         self._seen = observe(model, example)
-        self._whole = {attention.qkv: name for name, attention in attentions(model)}
+        self._whole: dict[object, str] = {attention.qkv: attention.name for attention in attentions(model)}
         self.report = Report()
 
     def run(self, is_exact: Callable[[], bool]) -> None:
@@ -69,11 +69,11 @@ class Narrowing:
         Raises:
             UnfollowedError: it does not, or fails.
         """
-        for name, attention in attentions(self._model):
-            if f"{name}.qkv" not in self._keep:
-                with _followed(f"{name}.qkv", is_exact):
-                    if heads := remove_constant_heads(attention, self._seen):
-                        self.report.removed[f"{name}.qkv"] = 3 * heads * attention.head_dim
+        for attention in attentions(self._model):
+            if attention.qkv_name not in self._keep:
+                with _followed(attention.qkv_name, is_exact):
+                    if lost := remove_constant_heads(attention, self._seen):
+                        self.report.removed[attention.qkv_name] = lost
         graph = ChannelGraph(self._model, self._example)
         for layer in graph.layers():
             name = self._names[layer]
@@ -89,8 +89,6 @@ class Narrowing:
     def _choose(self, graph: ChannelGraph, layer: Layer, dead: list[int]) -> Choice:
         """Which of the dead channels of a layer go."""
         choice = Choice(set(dead))
-        if len(dead) == layer.weight.shape[0]:
-            choice.stay(dead[:1], "the layer's last channel")
         parts = graph.group(layer, range(layer.weight.shape[0])).parts
         for part in parts:
             if (reason := self._fault(graph, part)) is not None:
@@ -98,8 +96,10 @@ class Narrowing:
         padded = []
         for part in parts:
             if part.side == "in" and is_layer(part.module) and choice.gone:
-                choice.stay(self._varying(part), f"{self._names[part.module]} reads values that vary there")
-                if pads_zeros(part.module) and (values := self._nonzero(part, choice.gone)):
+                choice.stay(
+                    self._varying(part.module, part), f"{self._names[part.module]} reads values that vary there"
+                )
+                if pads_zeros(part.module) and (values := self._nonzero(part.module, part, choice.gone)):
                     padded.append((part.module, values))
         self._merge(choice, padded)
         balance(choice, parts)
@@ -120,7 +120,7 @@ class Narrowing:
             return self._keep[name]
         if part.side == "out" and module in self._whole:
             return f"{self._whole[module]} loses whole heads only"
-        if module in self._shared:
+        if isinstance(module, nn.Module) and module in self._shared:
             return f"{name} shares a parameter with another module"
         if isinstance(module, _CHANNELWISE) or (
             isinstance(module, nn.modules.conv._ConvTransposeNd) and part.side == "out"
@@ -132,13 +132,13 @@ class Narrowing:
             return f"{name} is not called as a layer"
         return None
 
-    def _varying(self, part: Part) -> list[int]:
-        constant = self._seen[part.module].constant.tolist()
+    def _varying(self, layer: Layer, part: Part) -> list[int]:
+        constant = self._seen[layer].constant.tolist()
         return [root for channel, root in zip(part.channels, part.roots, strict=True) if not constant[channel]]
 
-    def _nonzero(self, part: Part, roots: Collection[int]) -> dict[int, tuple[int, float]]:
+    def _nonzero(self, layer: Layer, part: Part, roots: Collection[int]) -> dict[int, tuple[int, float]]:
         """By root the channel and its value, of constants other than 0."""
-        values = self._seen[part.module].value.tolist()
+        values = self._seen[layer].value.tolist()
         found = zip(part.channels, part.roots, strict=True)
         return {root: (channel, values[channel]) for channel, root in found if root in roots and values[channel] != 0}
 
@@ -147,7 +147,7 @@ class Narrowing:
         padded = [(layer, {root: at for root, at in values.items() if root in choice.gone}) for layer, values in padded]
         for layer, values in padded:
             if groups(layer) > 1 and values:
-                choice.stay(values, f"{self._names[layer]} pads zeros beside a constant, in groups")
+                choice.stay(values, f"zeros are padded beside a constant (in {self._names[layer]}, which has groups)")
         concerned = {root for _, values in padded for root in values} & choice.gone
         if not concerned:
             return
@@ -159,9 +159,9 @@ class Narrowing:
         stays = max(sorted(concerned), key=smallest)
         names = ", ".join(self._names[layer] for layer, _ in padded)
         if smallest(stays) == 0:
-            choice.stay(concerned, f"{names} pad zeros beside different constants")
+            choice.stay(concerned, f"zeros are padded beside different constants (in {names})")
             return
-        choice.stay([stays], f"it stands for {len(concerned)} constants beside which {names} pads zeros")
+        choice.stay([stays], f"it stands for all constants beside which zeros are padded (in {names})")
         choice.merged = [
             (layer, values[stays], {r: values[r] for r in concerned - {stays} if r in values})
             for layer, values in padded
@@ -173,11 +173,11 @@ class Narrowing:
             if self._fault(graph, part) is not None:
                 return False
             if part.side == "in" and is_layer(part.module):
-                if self._varying(part):
+                if self._varying(part.module, part):
                     return False
                 if pads_zeros(part.module):
                     allowed = merged.get(part.module, set())
-                    if any(at[0] not in allowed for at in self._nonzero(part, part.roots).values()):
+                    if any(at[0] not in allowed for at in self._nonzero(part.module, part, part.roots).values()):
                         return False
         return True
 
@@ -229,10 +229,10 @@ class Narrowing:
                 parts = graph.group(layer, dead).parts
                 if any(self._fault(graph, part) is not None for part in parts):
                     continue
-                for module in (layer, *graph.batchnorms_after(layer)):
-                    for parameter in (module.bias, None if module is layer else module.weight):
-                        if parameter is not None:
-                            parameter[dead] = 0
+                after = [p for norm in graph.batchnorms_after(layer) for p in norm.parameters(recurse=False)]
+                for parameter in (layer.bias, *after):
+                    if parameter is not None:
+                        parameter[dead] = 0
             if not changed:
                 return
             self._seen = observe(self._model, self._example)
