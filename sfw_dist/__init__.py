@@ -22,6 +22,7 @@ from sfw_dist.constraints import (
     Unconstrained,
     constrain,
 )
+from sfw_dist.deploy import compact
 from sfw_dist.distributed.replicas import verify_replicas
 from sfw_dist.errors import UserError
 from sfw_dist.optim.baselines import AdaGradSFW, ProjectedSGD
@@ -46,6 +47,7 @@ __all__ = [
     "Unconstrained",
     "UserError",
     "__version__",
+    "compact",
     "constrain",
     "prune",
     "recalibrate",

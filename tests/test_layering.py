@@ -8,7 +8,8 @@ alone, and whoever changes a layer knows that only the later ones can break. Apa
 which reads the files of a run, and of the library knows the words for prunings alone.
 
 Third parties that may be missing are each imported in one place: FFCV in ``data/loading/ffcv.py``, DeepSpeed in
-``optim/deepspeed.py``, Triton in two files of ``optim/kernels``, and submitit in ``launch/slurm.py``. Nothing of
+``optim/deepspeed.py``, Triton in two files of ``optim/kernels``, submitit in ``launch/slurm.py``,
+and torch-pruning in ``deploy/channel_graph.py``. Nothing of
 ``sfw_dist`` imports ``launch``.
 """
 
@@ -30,7 +31,7 @@ LIBRARY = (
     {"files", "distributed"},
     {"ops"},
     {"constraints", "pruning"},
-    {"optim"},
+    {"optim", "deploy"},
 )
 APPLICATION = (
     {"__init__", "models", "config"},
@@ -52,6 +53,7 @@ ONE_PLACE = {
     "ffcv": {"sfw_dist.data.loading.ffcv"},
     "deepspeed": DEEPSPEED,
     "triton": TRITON,
+    "torch_pruning": {"sfw_dist.deploy.channel_graph"},
 }
 """The only modules that may import a package; of ``launch``, the only ones of ``sfw_dist``."""
 

@@ -80,7 +80,8 @@ def compact(
 
     Raises:
         UserError: ``pruning`` does not fit the model; DTensors; a network that does not run in float64, or whose
-            outputs are no finite tensors or change from call to call; an unknown name in ``keep``.
+            outputs are no finite tensors or change from call to call, or that torch-pruning fails on; low rank where a
+            module reads another one's weight, or with ``keep`` or ``zero_bias``; an unknown name in ``keep``.
         MissingExtraError: torch-pruning is not installed (low ranks do not need it).
 
     Example:
@@ -89,7 +90,9 @@ def compact(
         >>> small.model[0], small.removed, small.parameters
         (Linear(in_features=8, out_features=3, bias=True), {'0': 3}, (68, 35))
     """
-    _check(model, keep)
+    _check(model, example, keep)
+    if isinstance(pruning, LowRank) and (keep or zero_bias):
+        raise UserError("keep and zero_bias are about channels, and this pruning is of low rank: leave them out")
     example = example[:2]
     pruned = copy.deepcopy(model)
     if isinstance(pruning, Pruning):
@@ -117,7 +120,9 @@ def compact(
     )
 
 
-def _check(model: nn.Module, keep: Collection[str]) -> None:
+def _check(model: nn.Module, example: Tensor, keep: Collection[str]) -> None:
+    if not isinstance(example, Tensor) or example.ndim < 1:
+        raise UserError(f"example is a {type(example).__name__}: give the network's one input, a batch, as a tensor")
     unknown = sorted(set(keep) - {name for name, _ in model.named_modules()})
     if unknown:
         raise UserError(f"keep names {named(unknown)}, and {type(model).__name__} has no such module: give its names")
@@ -184,8 +189,8 @@ def _factored(pruned: nn.Module, pruning: LowRank, example: Tensor) -> tuple[nn.
         agrees = False
     if not agrees:
         raise UserError(
-            f"{type(pruned).__name__} does not compute the same with two layers for one, so that it uses one otherwise "
-            "than by calling it: take granularity filter"
+            f"{type(pruned).__name__} does not compute the same with two layers for one: one of its modules reads "
+            "another one's weight; take granularity filter"
         )
     return small, kept
 

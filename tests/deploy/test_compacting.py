@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.models import shufflenet_v2_x0_5
 
 from sfw_dist.deploy import Compacted, compact
 from sfw_dist.errors import UserError
@@ -154,16 +155,24 @@ def test_what_cannot_be_compared_is_refused_in_one_line(make: type[nn.Module], w
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [({"keep": ["0", "8"]}, "keep names 8"), ({"pruning": 1.5}, "sparsity"), ({"pruning": "other"}, "lacks it")],
-    ids=["keep", "sparsity", "model"],
+    [
+        ({"keep": ["0", "8"]}, "keep names 8"),
+        ({"pruning": 1.5}, "sparsity"),
+        ({"pruning": "other"}, "lacks it"),
+        ({"pruning": "rank", "zero_bias": True}, "of low rank: leave them out"),
+        ({"example": (SMALL_EXAMPLE,)}, "example is a tuple"),
+    ],
+    ids=["keep", "sparsity", "model", "rank", "example"],
 )
 def test_arguments_that_do_not_fit_are_refused(arguments: Mapping[str, object], words: str) -> None:
     """Fails when a misspelt name is ignored, or masks of another model are."""
-    given: dict[str, object] = {"pruning": 0.5, **arguments}
+    given: dict[str, object] = {"pruning": 0.5, "example": SMALL_EXAMPLE, **arguments}
     if given["pruning"] == "other":
         given["pruning"] = prune(network("ViT"), 0.5, granularity="filter")
+    if given["pruning"] == "rank":
+        given["pruning"] = prune(small_net(), 0.5, granularity="rank")
     with pytest.raises(UserError, match=words):
-        compact(small_net(), example=SMALL_EXAMPLE, **given)  # type: ignore[arg-type]
+        compact(small_net(), **given)  # type: ignore[arg-type]
 
 
 class Shuffled(nn.Module):
@@ -191,3 +200,10 @@ def test_named_layers_keep_their_filters() -> None:
     """Fails when ``keep`` is not followed."""
     found: Compacted = compact(small_net(), 0.5, SMALL_EXAMPLE, keep=["0"])
     assert found.removed == {} and found.kept_because == {"0": {"keep names it": 4}}
+
+
+def test_a_network_that_torch_pruning_fails_on_is_refused_in_one_line() -> None:
+    """Fails when an error of torch-pruning's own reaches the user."""
+    with pytest.raises(UserError, match="torch-pruning does not follow ShuffleNetV2") as error:
+        compact(trained(shufflenet_v2_x0_5(num_classes=4)), 0.5, torch.zeros(1, 3, 32, 32))
+    assert "\n" not in str(error.value)

@@ -16,7 +16,7 @@ from tests.deploy.networks import differs, network, trained
 
 @pytest.mark.parametrize("name", ["VGG-16", "ViT of timm", "MobileNetV3"])
 def test_low_ranks_become_two_layers_that_compute_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails when a factor, stride or bias is lost, parameters are not those that were counted, or an extra is needed."""
+    """Fails when a factor, stride or bias is lost, a parameter is counted wrongly, or an extra is needed."""
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
     net = network(name)
     before = sum(parameter.numel() for parameter in net.parameters())
@@ -42,17 +42,21 @@ def test_what_is_no_layer_of_its_own_stays_a_product() -> None:
 
 
 class ReadsWeight(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, calls: bool) -> None:
         super().__init__()
-        self.first, self.last = nn.Linear(16, 16), nn.Linear(16, 2)
+        self.first, self.last, self.calls = nn.Linear(16, 16), nn.Linear(16, 2), calls
 
     def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x) if self.calls else x
         return self.last(nn.functional.linear(x, self.first.weight, self.first.bias))
 
 
-def test_a_network_that_reads_the_weight_itself_is_refused() -> None:
+def test_a_weight_that_is_read_by_another_module_stays_or_is_refused() -> None:
     """Fails when the result cannot run."""
-    net = trained(ReadsWeight())
+    net = trained(ReadsWeight(calls=False))
+    found = compact(net, prune(net, 0.7, granularity="rank"), torch.randn(1, 16))
+    assert found.kept_because["first.weight"] == {"first is not called as a layer": 1}
+    net = trained(ReadsWeight(calls=True))
     with pytest.raises(UserError, match="ReadsWeight does not compute the same with two layers"):
         compact(net, prune(net, 0.7, granularity="rank"), torch.randn(1, 16))
 
