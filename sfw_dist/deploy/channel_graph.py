@@ -6,7 +6,8 @@ Whether they may go is decided elsewhere, and what it does not follow is noticed
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -65,18 +66,20 @@ class ChannelGraph:
         self._dummies = torch_pruning.ops
         self._graph = torch_pruning.DependencyGraph()
         self._graph.REGISTERED_PRUNERS[torch_pruning.ops.OPTYPE.CONV] = _grouped_pruner(torch_pruning)
+        with self._refused(model), torch.enable_grad():
+            self._graph.build_dependency(
+                model.requires_grad_(),
+                example,
+                forward_fn=lambda model, example: model(example),
+                # So every output is an operation of its own, and no layer is taken for one that nothing follows.
+                output_transform=lambda out: [x * 1 for x in tree_leaves(out) if isinstance(x, Tensor) and x.grad_fn],
+                verbose=False,
+            )
+
+    @contextmanager
+    def _refused(self, model: nn.Module) -> Iterator[None]:
         try:
-            with torch.enable_grad():
-                self._graph.build_dependency(
-                    model.requires_grad_(),
-                    example,
-                    forward_fn=lambda model, example: model(example),
-                    # So every output is an operation of its own, and no layer is taken for one that nothing follows.
-                    output_transform=lambda out: [
-                        x * 1 for x in tree_leaves(out) if isinstance(x, Tensor) and x.grad_fn
-                    ],
-                    verbose=False,
-                )
+            yield
         except Exception as error:  # it fails in ways of many types where it does not know an operation
             raise UserError(
                 f"torch-pruning does not follow {type(model).__name__} ({type(error).__name__}: {error}): compact "
@@ -107,7 +110,8 @@ class ChannelGraph:
     def group(self, layer: Layer, channels: Sequence[int]) -> Group:
         """What goes together with these output channels of a layer."""
         pruner = self._graph.get_pruner_of_module(layer)
-        group = self._graph.get_pruning_group(layer, pruner.prune_out_channels, list(channels))
+        with self._refused(self._graph.model):
+            group = self._graph.get_pruning_group(layer, pruner.prune_out_channels, list(channels))
         parts = []
         for item in group:
             module = item.dep.target.module

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from sfw_dist.deploy.layers import CONVOLUTIONS, Layer, inputs, is_layer
 from sfw_dist.pruning.low_rank import LowRank
@@ -61,8 +62,9 @@ def _two_layers(layer: Layer, left: Tensor, right: Tensor) -> nn.Sequential:
     if not isinstance(layer, nn.Linear):
         own = {key: getattr(layer, key) for key in ("kernel_size", "stride", "padding", "dilation", "padding_mode")}
         pointwise = (1,)
-    first = make(inputs(layer), rank, bias=False, **own, **like)
-    second = make(rank, layer.weight.shape[0], *pointwise, bias=layer.bias is not None, **like)
+    # Drawing weights would move the random state.
+    first = skip_init(make, inputs(layer), rank, bias=False, **own, **like)
+    second = skip_init(make, rank, layer.weight.shape[0], *pointwise, bias=layer.bias is not None, **like)
     first.weight.copy_(right.reshape(first.weight.shape))
     second.weight.copy_(left.reshape(second.weight.shape))
     for parameter in (first.weight, second.weight):

@@ -78,7 +78,9 @@ class Narrowing:
         for layer in graph.layers():
             name = self._names[layer]
             dead = [] if layer not in self._seen else (~self._seen[layer].live).nonzero().flatten().tolist()
-            if dead:
+            if dead and name in self._keep:
+                self.report.kept[name] = {self._keep[name]: len(dead)}
+            elif dead:
                 with _followed(name, is_exact):
                     choice = self._choose(graph, layer, dead)
                     if choice.gone:

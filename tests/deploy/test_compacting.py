@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchvision.models import shufflenet_v2_x0_5
 
 from sfw_dist.deploy import Compacted, compact
+from sfw_dist.deploy.channel_graph import ChannelGraph, Group
 from sfw_dist.errors import UserError
 from sfw_dist.pruning import count_flops, prune
 from tests.deploy.networks import NETWORKS, differs, network, set_zero, trained
@@ -194,6 +195,21 @@ def test_what_torch_pruning_does_not_follow_stays_with_the_reason() -> None:
     assert found.removed == {"between": 3}
     assert sum(found.kept_because["first"].values()) == 2
     assert differs(found.model, net, 2, 3, 4, 4) < 1e-5
+
+
+def test_a_layer_at_which_torch_pruning_fails_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails when an error at one layer ends the compaction, or is met again and again."""
+    group = ChannelGraph.group
+
+    def failing(graph: ChannelGraph, layer: nn.Module, channels: Sequence[int]) -> Group:
+        if layer.weight.shape[1] == 6:
+            raise IndexError
+        return group(graph, layer, channels)
+
+    monkeypatch.setattr(ChannelGraph, "group", failing)
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
+    found = compact(set_zero(trained(net), {"0": [1], "2": [3, 4]}), 0.0, torch.randn(1, 4))
+    assert found.removed == {"0": 1} and sum(found.kept_because["2"].values()) == 2
 
 
 def test_named_layers_keep_their_filters() -> None:

@@ -21,7 +21,9 @@ def test_low_ranks_become_two_layers_that_compute_the_same(name: str, monkeypatc
     net = network(name)
     before = sum(parameter.numel() for parameter in net.parameters())
     pruning = prune(net, 0.5, granularity="rank")
+    state = torch.get_rng_state()
     found = compact(net, pruning, torch.zeros(1, 3, 32, 32))
+    assert torch.equal(state, torch.get_rng_state())
     assert differs(found.model, net, 3, 3, 32, 32) < 1e-4
     assert found.parameters == (before, before - (pruning.total - pruning.kept))
     assert found.flops[1] < 0.8 * found.flops[0]
