@@ -42,6 +42,9 @@ def trained(model: nn.Module) -> nn.Module:
         tensor.copy_(low + (high - low) * torch.rand(tensor.shape, generator=generator))
 
     with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("layer_scale"):  # 1e-6 would hide all that follows it
+                fill(parameter, 0.5, 1.5)
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 fill(module.weight, 0.5, 1.5)
