@@ -49,7 +49,7 @@ def balance(choice: Choice, parts: list[Part]) -> None:
             size = inputs(module) if part.side == "in" else module.weight.shape[0]
             gone = [(c, r) for c, r in zip(part.channels, part.roots, strict=True) if r in choice.gone]
             if len(gone) == size:
-                choice.stay([min(choice.gone)], "the layer's last channel")
+                choice.stay([gone[0][1]], "the layer's last channel")
             elif groups(module) > 1 and not is_depthwise(module):
                 number, each = groups(module), size // groups(module)
                 of_group = [[root for channel, root in gone if channel // each == group] for group in range(number)]

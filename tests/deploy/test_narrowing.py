@@ -147,6 +147,7 @@ def test_with_biases_of_zero_depthwise_convolutions_lose_channels() -> None:
     assert net.norm1.bias[0] != 0  # of the given network
 
 
+@pytest.mark.filterwarnings("ignore:not pruned")  # a parametrized weight
 @pytest.mark.parametrize(
     ("between", "words"),
     [
