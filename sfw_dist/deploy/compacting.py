@@ -80,8 +80,9 @@ def compact(
 
     Raises:
         UserError: ``pruning`` does not fit the model; DTensors; a network that does not run in float64, or whose
-            outputs are no finite tensors or change from call to call, or that torch-pruning fails on; low rank where a
-            module reads another one's weight, or with ``keep`` or ``zero_bias``; an unknown name in ``keep``.
+            outputs are no finite tensors or change from call to call; one whose input is of integers, or that
+            torch-pruning fails on (but for low rank); low rank where a module reads another one's weight, or with
+            ``keep`` or ``zero_bias``; an unknown name in ``keep``.
         MissingExtraError: torch-pruning is not installed (low ranks do not need it).
 
     Example:
@@ -93,6 +94,11 @@ def compact(
     _check(model, example, keep)
     if isinstance(pruning, LowRank) and (keep or zero_bias):
         raise UserError("keep and zero_bias are about channels, and this pruning is of low rank: leave them out")
+    if not isinstance(pruning, LowRank) and not example.is_floating_point():
+        raise UserError(
+            f"example is of {example.dtype}: channels can be removed from networks whose input is of floating point "
+            "only, because noise in place of it shows what varies; take granularity rank"
+        )
     example = example[:2]
     pruned = copy.deepcopy(model)
     if isinstance(pruning, Pruning):
@@ -146,12 +152,15 @@ class _Exact:
             self._inputs.append(noise.to(example.device))
         try:
             self._expected = self._all_outputs(model)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a forward meets
+            reason = (str(error).splitlines() or [""])[0]
             raise UserError(
-                f"{type(model).__name__} does not run in float64 ({reason}): give an example that it takes, and let "
-                "it compute in the type of its input"
-            ) from None
+                f"{type(model).__name__} does not run in float64, or not on noise of the example's shape "
+                f"({type(error).__name__}: {reason}): give an example that it takes, and let it compute in the type of "
+                "its input"
+            ) from error
         if not self._expected or not all(bool(x.isfinite().all()) for x in self._expected):
             raise UserError(f"{type(model).__name__} returns no finite tensors for the example: give another one")
         if not self.holds(model):

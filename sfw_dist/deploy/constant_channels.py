@@ -57,7 +57,7 @@ def observe(model: nn.Module, example: Tensor) -> dict[nn.Module, Channels]:
 
     Args:
         model: in float64 and evaluation mode.
-        example: ``(batch, ...)``, an input; where it is not of integers, noise of its shape is given instead.
+        example: ``(batch, ...)``, an input; noise of its shape is given instead.
     """
     seen: dict[nn.Module, Channels] = {}
     generator = torch.Generator().manual_seed(0)
@@ -68,8 +68,7 @@ def observe(model: nn.Module, example: Tensor) -> dict[nn.Module, Channels]:
     ]
     try:
         for _ in range(_PASSES):
-            batch = example[:1].expand(_SAMPLES, *example.shape[1:])
-            model(_noise(batch, generator) if batch.is_floating_point() else batch)
+            model(_noise(example[:1].expand(_SAMPLES, *example.shape[1:]), generator))
     finally:
         for handle in handles:
             handle.remove()

@@ -162,8 +162,10 @@ def test_what_cannot_be_compared_is_refused_in_one_line(make: type[nn.Module], w
         ({"pruning": "other"}, "lacks it"),
         ({"pruning": "rank", "zero_bias": True}, "of low rank: leave them out"),
         ({"example": (SMALL_EXAMPLE,)}, "example is a tuple"),
+        ({"example": SMALL_EXAMPLE.long()}, "example is of torch.int64"),
+        ({"example": torch.zeros(1, 1, 8, 8)}, "does not run .*RuntimeError"),
     ],
-    ids=["keep", "sparsity", "model", "rank", "example"],
+    ids=["keep", "sparsity", "model", "rank", "tuple", "integers", "shape"],
 )
 def test_arguments_that_do_not_fit_are_refused(arguments: Mapping[str, object], words: str) -> None:
     """Fails when a misspelt name is ignored, or masks of another model are."""

@@ -43,6 +43,15 @@ def test_what_is_no_layer_of_its_own_stays_a_product() -> None:
     assert differs(found.model, net, 2, 3, 32, 32) < 1e-4
 
 
+def test_networks_of_words_become_two_layers_too() -> None:
+    """Fails when an input of integers is refused, or made to floating point."""
+    net = nn.Sequential(nn.Embedding(10, 16), nn.Linear(16, 16), nn.Flatten(), nn.Linear(48, 2))
+    found = compact(net, prune(net, 0.6, granularity="rank"), torch.tensor([[1, 2, 3]]))
+    words = torch.randint(10, (5, 3))
+    torch.testing.assert_close(found.model(words), net(words))
+    assert "1.weight" in found.ranks
+
+
 class ReadsWeight(nn.Module):
     def __init__(self, calls: bool) -> None:
         super().__init__()

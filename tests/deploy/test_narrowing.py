@@ -60,14 +60,13 @@ def test_constants_go_to_the_bias_where_no_zeros_are_padded(options: dict[str, o
 def test_two_readers_that_pad_share_the_channel_that_stays() -> None:
     """Fails when the weights of one of two readers are merged by the other one's constants."""
     net = Net(
-        lambda net, x: net.left(net.first(x)) + net.right(net.norm(net.first(x)).sigmoid()),
+        lambda net, x: net.left(y := net.first(x)) + net.right(net.norm(y).sigmoid()),
         first=nn.Conv2d(3, 8, 1),
         norm=nn.BatchNorm2d(8),
         left=nn.Conv2d(8, 4, 3, padding=1),
         right=nn.Conv2d(8, 4, 3, padding=1),
     )
-    # The first layer is called twice, with the same input.
-    assert compacted(net, {"first": [1, 2, 3]}).removed.get("first", 0) in {0, 2}
+    assert compacted(net, {"first": [1, 2, 3]}).removed == {"first": 2}
 
 
 def residual(net: Net, x: Tensor) -> Tensor:
@@ -191,13 +190,3 @@ def test_a_layer_that_is_dead_as_a_whole_keeps_one_channel() -> None:
         {"first": [0, 1, 2, 3]},
     )
     assert found.removed == {"first": 3} and reasons(found, "first") == "the layer's last channel"
-
-
-def test_words_are_an_input_too() -> None:
-    """Fails when noise is given for numbers of words."""
-    net = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 6), nn.ReLU(), nn.Flatten(), nn.Linear(18, 2))
-    set_zero(trained(net), {"1": [0, 4]})
-    found = compact(net, 0.0, torch.tensor([[1, 2, 3]]))
-    words = torch.randint(10, (5, 3))
-    torch.testing.assert_close(found.model(words), net(words))
-    assert sum(found.removed.values()) in {0, 2}
