@@ -19,6 +19,7 @@ from sfw_dist.models import build_model
 from sfw_dist.pruning import Pruner, Pruning, PruningOptions, count_flops, dead_layers, kept_flops, layer_table
 from sfw_dist.pruning.measuring.batches import Batch
 from sfw_dist.pruning.measuring.one_pass import measure_prunings
+from sfw_dist.pruning.measuring.overwriting import overwriting
 from sfw_dist.pruning.measuring.progress import reported
 from sfw_dist.pruning.recalibration import AS_TRAINED, Statistics, batch_norms, recalibrated_statistics
 from sfw_dist.train.metrics import Metrics, Tally
@@ -137,10 +138,11 @@ class PrunedModels:
         }
 
     def export(self, pruning: Pruning, statistics: Statistics, path: Path) -> None:
-        """Write the pruned network's parameters and buffers by name, with these statistics."""
-        write_tensors(
-            path, {**self.model.state_dict(), **pruning.pruned_parameters(self.model), **statistics}, self._data
-        )
+        """Write the pruned network's parameters and buffers by name, with these statistics: what was measured."""
+        with overwriting(self.model, [pruning], statistics) as tensors:  # so that each name of a tied weight is pruned
+            tensors.prune(pruning)
+            tensors.set_buffers(statistics)
+            write_tensors(path, self.model.state_dict(), self._data)
 
     def _loader(self, split: Split) -> Loader:
         if split not in self._loaders:

@@ -200,8 +200,16 @@ def exclusive_lock(run: RunFolder, world: World) -> Iterator[None]:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], data: DataRecord | None) -> None:
-    """Write a safetensors file, with the data that the network is for in its metadata."""
-    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    """Write a safetensors file, with the data that the network is for in its metadata.
+
+    Each name is in the file with its own values, because safetensors refuses tensors that share memory.
+    """
+    stored, memory = {}, set()
+    for name, tensor in tensors.items():
+        whole = tensor.detach().cpu().contiguous()
+        address = whole.untyped_storage().data_ptr()
+        stored[name] = whole.clone() if address in memory else whole
+        memory.add(address)
     with replacing(path) as file:
         file.write(save(stored, data.metadata() if data else None))
 

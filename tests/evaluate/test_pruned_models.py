@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from sfw_dist.config import load_config
+from sfw_dist.config import ModelConfig, load_config
 from sfw_dist.data.loading import Normalize, dataset_info, open_loader
 from sfw_dist.evaluate.__main__ import main
 from sfw_dist.evaluate.pruned_models import AS_TRAINED, PrunedModels
@@ -20,8 +20,10 @@ from sfw_dist.evaluate.sweep import sweep_run
 from sfw_dist.pruning import prune, recalibrate
 from sfw_dist.train.metrics import measure
 from sfw_dist.train.run_folder import RunFolder
+from sfw_dist.train.trainer import train
 from tests.evaluate.conftest import trained_model
-from tests.support.training import ONE_PROCESS
+from tests.support import networks
+from tests.support.training import ONE_PROCESS, small_config
 
 
 def test_one_pass_measures_what_pruning_in_place_does(run: RunFolder) -> None:
@@ -75,6 +77,21 @@ def test_weights_of_another_model(run: RunFolder, tmp_path: Path, capsys: pytest
     assert main([str(other)]) == 2
     error = capsys.readouterr().err
     assert "not of the run's model" in error and error.count("\n") == 1
+
+
+def test_all_names_of_a_tied_weight_are_exported_pruned(digits: Path, tmp_path: Path) -> None:
+    """Fails when training cannot write tied weights, or the exported file holds the dense ones under a name."""
+    config = small_config(tmp_path, digits, epochs=1)
+    config.model = ModelConfig(name=f"{networks.__name__}:tied")
+    assert train(config, ONE_PROCESS) == 0
+    models = PrunedModels(RunFolder(config.run_dir), ONE_PROCESS)
+    before = {name: tensor.clone() for name, tensor in models.model.state_dict().items()}
+    models.export(models.at(0.75), AS_TRAINED, tmp_path / "pruned.safetensors")
+    models.close()
+    found = load_file(tmp_path / "pruned.safetensors")
+    prune(models.model, 0.75)
+    assert found.keys() == before.keys() and not torch.equal(found["3.weight"], before["3.weight"])
+    assert all(torch.equal(found[name], tensor) for name, tensor in models.model.state_dict().items())
 
 
 def test_another_pruning_does_not_overwrite_what_was_measured(

@@ -71,6 +71,13 @@ def named(num_classes: int, in_channels: int) -> nn.Module:
     return Named(num_classes)
 
 
+def tied(num_classes: int, in_channels: int) -> nn.Module:
+    """A network of which two layers have one weight."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64 * in_channels, 10), nn.Linear(10, 10), nn.Linear(10, num_classes))
+    net[3].weight = net[2].weight
+    return net
+
+
 def startable(num_classes: int, in_channels: int, pretrained: bool = False) -> nn.Module:
     """A network that has its own weights to start from."""
     net = nn.Sequential(nn.Flatten(), nn.Linear(64 * in_channels, num_classes))

@@ -229,6 +229,16 @@ def test_weights_come_back_bit_by_bit(made: RunFolder) -> None:
         assert loaded[name].dtype == tensor.dtype and torch.equal(loaded[name], tensor), name
 
 
+def test_weights_that_share_memory_have_all_their_names(made: RunFolder) -> None:
+    """Fails when a training with tied weights ends in an error of safetensors, or a name is not in the file."""
+    flat = torch.randn(12)
+    state = {"a": flat.view(3, 4), "b": flat.view(3, 4), "flat": flat, "part": flat[4:8], "turned": flat.view(3, 4).t()}
+    made.save_weights(state)
+    loaded = made.load_weights()
+    assert loaded.keys() == state.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
+
+
 @pytest.mark.parametrize("content", [None, b"", b"not safetensors at all"])
 def test_missing_or_damaged_weights_are_named_in_one_line(made: RunFolder, content: bytes | None) -> None:
     """Fails when evaluating an unfinished run, or one whose weights are damaged, ends in a traceback."""
