@@ -87,6 +87,9 @@ def build_model(
             raise UserError(f"{argument} must be at least 1, got {count}: set it to what the data set has")
     if not 0 < width < math.inf:
         raise UserError(f"width must be positive and finite, got {width}: 1.0 is the published network")
+    for key in kwargs or {}:
+        if not isinstance(key, str):
+            raise UserError(f"model.kwargs has the key {key!r}: write the names of the network's arguments")
     request = Request(name, num_classes, in_channels, kwargs or {}, pretrained is True, tell)
     model = _ours(request, width) if name in ARCHITECTURES else _of_others(request, width)
     if isinstance(pretrained, str):

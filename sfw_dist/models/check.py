@@ -29,8 +29,8 @@ def check_network(
         The modules that were called; of others the weights are used by modules around them, if at all.
 
     Raises:
-        UserError: the network cannot take such images, returns no logits, another number of them, or those of
-            auxiliary heads too.
+        UserError: the network cannot take such images, returns no logits, another number of them, others than
+            floating-point numbers, or those of auxiliary heads too.
     """
     model.to(device).train()
     before = {n: buffer.clone() for n, buffer in model.named_buffers() if not is_lazy(buffer)}
@@ -66,6 +66,8 @@ def check_network(
             f"{name} returns a tensor of shape {shape} for 2 images of {num_classes} classes: return logits of shape "
             f"(2, {num_classes})"
         )
+    if not logits.is_floating_point():
+        raise UserError(f"{name} returns logits of {logits.dtype}: return floating-point numbers, as torch.float32")
     return called
 
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 from torch import nn
 
 from sfw_dist.errors import UserError, import_path
-from sfw_dist.models.zoos import Request
+from sfw_dist.models.zoos import Request, built
 
 
 def own_model(request: Request) -> nn.Module:
     """Call the function with ``num_classes``, ``in_channels`` and the other arguments.
 
     Raises:
-        UserError: it cannot be imported, does not take the arguments, or returns no module.
+        UserError: it cannot be imported, does not take the arguments or their values, or returns no module, or one
+            on the meta device.
     """
     build = _import_function(request.name)
     arguments: dict[str, Any] = {"num_classes": request.num_classes, "in_channels": request.in_channels}
@@ -36,10 +38,16 @@ def own_model(request: Request) -> nn.Module:
         raise UserError(
             f"{request.name} cannot be called with {given} ({error}): correct model.kwargs, or the function"
         ) from None
-    built = build(**arguments, **request.kwargs)
-    if not isinstance(built, nn.Module):
-        raise UserError(f"model.name: {request.name} returned a {type(built).__name__}: return a torch.nn.Module")
-    return built
+    model = built(request, lambda: build(**arguments, **request.kwargs))
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model.name: {request.name} returned a {type(model).__name__}: return a torch.nn.Module")
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if tensor.is_meta:  # on which weights are loaded without a word, and without effect
+            raise UserError(
+                f"model.name: {request.name} returned a network whose {name} is on the meta device, without values: "
+                "build it on the CPU"
+            )
+    return model
 
 
 def _import_function(path: str) -> Callable[..., object]:

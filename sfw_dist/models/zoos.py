@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -21,6 +21,8 @@ from sfw_dist.models.pretrained import Tell, load_by_name
 
 TORCHVISION = "torchvision/"
 TIMM = "timm/"
+
+T = TypeVar("T")
 
 _WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
 """Of torchvision."""
@@ -53,7 +55,7 @@ def timm_model(request: Request) -> nn.Module:
         raise UserError(f"unknown model {request.name!r}: {hint}")
     _refuse_reserved(request, "in_chans", "pretrained")
     sizes = {"num_classes": request.num_classes, "in_chans": request.in_channels}
-    model: nn.Module = _built(
+    model: nn.Module = built(
         request, lambda: timm.create_model(bare, pretrained=request.published, **sizes, **request.kwargs)
     )
     if request.published:
@@ -74,7 +76,7 @@ def torchvision_model(request: Request) -> nn.Module:
     with_heads = bare in _WITH_AUXILIARY_HEADS
     if with_heads:
         kwargs = {"aux_logits": False, "init_weights": True} | kwargs
-    model: nn.Module = _built(
+    model: nn.Module = built(
         request, lambda: models.get_model(bare, weights=None, num_classes=request.num_classes, **kwargs)
     )
     if request.in_channels != 3:
@@ -90,7 +92,7 @@ def torchvision_model(request: Request) -> nn.Module:
         if weights is None:
             raise UserError(f"{request.name} has no published weights: leave model.pretrained out")
         with _one_downloads():
-            published = _built(request, lambda: models.get_model(bare, weights=weights, **kwargs))
+            published = built(request, lambda: models.get_model(bare, weights=weights, **kwargs))
         load_by_name(model, published.state_dict(), request.name, request.num_classes, request.tell)
     return model
 
@@ -107,10 +109,12 @@ def _torchvision() -> ModuleType:
         return importlib.import_module("torchvision.models")
 
 
-def _built(request: Request, build: Callable[[], nn.Module]) -> nn.Module:
-    """The network; what another package says of its arguments or weights becomes one line."""
+def built(request: Request, build: Callable[[], T]) -> T:
+    """The network; what other people's code says of its arguments or weights becomes one line."""
     try:
         return build()
+    except UserError:
+        raise
     except Exception as error:
         if not request.kwargs and not request.published:
             raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sfw_dist.errors import UserError
 from sfw_dist.models import build_model
@@ -12,6 +12,17 @@ from sfw_dist.models.check import check_network
 from tests.support import networks
 
 CPU = torch.device("cpu")
+
+
+class _Rounded(nn.Module):
+    """Returns logits of another type."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.zeros(len(images), 10, dtype=self.dtype)
 
 
 def check(model: nn.Module, size: int = 8, channels: int = 1) -> set[nn.Module]:
@@ -47,9 +58,11 @@ def test_layers_whose_weights_others_read_are_not_called() -> None:
         (networks.Pair(10), r"^net returns a tuple with entry 2 beside its logits, which nothing would train"),
         (networks.WithAuxiliaryHead(10), r"with aux_logits beside its logits, which nothing.*{aux_logits: false}"),
         (networks.Named(3), r"returns a tensor of shape \(2, 3\) for 2 images of 10 classes: return logits of shape"),
+        (_Rounded(torch.int64), r"^net returns logits of torch.int64: return floating-point numbers"),
+        (_Rounded(torch.complex64), r"^net returns logits of torch.complex64: return floating-point numbers"),
         (nn.Linear(9, 10), r"^net cannot take images of 1×8×8 \(RuntimeError: .*model.kwargs \(timm: img_size"),
     ],
-    ids=["nothing", "pair", "auxiliary head", "classes", "size"],
+    ids=["nothing", "pair", "auxiliary head", "classes", "integers", "complex", "size"],
 )
 def test_a_network_that_does_not_fit_is_one_line(model: nn.Module, told: str) -> None:
     """Fails when it is a traceback in the first step, or a network of other classes trains."""

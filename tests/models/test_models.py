@@ -160,6 +160,11 @@ def sized_network(num_classes: int, in_channels: int, *, width: int = 4) -> nn.M
     return nn.Sequential(nn.Flatten(), nn.Linear(4 * in_channels, width), nn.Linear(width, num_classes))
 
 
+def meta_network(num_classes: int, in_channels: int) -> nn.Module:
+    """A network without values."""
+    return nn.Linear(in_channels, num_classes, device="meta")
+
+
 def no_network(num_classes: int, in_channels: int) -> str:
     """A user's mistake."""
     return "resnet18"
@@ -200,6 +205,13 @@ def test_kwargs_reach_models_of_others(name: str, kwargs: dict[str, object], sha
     [
         ("cnn", {"depth": 2}, "cnn takes no model.kwargs, got depth: leave them out"),
         (f"{__name__}:sized_network", {"wide": 6}, "unexpected keyword argument 'wide'"),
+        (
+            f"{__name__}:sized_network",
+            {"width": "six"},
+            "sized_network cannot be built with model.kwargs {'width': 'six'}",
+        ),
+        (f"{__name__}:sized_network", {3: 6}, "model.kwargs has the key 3: write the names of"),
+        ("cnn", {3: 6}, "model.kwargs has the key 3: write the names of"),
         (f"{__name__}:sized_network", {"num_classes": 6}, "model.kwargs has num_classes, which follows from the data"),
         ("torchvision/resnet18", {"weights": "DEFAULT"}, "model.kwargs has weights, which follows"),
         ("torchvision/resnet18", {"groups": 7}, "torchvision/resnet18 cannot be built with model.kwargs {'groups': 7}"),
@@ -232,6 +244,7 @@ def test_unknown_kwargs_are_one_line(name: str, kwargs: dict[str, object], told:
         ("no.such:network", 1.0, "cannot import no.such:network"),
         ("math:network", 1.0, "cannot import math:network"),
         ("math:pi", 1.0, "math:pi is no function"),
+        (f"{__name__}:meta_network", 1.0, "returned a network whose weight is on the meta device, without values"),
         (f"{__name__}:no_network", 1.0, "returned a str: return a torch.nn.Module"),
     ],
 )

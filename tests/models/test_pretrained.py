@@ -72,6 +72,38 @@ def test_tied_weights_may_have_one_name_in_a_file() -> None:
     assert torch.equal(tied[1].weight, torch.eye(4))
 
 
+def test_two_values_of_one_tied_weight_are_refused_by_name() -> None:
+    """Fails when the one that is written last wins without a word; equal ones are taken."""
+    tied = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    tied[1].weight = tied[0].weight
+    load_by_name(tied, {"0.weight": torch.eye(4), "1.weight": torch.eye(4).bfloat16()}, "a", 2, print)
+    with pytest.raises(UserError, match=r"^0.weight and 1.weight are one tensor in the network and differ in a: take"):
+        load_by_name(tied, {"0.weight": torch.eye(4), "1.weight": torch.ones(4, 4)}, "a", 2, print)
+    assert torch.equal(tied[1].weight, torch.eye(4))
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        (torch.ones(2, dtype=torch.bool), "3.bias is torch.bool in a and torch.float32 in the network"),
+        (torch.ones(2, dtype=torch.int64), "3.bias is torch.int64 in a"),
+        (torch.ones(2, dtype=torch.complex64), "3.bias is torch.complex64 in a"),
+        (torch.tensor([0.0, torch.nan], dtype=torch.float16), "3.bias has NaN in a: take weights of a training"),
+    ],
+    ids=["bool", "integers", "complex", "nan"],
+)
+def test_values_that_are_no_weights_are_refused_by_name(value: Tensor, told: str) -> None:
+    """Fails when imaginary parts are dropped, or a training begins with NaN."""
+    with pytest.raises(UserError, match=told):
+        load_by_name(net(), net().state_dict() | {"3.bias": value}, "a", 2, print)
+
+
+def test_lazy_layers_are_one_line() -> None:
+    """Fails when a file for them is a traceback on a shape that they have not yet."""
+    with pytest.raises(UserError, match=r"^0.weight is not initialised yet.*run one batch through the model first"):
+        load_by_name(nn.Sequential(nn.LazyLinear(2)), {"0.weight": torch.ones(2, 3)}, "a", 2, print)
+
+
 @pytest.mark.parametrize(
     ("make", "told"),
     [
