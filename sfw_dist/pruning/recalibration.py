@@ -24,11 +24,12 @@ from torch.nn.parameter import is_lazy
 from sfw_dist.distributed.dtensor import reshard, to_local
 from sfw_dist.distributed.rank_group import RankGroup
 from sfw_dist.errors import UserError
-from sfw_dist.pruning.measuring.batches import Batch, device_of, model_arguments, without_ddp
+from sfw_dist.pruning.measuring.batches import check_loader, device_of, input_batches, without_ddp
 from sfw_dist.pruning.measuring.lockstep import is_divided, lockstep
 from sfw_dist.pruning.measuring.overwriting import overwriting
 from sfw_dist.pruning.modes import evaluation_mode
 from sfw_dist.pruning.result import Pruning, all_or_nothing
+from sfw_dist.pruning.scope import LAZY
 
 Statistics = dict[str, Tensor]
 """BatchNorm's buffers (running_mean, running_var, num_batches_tracked) by their name in the model."""
@@ -50,7 +51,7 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and module.track_running_stats and module.running_mean is not None:
             if is_lazy(module.running_mean):
-                raise UserError(f"{name} is not initialised yet: run one batch through the model first")
+                raise UserError(f"{name} {LAZY}")
             if module.running_mean.is_meta:
                 raise UserError(f"{name} is on the meta device, without values: load the weights first")
             found[name] = module
@@ -75,7 +76,7 @@ def recalibrate(model: nn.Module, loader: Iterable[Any], device: torch.device | 
         device: to which tensors are moved. ``None``: where the model's first parameter is.
 
     Returns:
-        The number of batches; 0 without BatchNorm.
+        The number of batches with samples; 0 without BatchNorm.
 
     Raises:
         UserError: there is no batch, a batch of which the model takes nothing, or BatchNorm that has no statistics yet.
@@ -91,15 +92,15 @@ def recalibrate(model: nn.Module, loader: Iterable[Any], device: torch.device | 
     norms = batch_norms(model)
     if not norms:
         return 0
+    check_loader(loader, "loader")
     device = device_of(model) if device is None else torch.device(device)
     called = without_ddp(model)
     measured = _reset(norms)
     count = 0
     try:
         with _averaging(model, norms), _with_statistics(norms, measured), torch.no_grad():
-            for batch in loader:
-                arguments, keywords = model_arguments(model, batch, device)
-                called(*arguments, **keywords)
+            for batch in input_batches(model, loader, device):
+                batch.call(called)
                 count += 1
     finally:
         reshard(model)
@@ -149,13 +150,12 @@ def recalibrated_statistics(
     mine = range(ranks.rank, len(prunings), ranks.size) if divide else range(len(prunings))
     count, called = 0, without_ddp(model)
     with _averaging(model, norms), _each_for_itself(norms), overwriting(model, prunings) as tensors, torch.no_grad():
-        for batch, counts in lockstep(batches, model, ranks, device) if mine else ():
-            arguments, keywords = model_arguments(model, batch, device)
-            passed = Batch(arguments, keywords, None, 0)
+        inputs = input_batches(model, batches, device)
+        for batch, counts in lockstep(inputs, model, ranks, device) if mine else ():
             for i in mine:
                 tensors.prune(prunings[i])
                 with _with_statistics(norms, everyone[i] if counts else _reset(norms)):
-                    passed.call(called)
+                    batch.call(called)
             count += counts
     if not _mean_over_ranks(norms, everyone, count, ranks):
         raise UserError(_NO_BATCH)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -21,6 +22,8 @@ _FORWARD_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAtten
 _TRANSPOSED_LAYERS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 """Of ``nn.MultiheadAttention``; its output projection is a linear layer of its own."""
+
+LAZY = "is not initialised yet: run one batch through the model first"
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """Types whose entries can be ranked."""
@@ -68,6 +71,13 @@ def prunable_parameters(model: nn.Module, scope: Scope) -> dict[str, nn.Paramete
     return parameters
 
 
+def check_initialised(model: nn.Module) -> None:
+    """Raise :class:`UserError` for a model with a lazy layer that no batch has reached yet."""
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if is_lazy(tensor):
+            raise UserError(f"{name} {LAZY}")
+
+
 def weights(model: nn.Module, *, forward: bool = False) -> Iterator[tuple[str, nn.Module]]:
     """The weights of the layers that are pruned, each by the name under which ``named_parameters`` lists it.
 
@@ -109,7 +119,7 @@ def _is_transposed(module: nn.Module) -> bool:
 def _fault(parameter: nn.Parameter, layer: nn.Module | None) -> str | None:
     """What forbids to prune a parameter, with the remedy; ``layer`` is the one whose weight it is."""
     if is_lazy(parameter):
-        return "is not initialised yet: run one batch through the model first"
+        return LAZY
     if parameter.is_meta:
         return "is on the meta device, without values: load the weights first"
     if isinstance(parameter, DTensor):

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import flop_registry
 from sfw_dist.distributed.dtensor import reshard, to_local
 from sfw_dist.pruning.modes import evaluation_mode
 from sfw_dist.pruning.result import Pruning
-from sfw_dist.pruning.scope import weights
+from sfw_dist.pruning.scope import check_initialised, weights
 
 _WITH_ADDEND = (torch.ops.aten.addmm, torch.ops.aten.baddbmm)
 """Operations whose first argument is added to the product of the next two."""
@@ -75,6 +75,9 @@ def count_flops(model: nn.Module, example: Tensor) -> dict[str, int]:
         FLOPs by the name of the weight that is multiplied, or of the module that multiplies activations with each
         other, as attention's queries with keys. The sum is the network's. Every prunable weight has an entry.
 
+    Raises:
+        UserError: a lazy layer that no batch has reached yet.
+
     Example:
         >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 10))
         >>> count_flops(net, torch.zeros(1, 1, 4, 4))
@@ -84,6 +87,7 @@ def count_flops(model: nn.Module, example: Tensor) -> dict[str, int]:
         >>> flops["self_attn.in_proj_weight"], flops["self_attn"]
         (1920, 800)
     """
+    check_initialised(model)
     flops = dict.fromkeys((name for name, _ in weights(model)), 0)
     # Autocast would copy weights, and a copy is not known as the weight.
     exact_types = torch.autocast(example.device.type, enabled=False)

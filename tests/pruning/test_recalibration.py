@@ -325,6 +325,31 @@ def test_layers_without_statistics_are_told(model: nn.Module, told: str) -> None
         recalibrate(model, [torch.randn(8, 4)])
 
 
+def test_batches_without_samples_do_not_count() -> None:
+    """Fails when the statistics are a mean over one batch more than there is, pulled to zero."""
+    first, last, empty = torch.randn(8, 4) + 1, torch.randn(8, 4), torch.zeros(0, 4)
+    expected, found = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
+    assert recalibrate(expected, [first, last]) == recalibrate(found, [empty, first, empty, last]) == 2
+    assert torch.equal(found.running_mean, expected.running_mean)
+    net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    pruning = prune(net, 0.5)
+    one, other = (
+        recalibrated_statistics(net, [pruning], batches, ALONE)[0]["1.running_mean"]
+        for batches in ([first, last], [empty, first, empty, last])
+    )
+    assert torch.equal(one, other)
+
+
+def test_recalibrating_leaves_the_batches() -> None:
+    """Fails when a network that changes its inputs changes the caller's data."""
+    batch = torch.randn(8, 4)
+    before = batch.clone()
+    recalibrate(nn.Sequential(nn.ReLU(inplace=True), nn.BatchNorm1d(4)), [batch])
+    assert torch.equal(batch, before)
+    with pytest.raises(UserError, match="loader is None, which gives no batches: give a DataLoader"):
+        recalibrate(nn.BatchNorm1d(4), None)  # type: ignore[arg-type]
+
+
 def test_many_prunings_at_a_time_need_a_batch() -> None:
     """Fails when no batch gives mean 0."""
     model = _model()

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
 from torchvision.models.convnext import CNBlockConfig
 
+from sfw_dist.errors import UserError
 from sfw_dist.pruning import (
     Masks,
     count_flops,
@@ -184,6 +185,13 @@ def test_counting_flops_leaves_no_trace() -> None:
     assert [m.training for m in model.modules()] == [True, True, False, True, True]
     assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("lazy", [nn.LazyLinear(2), nn.LazyBatchNorm1d(affine=False)], ids=["weight", "statistics"])
+def test_flops_of_a_lazy_layer_are_refused(lazy: nn.Module) -> None:
+    """Fails when it is a traceback, or counting makes the layer's weights from the example."""
+    with pytest.raises(UserError, match=r"^1\.\w+ is not initialised yet: run one batch through the model first$"):
+        count_flops(nn.Sequential(nn.Linear(4, 2), lazy), torch.zeros(1, 4))
 
 
 def test_kept_flops_weigh_each_layer_by_its_own_density() -> None:

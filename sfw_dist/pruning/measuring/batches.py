@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -24,11 +24,35 @@ class Batch:
     targets: Any
     """What a metric compares the outputs with; ``None``: the loader gives nothing."""
     size: int
-    """How many samples."""
+    """How many samples; 0 without targets, if no tensor tells."""
 
     def call(self, model: nn.Module) -> Any:
         """The model's output; it may change its inputs, for they are copies."""
         return model(*_copied(self.arguments), **_copied(dict(self.keywords)))
+
+    def own_targets(self) -> Any:
+        """A copy of the targets, which a metric may change."""
+        return _copied(self.targets)
+
+
+def check_loader(loader: object, name: str) -> None:
+    """Raise :class:`UserError` if an argument of this name gives no batches."""
+    if not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
+        raise UserError(f"{name} is {loader!r}, which gives no batches: give a DataLoader, or a list of batches")
+
+
+def input_batches(model: nn.Module, batches: Iterable[Any], device: torch.device) -> Iterator[Batch]:
+    """The arguments for ``model`` in each of a loader's batches, without targets.
+
+    Batches without samples are left out: they would count in means over batches.
+
+    Raises:
+        UserError: as :func:`model_arguments`.
+    """
+    for batch in batches:
+        arguments, keywords = model_arguments(model, batch, device)
+        if (size := _size((arguments, keywords))) != 0:
+            yield Batch(arguments, keywords, None, size or 0)
 
 
 def labelled_batch(model: nn.Module, batch: Any, device: torch.device) -> Batch:
@@ -108,8 +132,15 @@ def without_ddp(model: nn.Module) -> nn.Module:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model's first parameter is."""
-    return next(chain(model.parameters(), model.buffers())).device
+    """Where the model's first parameter is.
+
+    Raises:
+        UserError: it has neither parameters nor buffers.
+    """
+    first = next(chain(model.parameters(), model.buffers()), None)
+    if first is None:
+        raise UserError(f"{type(model).__name__} has no parameters: give a model with weights")
+    return first.device
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -124,23 +155,22 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    """A batch's tensors on the device, in whatever lists, tuples and dictionaries they are."""
-    if isinstance(value, Mapping):
-        return {key: _moved(entry, device) for key, entry in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_moved(entry, device) for entry in value))
-    if isinstance(value, tuple | list):
-        return type(value)(_moved(entry, device) for entry in value)
-    return value.to(device) if hasattr(value, "to") else value
+    return _mapped(value, lambda leaf: leaf.to(device) if hasattr(leaf, "to") else leaf)
 
 
 def _copied(value: Any) -> Any:
-    """Copies of the tensors, in whatever lists, tuples and dictionaries they are."""
-    if isinstance(value, Tensor):
-        return value.clone()
-    if type(value) in (tuple, list):
-        return type(value)(map(_copied, value))
-    return {key: _copied(entry) for key, entry in value.items()} if type(value) is dict else value
+    return _mapped(value, lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
+
+
+def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """A batch with each leaf changed, in whatever lists, tuples and dictionaries they are."""
+    if isinstance(value, Mapping):
+        return {key: _mapped(entry, change) for key, entry in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_mapped(entry, change) for entry in value))
+    if isinstance(value, tuple | list):
+        return type(value)(_mapped(entry, change) for entry in value)
+    return change(value)
 
 
 def _size(value: Any) -> int | None:

@@ -50,4 +50,4 @@ def measure_prunings(
                     tensors.set_buffers(variant)
                     output = batch.call(called)
                     if counts:
-                        tally.add(output, batch.targets, batch.size)
+                        tally.add(output, batch.own_targets(), batch.size)

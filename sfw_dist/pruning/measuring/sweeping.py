@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sfw_dist.distributed.rank_group import RankGroup, disagreement
 from sfw_dist.errors import UserError
 from sfw_dist.pruning.granularity import GranularityName, Ranking
-from sfw_dist.pruning.measuring.batches import device_of, labelled_batch
+from sfw_dist.pruning.measuring.batches import check_loader, device_of, labelled_batch
 from sfw_dist.pruning.measuring.curve import Curve, CurvePoint
 from sfw_dist.pruning.measuring.one_pass import measure_prunings
 from sfw_dist.pruning.measuring.progress import Progress, reported
@@ -21,7 +21,7 @@ from sfw_dist.pruning.one_shot import Pruner
 from sfw_dist.pruning.options import PruningOptions
 from sfw_dist.pruning.recalibration import AS_TRAINED, Statistics, batch_norms, recalibrated_statistics
 from sfw_dist.pruning.result import Pruning
-from sfw_dist.pruning.scope import Scope
+from sfw_dist.pruning.scope import Scope, check_initialised
 from sfw_dist.pruning.sparsities import PAPER_SPARSITIES
 
 
@@ -56,7 +56,8 @@ def sweep(
             were, also after an error or Ctrl-C. Meanwhile there is a copy of its prunable parameters, and for each
             sparsity a mask of a byte an entry.
         loader: batches, once; an iterator will do. Tuples or lists that begin with inputs and targets, or dictionaries
-            with ``labels`` (or ``label``), of which ``model.forward`` gets what it has a name for.
+            with ``labels`` (or ``label``), of which ``model.forward`` gets what it has a name for. Batches without
+            samples are left out.
         sparsities: fractions to remove; ``None``: 0 and the paper's 18, or the only one that the granularity takes.
         scope: as the next four for :func:`prune`.
         granularity: what is removed as one piece.
@@ -67,10 +68,10 @@ def sweep(
             measured a second time for each sparsity, with BatchNorm's statistics measured again: the mean over the
             batches of all ranks. A model without BatchNorm needs none, and does not read them.
         calibration_batches: how many of them each rank takes at most; ``None``: all.
-        metric: from what the model returns, in evaluation mode, and a batch's targets to one number, or to several in a
-            dictionary. Each is averaged over the batches, weighted by their samples. Of a dictionary without labels the
-            targets are the whole of it. ``None``: ``top1``, ``top5`` (both fractions) and ``loss`` (cross-entropy) of a
-            classifier.
+        metric: from what the model returns, in evaluation mode, and a copy of a batch's targets to one number, or to
+            several in a dictionary. Each is averaged over the batches, weighted by their samples. Of a dictionary
+            without labels the targets are the whole of it. ``None``: ``top1``, ``top5`` (both fractions) and ``loss``
+            (cross-entropy) of a classifier.
         device: to which tensors are moved. ``None``: where the model's first parameter is.
         process_group: the ranks that share the work; ``None``: all, if torch's default group is initialised. A rank
             that calls this alone gives ``dist.new_group([rank], use_local_synchronization=True)``.
@@ -83,7 +84,8 @@ def sweep(
 
     Raises:
         UserError: as :func:`prune`; no batch, or one without inputs; without ``metric``, outputs and targets that are
-            no logits and labels of a classifier; a metric that gives no numbers; ranks with other arguments or models.
+            no logits and labels of a classifier; a metric that gives no real numbers; lazy layers;
+            ranks with other arguments or models.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -102,6 +104,12 @@ def sweep(
     sparsities = _checked_sparsities(sparsities, options)
     if calibration_batches is not None and calibration_batches < 1:
         raise UserError(f"calibration_batches must be at least 1, got {calibration_batches}: leave calibration out")
+    if metric is not None and not callable(metric):
+        raise UserError(f"metric is {metric!r}: give a function of (outputs, targets), or None for top1 and loss")
+    check_loader(loader, "loader")
+    if calibration is not None:
+        check_loader(calibration, "calibration")
+    check_initialised(model)
     ranks = RankGroup.of(process_group)
     place = device_of(model) if device is None else torch.device(device)
     recalibrates = calibration is not None and bool(batch_norms(model))
@@ -113,12 +121,13 @@ def sweep(
     del pruner  # and the scores
     variants = [[AS_TRAINED] for _ in prunings]
     if calibration is not None and recalibrates:
-        some = reported(calibration, "recalibrated", progress, most=calibration_batches)
-        found = recalibrated_statistics(model, prunings, some, ranks, device=place)
+        training = reported(calibration, "recalibrated", progress, most=calibration_batches)
+        found = recalibrated_statistics(model, prunings, training, ranks, device=place)
         variants = [[AS_TRAINED, statistics] for statistics in found]
     tallies = _tallies(variants, place, metric)
     batches = (labelled_batch(model, batch, place) for batch in reported(loader, "measured", progress))
-    measure_prunings(model, prunings, variants, batches, tallies, ranks, place)
+    some = (batch for batch in batches if batch.size)  # without samples a metric's mean is NaN
+    measure_prunings(model, prunings, variants, some, tallies, ranks, place)
     means = iter(means_over_ranks([tally for sums in tallies for tally in sums], ranks))
     total = sum(parameter.numel() for parameter in model.parameters())
     return Curve(

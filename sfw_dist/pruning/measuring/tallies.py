@@ -87,7 +87,7 @@ class MetricTally:
         """Add a batch of so many samples.
 
         Raises:
-            UserError: the metric gives no number, one for each sample, or other names than before.
+            UserError: the metric gives no real number, one for each sample, or other names than before.
         """
         found = self._metric(output, targets)
         if not isinstance(found, Mapping):
@@ -168,4 +168,6 @@ def _number(name: str, value: Any, like: Tensor) -> Tensor:
         raise UserError(f"metric gives {name} as a {type(value).__name__}: give a number") from None
     if number.numel() != 1:
         raise UserError(f"metric gives {name} of shape {tuple(number.shape)}: give one number, the mean of the batch")
+    if number.is_complex():
+        raise UserError(f"metric gives {name} as a complex number: give a real one, as its absolute value")
     return number.detach().to(like.device, like.dtype).reshape(())

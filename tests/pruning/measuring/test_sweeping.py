@@ -302,12 +302,13 @@ def test_what_is_no_classification_is_told_in_one_line(model: nn.Module, batch: 
     [
         (lambda o, t: o, r"metric gives metric of shape \(4, 7\): give one number"),
         (lambda o, t: "good", "metric gives metric as a str: give a number"),
+        (lambda o, t: torch.tensor(1j), "metric gives metric as a complex number: give a real one"),
         (lambda o, t: {}, "metric gives an empty dictionary"),
         (lambda o, t: {"samples": 1}, "metric gives a number under 'samples': choose another name"),
         (lambda o, t: {"f1_recalibrated": 1}, "metric gives a number under 'f1_recalibrated': choose another name"),
         (lambda o, t: {str(len(o)): 1}, "metric gives 3 after 4: give the same names for each batch"),
     ],
-    ids=["tensor", "text", "empty", "taken", "ending", "other"],
+    ids=["tensor", "text", "complex", "empty", "taken", "ending", "other"],
 )
 def test_a_metric_that_gives_no_numbers_is_told_in_one_line(metric: Callable[..., Any], told: str) -> None:
     """Fails when a sweep ends hours later in a traceback, or a column hides another one."""
