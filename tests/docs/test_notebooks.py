@@ -14,7 +14,7 @@ NOTEBOOKS = sorted((ROOT / "docs").rglob("*.ipynb"))
 
 
 def _shown(cell: nbformat.NotebookNode) -> list[set[str]]:
-    """The kinds of what a cell shows. Warnings do not count: matplotlib tells of its list of fonts at its first start."""
+    """The kinds of what a cell shows, but for warnings: matplotlib tells of its list of fonts at its first start."""
     outputs = [output for output in cell.get("outputs", []) if output.get("name") != "stderr"]
     return [set(output.data) if "data" in output else {output.output_type} for output in outputs]
 
