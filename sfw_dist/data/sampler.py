@@ -111,7 +111,7 @@ class TrainingSampler:
         if len(self.members) < self.global_batch_size:
             raise UserError(
                 f"data.batch_size {self.global_batch_size} over world size {self.world_size} needs more than the "
-                f"{len(self.members)} training samples (without validation): write data.batch_size "
+                f"{len(self.members)} training samples (without validation): take a smaller batch, as data.batch_size "
                 f"{max(len(self.members) // 4 // self.world_size, 1) * self.world_size}, and start at most "
                 f"{len(self.members)} ranks"
             )
