@@ -46,7 +46,7 @@ def test_each_example_is_known_here() -> None:
     ("name", "epochs", "dense", "pruned"),
     [
         ("accelerate_digits", 2, 0.5, 0.5),
-        ("fsdp_digits", 3, 0.5, 0.3),
+        ("fsdp_digits", 8, 0.5, 0.3),
         ("lightning_digits", 2, 0.5, 0.5),
         ("timm_digits", 3, 0.6, 0.5),
         ("trainer_digits", 4, 0.5, 0.5),
