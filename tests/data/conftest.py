@@ -17,8 +17,10 @@ from sfw_dist.config import DataConfig
 from sfw_dist.data.datasets import registry
 from sfw_dist.data.datasets.array_sets import mnist_reader
 from sfw_dist.data.datasets.registry import DATASETS
+from sfw_dist.data.prepare import prepare
 from sfw_dist.data.writing import image_writer
 from tests.support.downloads import forbidden
+from tests.support.jpeg_sets import OPTIONS, save_photos
 from tests.support.raw_data import WNIDS, idx_bytes, save_image
 
 
@@ -87,3 +89,18 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "val" / "val_annotations.txt").write_text("".join(reversed(annotations)))
     (folder / "wnids.txt").write_text("\n".join(WNIDS) + "\n")
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def jpeg_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of photographs."""
+    folder = tmp_path_factory.mktemp("photos") / "photos"
+    save_photos(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def jpeg_root(jpeg_photos: Path) -> Path:
+    """The root of the set that is prepared from them, ``flowers``."""
+    prepare(jpeg_photos, jpeg_photos.parent, name="flowers", options=OPTIONS)
+    return jpeg_photos.parent

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -90,3 +91,19 @@ def test_importing_the_backends_keeps_thread_counts() -> None:
 def test_the_probe_itself_passes() -> None:
     """FFCV is never used, because its probe is wrong."""
     ffcv_probe.try_ffcv()
+
+
+def test_tables_of_many_samples_take_no_memory_of_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails when every rank holds its own copy of the tables, as with FFCV's loader: 0.5 GB a million samples."""
+    from sfw_dist.data.loading import ffcv
+
+    labels = np.arange(100_000) % 10
+    with (tmp_path / "many.beton").open("wb") as file:
+        ffcv.write_beton(file, np.zeros((len(labels), 1, 1, 3), np.uint8), labels)
+    monkeypatch.setattr(ffcv, "BLOCK", 1000)
+    tracemalloc.start()
+    backend = ffcv.FFCVBackend(tmp_path / "many.beton", labels, (3, 1, 1))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    backend.close()
+    assert peak < 5 * len(labels)

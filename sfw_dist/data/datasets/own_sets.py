@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ _REMEDY = (
     "name a function without arguments that returns {'train': dataset, 'test': dataset}, as package.module:function"
 )
 
+_own_set = partial(Dataset, classes=None, image_shape=None, any_size=True)
+"""Classes and format are what the raw data have."""
+
 
 def folder_set(name: str, folder: Path, *, split_later: bool) -> Dataset:
     """A folder of classes, as :func:`~sfw_dist.data.datasets.image_sets.read_class_folders` reads it.
@@ -38,14 +42,11 @@ def folder_set(name: str, folder: Path, *, split_later: bool) -> Dataset:
     def read(root: Path) -> RawData:
         return read_class_folders(folder, split_later=split_later)
 
-    return Dataset(
+    return _own_set(
         name=name,
-        classes=None,
-        image_shape=None,
         source=f"images in {folder}",
         read=read,
         list_files=lambda root: image_files(read(root)),
-        any_size=True,
         arguments=(str(folder), "--name", name),
     )
 
@@ -61,13 +62,10 @@ def table_set(name: str, folder: Path, table: Table) -> Dataset:
     folder = folder.absolute()
     columns = ("--image-column", table.image_column, "--label-column", table.label_column)
     split = ("--split-column", table.split_column) if table.split_column else ()
-    return Dataset(
+    return _own_set(
         name=name,
-        classes=None,
-        image_shape=None,
         source=f"images in {folder}, listed in {table.path.absolute()}",
         read=lambda root: read_table(folder, table),
-        any_size=True,
         arguments=(str(folder), "--name", name, "--csv", str(table.path.absolute()), *columns, *split),
     )
 
@@ -97,26 +95,20 @@ def function_set(name: str, path: str) -> Dataset:
             raise UserError(f"{path} returned a {type(values).__name__}: {_REMEDY}")
         return read_values(path, values)._replace(files=(Path(file).absolute(),) if file else ())
 
-    return Dataset(
+    return _own_set(
         name=name,
-        classes=None,
-        image_shape=None,
         source=f"what {path} returned",
         read=read,
-        any_size=True,
         arguments=(path, "--name", name),
     )
 
 
 def values_set(name: str, parts: Mapping[str, Any]) -> Dataset:
     """Values in memory; see `read_values`."""
-    return Dataset(
+    return _own_set(
         name=name,
-        classes=None,
-        image_shape=None,
         source="written by sfw_dist.data.write",
         read=lambda root: read_values(name, parts),
-        any_size=True,
         arguments=None,
     )
 
